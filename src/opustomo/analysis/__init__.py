@@ -1,0 +1,1 @@
+"""After training: codes, volumes, quality, selection, plots and the report."""

@@ -1,0 +1,244 @@
+"""What the codes of a run look like: principal components, traversals, k-means classes and a UMAP embedding.
+
+Owns: the files of ``RUN/analyze.N`` (verb ``analyze``), under the names that scripts for cryoDRGN-like programs expect.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+
+from opustomo.analysis import plots
+from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
+from opustomo.config import AnalyzeConfig
+from opustomo.data.atomic import write_text
+from opustomo.errors import UserError
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
+
+log = logging.getLogger(__name__)
+
+TRAVERSAL_POINTS = 10
+FEWEST_FOR_UMAP = 10
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal components of codes (P, zdim): ``codes = mean + scores @ axes``, n = min(P, zdim)."""
+
+    mean: Floats  # (zdim,)
+    axes: Floats  # (n, zdim), unit rows
+    scores: Floats  # (P, n)
+    explained: Floats  # (n,) fraction of the variance; zeros when the codes do not vary
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What ``analyze`` found; everything in it is also in ``folder``."""
+
+    folder: Path  # RUN/analyze.N
+    pca_scores: Floats  # (P, n)
+    explained: Floats  # (n,)
+    labels: NDArray[np.int64]  # (P,) class of every particle, 0-based
+    centre_index: NDArray[np.int64]  # (K,) the particle that stands for each class
+    umap: Floats | None  # (P, 2)
+
+    @property
+    def clusters_folder(self) -> Path:
+        """RUN/analyze.N/kmeansK."""
+        return self.folder / f"kmeans{len(self.centre_index)}"
+
+
+def main(config: AnalyzeConfig) -> None:
+    """Verb ``analyze``."""
+    from opustomo.checkpoint import open_run  # here, so that reading labels does not load torch
+
+    run = open_run(config.run, config.epoch)
+    result = analyze(run, config.pcs, config.clusters, config.skip_umap, config.seed)
+    sizes = np.bincount(result.labels, minlength=len(result.centre_index))
+    log.info("class sizes: %s", ", ".join(f"{k}: {n}" for k, n in enumerate(sizes)))
+    log.info("written: %s", result.folder)
+    log.info("next: opustomo volumes %s --kmeans %d ; opustomo report %s", run.path, len(sizes), run.path)
+
+
+def analysis_folder(run: Run) -> Path:
+    """RUN/analyze.N for the epoch that is open."""
+    return run.path / f"analyze.{run.epoch}"
+
+
+def analyze(
+    run: Run, pcs: int = 4, clusters: int = 16, skip_umap: bool = False, seed: int = 0, folder: Path | None = None
+) -> Analysis:
+    """Analyse ``run.codes`` and write ``folder`` (default RUN/analyze.N): see docs/outputs for the files.
+
+    UserError: K larger than the number of particles, ``pcs`` or ``clusters`` below 1, codes that are not finite.
+    """
+    codes = np.asarray(run.codes, np.float64)
+    _check(codes, pcs, clusters, run.path)
+    folder = folder or analysis_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    components = principal_components(codes)
+    _write_components(components, min(pcs, codes.shape[1]), folder)
+    labels, centre_index = cluster(codes, clusters, seed)
+    embedding = _stored_umap(folder, len(codes)) if skip_umap else embed(codes, seed)
+    if embedding is not None and not skip_umap:
+        save_pickle(folder / "umap.pkl", embedding.astype(np.float32))
+    result = Analysis(folder, components.scores, components.explained, labels, centre_index, embedding)
+    _write_classes(result, codes)
+    _draw(result, np.asarray(run.rotation))
+    return result
+
+
+def stored_analysis(run: Run, clusters: int = 0) -> Analysis | None:
+    """The analysis on disk of this epoch with ``clusters`` classes (0: the most there are), or None."""
+    folder = analysis_folder(run)
+    found = {int(p.parent.name[6:]): p.parent for p in folder.glob("kmeans*/labels.pkl") if p.parent.name[6:].isdigit()}
+    chosen = found.get(clusters or max(found, default=0))
+    if chosen is None:
+        return None
+    codes = np.asarray(run.codes, np.float64)
+    labels = load_labels(chosen / "labels.pkl")
+    index = np.loadtxt(chosen / "centers_ind.txt", dtype=np.int64, ndmin=1)
+    if len(labels) != len(codes) or labels.max() >= len(index) or index.max() >= len(codes):
+        return None
+    components = principal_components(codes)
+    umap = _stored_umap(folder, len(codes))
+    return Analysis(folder, components.scores, components.explained, labels, index, umap)
+
+
+def principal_components(codes: Floats) -> Components:
+    """PCA of (P, zdim) codes by singular values; codes that do not vary have scores and fractions of zero."""
+    count = min(codes.shape)
+    if np.ptp(codes, axis=0).max() == 0:
+        zero = np.zeros((len(codes), count))
+        return Components(codes[0].copy(), np.eye(codes.shape[1])[:count], zero, np.zeros(count))
+    pca = PCA(count, svd_solver="full").fit(codes)
+    return Components(pca.mean_, pca.components_, pca.transform(codes), pca.explained_variance_ratio_)
+
+
+def traversal(components: Components, pc: int, points: int = TRAVERSAL_POINTS) -> Floats:
+    """(points, zdim) codes along component ``pc`` (1-based): 5th to 95th percentile of its scores, the others 0."""
+    score = components.scores[:, pc - 1]
+    first, last = (float(value) for value in np.percentile(score, [5, 95]))
+    steps = np.linspace(first, last, points)
+    codes: Floats = components.mean + steps[:, None] * components.axes[pc - 1]
+    return codes
+
+
+def cluster(codes: Floats, k: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """k-means of (P, zdim) codes: labels (P,) and, per class, its member nearest to the centre (K,).
+
+    Classes are numbered so that neighbours in number are neighbours in code space.  Fewer distinct codes than
+    ``k`` give as many classes as there are distinct codes.
+    """
+    distinct = len(np.unique(codes, axis=0))
+    if distinct < k:
+        log.warning("only %d distinct codes: %d classes instead of %d", distinct, distinct, k)
+        k = distinct
+    fit = KMeans(k, n_init=10, random_state=seed).fit(codes)
+    order = np.arange(k) if k < 3 else leaves_list(linkage(fit.cluster_centers_, "average", optimal_ordering=True))
+    labels = np.argsort(order)[fit.labels_]
+    centres = fit.cluster_centers_[order]
+    distance = np.linalg.norm(codes - centres[labels], axis=1)
+    # the nearest *member*: a centre between two dense classes may have a nearer neighbour in the other one
+    nearest = [int(np.flatnonzero(labels == c)[distance[labels == c].argmin()]) for c in range(k)]
+    return labels.astype(np.int64), np.array(nearest, np.int64)
+
+
+def embed(codes: Floats, seed: int) -> Floats | None:
+    """UMAP of (P, zdim) codes to (P, 2), reproducible for a seed; None for too few or constant codes."""
+    if len(codes) < FEWEST_FOR_UMAP or np.ptp(codes, axis=0).max() == 0:
+        log.warning("no UMAP: it needs at least %d particles and codes that vary", FEWEST_FOR_UMAP)
+        return None
+    log.info("UMAP of %d codes (the first fit on a machine compiles for about a minute) ...", len(codes))
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of umap's own imports and compiler, nothing a user could act on
+        from umap import UMAP
+
+        first = principal_components(codes).scores[:, :2]
+        first = np.pad(first, ((0, 0), (0, 2 - first.shape[1])))
+        first = 10 * first / np.abs(first).max() + np.random.default_rng(seed).normal(0, 1e-3, first.shape)
+        # n_jobs=1 is what a fixed seed needs; started from the PCA, distances between groups keep some meaning
+        fit = UMAP(n_neighbors=min(15, len(codes) - 1), random_state=seed, n_jobs=1, init=first.astype(np.float32))
+        result: Floats = np.asarray(fit.fit_transform(codes.astype(np.float32)), np.float64)
+    log.info("UMAP took %.0f s", time.perf_counter() - start)
+    return result
+
+
+def _check(codes: Floats, pcs: int, clusters: int, where: Path) -> None:
+    if pcs < 1 or clusters < 1:
+        raise UserError(f"--pcs {pcs} --clusters {clusters}: both must be at least 1")
+    if clusters > len(codes):
+        raise UserError(f"--clusters {clusters}: {where} has {len(codes)} particles; give at most that many")
+    bad = np.flatnonzero(~np.isfinite(codes).all(axis=1))
+    if bad.size:
+        raise UserError(f"{where}: the code of particle {bad[0] + 1} is not a finite number; train again from an "
+                        "earlier checkpoint with a smaller --lr")  # fmt: skip
+    if np.ptp(codes, axis=0).max() == 0:
+        log.warning("the codes of all %d particles are equal: one class, no variance", len(codes))
+
+
+def _stored_umap(folder: Path, particles: int) -> Floats | None:
+    path = folder / "umap.pkl"
+    found = np.asarray(load_pickle(path), np.float64) if path.is_file() else None
+    if found is not None and found.shape == (particles, 2):
+        return found
+    log.info(
+        "no UMAP pictures: %s", "umap.pkl belongs to other particles" if found is not None else f"no {path} stored"
+    )
+    return None
+
+
+def _text(array: NDArray[Any], fmt: str = "%.6e") -> str:
+    buffer = io.StringIO()
+    np.savetxt(buffer, array, fmt=fmt)
+    return buffer.getvalue()
+
+
+def _write_components(components: Components, pcs: int, folder: Path) -> None:
+    write_text(folder / "explained_variance.txt", _text(components.explained, "%.6f"))
+    for pc in range(1, min(pcs, len(components.axes)) + 1):
+        write_text(folder / f"pc{pc}" / "z_pc.txt", _text(traversal(components, pc)))
+
+
+def _write_classes(result: Analysis, codes: Floats) -> None:
+    folder = result.clusters_folder
+    save_pickle(folder / "labels.pkl", result.labels)
+    write_text(folder / "centers.txt", _text(codes[result.centre_index]))
+    write_text(folder / "centers_ind.txt", _text(result.centre_index, "%d"))
+
+
+def pca_plane(scores: Floats, explained: Floats) -> tuple[Floats, tuple[str, str]]:
+    """(P, 2) coordinates on the first two components and their axis names; one component is drawn over zeros."""
+    xy = np.pad(scores[:, :2], ((0, 0), (0, max(0, 2 - scores.shape[1]))))
+    share = [*explained[:2], 0.0, 0.0]
+    return xy, (f"PC1 ({share[0]:.0%})", f"PC2 ({share[1]:.0%})")
+
+
+def _draw(result: Analysis, rotation: Floats) -> None:
+    """Every picture of the folder; the beam axis in the consensus frame is A^T z, the third row of A."""
+    folder, kmeans, direction = result.folder, result.clusters_folder, rotation[:, 2, :]
+    plane, names = pca_plane(result.pca_scores, result.explained)
+    plots.save(plots.explained_variance(result.explained), folder / "explained_variance.png")
+    plots.save(plots.scatter(plane, names, "Codes"), folder / "z_pca.png")
+    plots.save(plots.classes(plane, result.labels, result.centre_index, names, "Classes"), kmeans / "z_pca.png")
+    if result.umap is None:
+        return
+    axes = ("UMAP1", "UMAP2")
+    plots.save(plots.viewing_direction(result.umap, direction, axes, "Viewing direction"), folder / "umap.png")
+    plots.save(plots.hexbin(result.umap, axes, "Particles"), folder / "umap_hexbin.png")
+    plots.save(plots.classes(result.umap, result.labels, result.centre_index, axes, "Classes"), kmeans / "umap.png")

@@ -1,0 +1,153 @@
+"""``opustomo evaluate``: a run against the truth of a simulated set, every metric of the benchmark.
+
+Owns: which particles each metric looks at, RUN/evaluation.json and the printed table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.analysis import score_codes, score_maps, score_poses
+from opustomo.analysis.truth import Truth, read_truth
+from opustomo.config import EvaluateConfig
+from opustomo.data.atomic import write_text
+from opustomo.data.readers import relion
+from opustomo.data.star import read_star
+from opustomo.errors import UserError
+from opustomo.monitor import read_rows
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
+
+FEWEST = 10  # particles below which cross-validated scores mean nothing
+
+
+def evaluate(run: Run, truth: Path) -> dict[str, Any]:
+    """Scores by section: composition, conformation, volumes, poses, invariance, likelihood, cost, junk.
+
+    Sections and metrics that the set or the run cannot give are left out (a single state, no decoys, no metrics.csv).
+    Decoys are scored under ``junk`` and left out everywhere else.  UserError: no truth, or not of this set.
+    """
+    known = read_truth(truth, len(run.codes))
+    rows = np.flatnonzero(~known.junk)
+    if len(rows) < FEWEST:
+        raise UserError(f"--truth {truth}: only {len(rows)} particles to score; simulate at least {FEWEST}")
+    codes = run.codes[rows]
+    states = 1 if known.state is None else len(np.unique(known.state[rows]))
+    scores: dict[str, Any] = {}
+    if known.state is not None and states > 1:
+        scores["composition"] = score_codes.composition(codes, known.state[rows])
+    scores["conformation"] = _conformation(run, known)
+    scores["volumes"] = score_maps.volumes(run, known, rows, score_codes.gmm_classes(codes, states))
+    scores["poses"] = _poses(run, known, rows)
+    scores["invariance"] = score_codes.invariance(codes, _nuisances(known, rows))
+    scores |= _metrics(run)
+    if known.junk.any():
+        scores["junk"] = {"outlier_auc": score_codes.outlier_auc(run.codes, known.junk)}
+    return {"run": _identity(run), **{name: section for name, section in scores.items() if section}}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    return {"path": str(run.path), "kind": run.kind, "epoch": run.epoch, "particles": len(run.codes)}
+
+
+def _conformation(run: Run, truth: Truth) -> dict[str, Any]:
+    """Scores of every coordinate that varies, over the particles that have it."""
+    scores = {}
+    for name, value in truth.coordinates.items():
+        rows = np.flatnonzero(np.isfinite(value) & ~truth.junk)
+        if len(rows) >= FEWEST and np.ptp(value[rows]) > 0:
+            scores[name] = score_codes.conformation(run.codes[rows], value[rows])
+    return scores
+
+
+def _poses(run: Run, truth: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """Errors of the STAR file's poses and of the run's."""
+    if truth.euler is None or truth.origin is None:
+        return {}
+    star = read_star(run.star)
+    euler, origin = relion.eulers(star), relion.origins(star, run.grid.pixel_size)[0]
+    if len(euler) != len(run.codes):
+        raise UserError(
+            f"{run.star}: has {len(euler)} rows but the run has {len(run.codes)} codes; evaluate a full run"
+        )
+    true = (score_poses.rotation_matrices(truth.euler)[rows], truth.origin[rows])
+    before = score_poses.pose_errors(score_poses.rotation_matrices(euler)[rows], origin[rows], *true)
+    after = score_poses.pose_errors(np.asarray(run.rotation, float)[rows], np.asarray(run.origin, float)[rows], *true)
+    ratio = {name: after[name] / before[name] for name in before if before[name] > 1e-3}
+    return {"before": before, "after": after, "ratio": ratio}
+
+
+def _nuisances(truth: Truth, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    found: dict[str, NDArray[np.float64]] = {}
+    if truth.euler is not None:
+        found |= score_poses.directions(score_poses.rotation_matrices(truth.euler)[rows])
+    for name, value in (("defocus", truth.defocus), ("tilt_count", truth.tilt_count)):
+        if value is not None:
+            found[name] = value[rows].astype(np.float64)
+    return found
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    """Held-out likelihood (nats per particle) and cost of the run, from its metrics.csv up to the epoch scored."""
+    table = [row for row in read_rows(run.path / "metrics.csv") if int(row["epoch"]) <= run.epoch]
+    last = {name: _last(table, name) for name in ("val_elbo", "linear_val_elbo", "seconds", "particles_per_second")}
+    known = {name: value for name, value in last.items() if value is not None}
+    likelihood: dict[str, float] = {n: known[n] for n in ("val_elbo", "linear_val_elbo") if n in known}
+    if len(likelihood) == 2:
+        likelihood["gain_over_linear"] = known["val_elbo"] - known["linear_val_elbo"]
+    cost = {name: known[name] for name in ("seconds", "particles_per_second") if name in known}
+    return {"likelihood": likelihood, "cost": cost}
+
+
+def _last(table: list[dict[str, str]], column: str) -> float | None:
+    values = [row[column] for row in table if row.get(column)]
+    return float(values[-1]) if values else None
+
+
+def table_text(scores: dict[str, Any]) -> str:
+    """The scores as aligned lines, one section after the other."""
+    lines = []
+    for section, values in scores.items():
+        lines.append(section)
+        rows = list(_flatten(values))
+        width = max((len(name) for name, _ in rows), default=0)
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(lines)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{prefix}{name} ")
+        else:
+            rows.append((prefix + name, f"{value:.3f}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def json_text(scores: dict[str, Any]) -> str:
+    """The scores as JSON; values that are not finite become null."""
+    return json.dumps(_finite(scores), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(config: EvaluateConfig) -> None:
+    """Verb ``evaluate``: prints the scores and writes RUN/evaluation.json."""
+    from opustomo.checkpoint import open_run
+
+    run = open_run(config.run, config.epoch)
+    scores = evaluate(run, config.truth)
+    write_text(run.path / "evaluation.json", json_text(scores) + "\n")
+    print(json_text(scores) if config.json else table_text(scores))

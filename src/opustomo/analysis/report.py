@@ -1,0 +1,291 @@
+"""One self-contained HTML page about a run: what was done, what came out, what to do next.
+
+Owns: the content of ``RUN/report.html`` (verb ``report``).  Missing analyses and class maps are made on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo import __version__
+from opustomo.analysis import page, plots
+from opustomo.analysis.latents import (
+    Analysis,
+    analysis_folder,
+    analyze,
+    pca_plane,
+    principal_components,
+    stored_analysis,
+    traversal,
+)
+from opustomo.analysis.page import Section
+from opustomo.analysis.surface import contour
+from opustomo.analysis.volumes import option, read_fsc, save_volumes
+from opustomo.config import ReportConfig
+from opustomo.data.atomic import write_text
+from opustomo.data.readers.relion import tomograms
+from opustomo.data.star import read_star
+from opustomo.errors import UserError
+from opustomo.monitor import METRIC_COLUMNS, read_rows
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CLUSTERS = 16
+TRAVERSED = 2  # components shown
+STEPS = 5  # maps shown on each
+Volumes = NDArray[np.float32]
+
+
+def main(config: ReportConfig) -> None:
+    """Verb ``report``."""
+    from opustomo.checkpoint import open_run
+
+    path = write_report(open_run(config.run, config.epoch), config.clusters, config.output)
+    log.info("report: %s", path)
+
+
+def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Path:
+    """Write the page (default RUN/report.html) and return its path; analyses and decodes what is missing.
+
+    ``clusters``: K of the k-means shown (0: the largest analysed, else 16).  UserError: not writable.
+    """
+    analysis = stored_analysis(run, clusters) or _analyzed(run, clusters)
+    metrics = read_metrics(run.path / "metrics.csv")
+    truth = [*_truth(run.path / "evaluation.json")]  # before the slow parts: a damaged file fails at once
+    sections = [
+        *_training(metrics),
+        _codes(run, analysis),
+        _classes(analysis, class_volumes(run, analysis)),
+        *_tomograms(run, analysis),
+        _traversals(run),
+        *_data_resolution(analysis),
+        *truth,
+        _next(run, analysis),
+        _settings(run),
+    ]
+    stage = "linear stage" if run.kind == "linear" else "network"
+    text = page.assemble(
+        f"{run.path.resolve().name}: {len(run.codes):,} particles, {len(analysis.centre_index)} classes",
+        f"{stage}, epoch {run.epoch}, from {run.star}",
+        [*_tiles(run, analysis, metrics)],
+        sections,
+        f"opustomo {__version__}, {datetime.now():%Y-%m-%d %H:%M}, {run.path}",
+    )
+    path = output or run.path / "report.html"
+    write_text(path, text)
+    return path
+
+
+def _analyzed(run: Run, clusters: int) -> Analysis:
+    k = min(clusters or DEFAULT_CLUSTERS, len(run.codes))
+    log.info("epoch %d has no such analysis yet, so: opustomo analyze %s --clusters %d", run.epoch, run.path, k)
+    return analyze(run, clusters=k, skip_umap=(analysis_folder(run) / "umap.pkl").is_file())
+
+
+def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Columns of metrics.csv as (rows,) arrays, NaN where a cell is empty; {} without the file or rows."""
+    rows = read_rows(path)
+    columns = [name for name in METRIC_COLUMNS if rows and name in rows[0]]
+    return {name: np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in columns}
+
+
+def held_out_gain(metrics: dict[str, NDArray[np.float64]]) -> float | None:
+    """Last held-out ELBO of the network minus that of the linear stage, nats per particle; None if not measured."""
+    pair = [metrics.get(name, np.array([])) for name in ("val_elbo", "linear_val_elbo")]
+    last = [column[np.isfinite(column)][-1:] for column in pair]
+    return float(last[0][0] - last[1][0]) if all(column.size for column in last) else None
+
+
+def _tiles(run: Run, analysis: Analysis, metrics: dict[str, NDArray[np.float64]]) -> Iterator[str]:
+    grid, (train, held_out) = run.grid, run.split
+    yield page.tile(f"{len(run.codes):,}", f"particles: {len(train):,} train, {len(held_out):,} held out")
+    yield page.tile(f"{grid.box}³", f"voxels of {grid.pixel_size:.4g} Å")
+    yield page.tile(f"{grid.working_pixel:.4g} Å", f"working pixel: {2 * grid.working_pixel:.3g} Å at best")
+    yield page.tile(f"{grid.crop}³", "voxels decoded, the mask's crop")
+    yield page.tile(str(run.codes.shape[1]), "dimensions of the code")
+    gain = held_out_gain(metrics)
+    if gain is not None:
+        yield page.tile(
+            f"{gain:+.4g}", "nats per held-out particle over the linear stage", "good" if gain > 0 else "warn"
+        )
+
+
+def _training(metrics: dict[str, NDArray[np.float64]]) -> Iterator[Section]:
+    if not metrics:
+        return
+    gain = held_out_gain(metrics)
+    note = "The loss should fall and level off. "
+    if gain is not None and gain > 0:
+        note += (
+            f'The network explains held-out particles <b class="good">better</b> than the linear stage, by {gain:.4g} '
+        )
+    elif gain is not None:
+        note += (
+            f'The network explains held-out particles <b class="warn">worse</b> than the linear stage, by {-gain:.4g} '
+        )
+    if gain is not None:
+        note += "nats each."
+        note += "" if gain > 0 else " Trust the linear stage's codes, or train longer or with a smaller --lr."
+    body = page.figure(plots.training_curves(metrics), "From metrics.csv", wide=True)
+    yield Section("training", "Training", note, body)
+
+
+def _codes(run: Run, analysis: Analysis) -> Section:
+    direction = np.asarray(run.rotation)[:, 2, :]
+    maps = [(*pca_plane(analysis.pca_scores, analysis.explained), "Principal components")]
+    if analysis.umap is not None:
+        maps.append((analysis.umap, ("UMAP1", "UMAP2"), "UMAP"))
+    figures = []
+    for xy, names, what in maps:
+        coloured = plots.classes(xy, analysis.labels, analysis.centre_index, names)
+        figures.append(page.figure(coloured, f"{what}, coloured by class"))
+        seen = plots.viewing_direction(xy, direction, names)
+        figures.append(page.figure(seen, f"{what}, coloured by viewing direction"))
+    figures.append(page.figure(plots.explained_variance(analysis.explained), "Variance on each component"))
+    sizes = plots.class_sizes(analysis.labels, len(analysis.centre_index))
+    figures.append(page.figure(sizes, "Particles in each class"))
+    note = (
+        "One point is one particle. Colours should mix evenly in the viewing-direction pictures: groups of one colour "
+        "mean that the missing wedge, not structure, separates the particles."
+    )
+    return Section("codes", "Codes", note, page.row(figures))
+
+
+def class_volumes(run: Run, analysis: Analysis) -> Volumes:
+    """Decoded maps (K, C, C, C) at the class centres; also written as reference*.mrc where missing or outdated."""
+    volumes = run.decode(np.asarray(run.codes)[analysis.centre_index])
+    folder = analysis.clusters_folder
+    written = [folder / f"reference{i}.mrc" for i in range(len(volumes))]
+    made = (folder / "centers.txt").stat().st_mtime
+    if not all(path.is_file() and path.stat().st_mtime >= made for path in written):
+        save_volumes(volumes, run.grid, folder)
+    return volumes
+
+
+def _classes(analysis: Analysis, volumes: Volumes) -> Section:
+    sizes = np.bincount(analysis.labels, minlength=len(volumes))
+    colours = plots.class_colours(len(volumes))
+    level, reach = contour(volumes)
+    limits = plots.slice_limits(volumes)
+    mean = np.average(volumes, axis=0, weights=sizes)
+    spread = float(np.percentile(np.abs(volumes - mean), 99.8)) or 1.0
+    cards = []
+    for i, volume in enumerate(volumes):
+        views = page.image(plots.two_views(volume, level, reach, colours[i]), f"class {i}, front and side")
+        slices = page.image(plots.slice_strip(volume, limits), f"class {i}, central slices", "pixels")
+        change = matplotlib.colormaps["RdBu_r"](plots.slice_strip(volume - mean, (-spread, spread)))
+        difference = page.image(change[..., :3], f"class {i} minus the mean", "pixels")
+        pictures = views + slices + difference
+        cards.append(page.class_card(i, int(sizes[i]), int(sizes.sum()), colours[i], pictures))
+    note = (
+        "Surfaces share one contour level. Slices are central, across z, y and x, on one grey scale; below, the same "
+        "slices minus the mean of all classes (red: more density, blue: less). Classes near in number are near in code."
+    )
+    return Section("classes", "Classes", note, f'<div class="classes">{"".join(cards)}</div>')
+
+
+def _tomograms(run: Run, analysis: Analysis) -> Iterator[Section]:
+    """Left out where the STAR file has gone, the run took a subset of it, or there is one tomogram."""
+    if not run.star.is_file():
+        return
+    names = tomograms(read_star(run.star))
+    if len(names) != len(analysis.labels) or len(np.unique(names.astype(str))) < 2:
+        return
+    fig = plots.tomogram_fractions(analysis.labels, names, len(analysis.centre_index))
+    note = (
+        "Classes should not follow tomograms: a class from one tomogram often means thickness, defocus or false picks."
+    )
+    yield Section("tomograms", "Tomograms", note, page.row([page.figure(fig, "Share of every class")]))
+
+
+def _traversals(run: Run) -> Section:
+    components = principal_components(np.asarray(run.codes, np.float64))
+    figures = []
+    for pc in range(1, min(TRAVERSED, len(components.axes)) + 1):
+        codes = traversal(components, pc, STEPS)
+        score = (codes - components.mean) @ components.axes[pc - 1]
+        fig = plots.montage(run.decode(codes.astype(np.float32)), [f"PC{pc} = {value:+.2f}" for value in score])
+        figures.append(page.figure(fig, f"Along PC{pc}, from its 5th to its 95th percentile", wide=True))
+    note = "Decoded maps along the principal components, through the mean code: front and side, and central slices."
+    return Section("traversals", "Along the components", note, page.row(figures))
+
+
+def _data_resolution(analysis: Analysis) -> Iterator[Section]:
+    path = analysis.clusters_folder / "fsc_data.csv"
+    if not path.is_file():
+        return
+    fig = plots.fsc_curves(*read_fsc(path), "Half maps of the data at each class centre")
+    note = (
+        "Averages of the particles around each class centre, made without the decoder, in two random disjoint halves. "
+        "Dashed: the same for randomly chosen particles, which is what every subset shares."
+    )
+    yield Section("fsc", "What the data say", note, page.row([page.figure(fig, "From fsc_data.csv")]))
+
+
+def _truth(path: Path) -> Iterator[Section]:
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); write it again with `opustomo evaluate`") from None
+    note = "The data are simulated: the benchmark's metrics against what was put in."
+    yield Section("truth", "Against the truth", note, page.table(dict(page.leaves(found))))
+
+
+def _next(run: Run, analysis: Analysis) -> Section:
+    k = len(analysis.centre_index)
+    sizes = np.bincount(analysis.labels, minlength=k)
+    largest = " ".join(str(c) for c in sorted(np.argsort(-sizes, kind="stable")[:2]))
+    where, star, mask = shlex.quote(str(run.path)), shlex.quote(str(run.star)), option(run.config, "mask")
+    flag = f" -r {shlex.quote(mask)}" if mask else ""
+    fewer = max(2, k // 2)
+    steps = {
+        "Keep the classes that look right (here the two largest: edit the numbers) as a STAR file with every column": (
+            f"opustomo select {star} --run {where} --kmeans {k} --classes {largest} -o selected"
+        ),
+        "Train again on those particles alone": f"opustomo train selected/selected.star{flag} -o selected-run",
+        "Class maps at the pixel size and box of the subtomograms": (
+            f"opustomo volumes {where} --kmeans {k} --angpix {run.grid.pixel_size:g} --box {run.grid.box} -o maps"
+        ),
+        "What the data, not the decoder, show at every class, with half-map FSC": (
+            f"opustomo volumes {where} --kmeans {k} --from-data"
+        ),
+        "All ten maps along the first component": f"opustomo volumes {where} --pc 1",
+        "Another number of classes, and this page again": (
+            f"opustomo analyze {where} --clusters {fewer} --skip-umap\nopustomo report {where} --clusters {fewer}"
+        ),
+    }
+    if run.kind == "linear":
+        steps = {"Train the network, which starts from this stage": f"opustomo train {star}{flag} -o network"} | steps
+    body = "".join(page.command(purpose, line) for purpose, line in steps.items())
+    return Section("next", "What to do next", "", body)
+
+
+def _settings(run: Run) -> Section:
+    lines = _log_lines(run.path / "run.log")
+    body = page.command("Command", lines[-1]) if lines else ""
+    entries = page.table(dict(page.leaves(run.config)))
+    body += f"<details><summary>Every option and resolved value (config.yaml)</summary>{entries}</details>"
+    return Section("settings", "What was run", "", body)
+
+
+def _log_lines(path: Path) -> list[str]:
+    """The command lines that run.log records ("... opustomo VERSION, Python X: COMMAND")."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.split(": ", 1)[1] for line in lines if " opustomo " in line and ", Python " in line and ": " in line]

@@ -1,0 +1,174 @@
+"""Decoded volumes against the true maps: FSC, centring and differences between states.
+
+Owns: the matching of label-free classes to true states and the comparison on the run's working grid, without any
+re-alignment: a volume that is off centre is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.registration import phase_cross_correlation
+
+from opustomo.analysis.truth import Truth, TruthMap
+from opustomo.data.mrc import read_volume
+from opustomo.physics.fourier import fourier_resize
+from opustomo.physics.volume import centre_crop, fourier_shell_correlation
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
+
+SAMPLE = 32  # particles decoded at their own code
+
+
+@dataclass(frozen=True)
+class ClassVolume:
+    """One label-free class: its true state by majority, the decoded medoid and the true map, (C, C, C) masked."""
+
+    size: int
+    state: int
+    purity: float
+    hinge: float  # of the true map
+    decoded: torch.Tensor
+    truth: torch.Tensor
+
+
+def volumes(run: Run, truth: Truth, rows: NDArray[np.int64], classes: NDArray[np.int64]) -> dict[str, Any]:
+    """Scores of the classes' medoid volumes, of their differences and of single particles; {} without true maps.
+
+    rows: the particles scored; classes: (len(rows),) their label-free class.
+    """
+    matched = class_volumes(run, truth, rows, classes)
+    if not matched:
+        return {}
+    pixel = run.grid.working_pixel
+    per_class = {f"class{k}": _class_scores(volume, pixel) for k, volume in enumerate(matched)}
+    scores: dict[str, Any] = {
+        "states_found": len({volume.state for volume in matched}),
+        **{f"{name}_mean": float(np.mean([c[name] for c in per_class.values()])) for name in _SUMMARY},
+    }
+    scores |= _differences(matched)
+    scores["particle_fsc_area"] = _particle_area(run, truth, rows)
+    return scores | per_class
+
+
+_SUMMARY = ("resolution_0.5", "resolution_0.143", "fsc_area", "off_centre")
+
+
+def class_volumes(run: Run, truth: Truth, rows: NDArray[np.int64], classes: NDArray[np.int64]) -> list[ClassVolume]:
+    """Medoid of every class (the member nearest to the class's mean code), decoded, with its true map."""
+    found = []
+    for k in np.unique(classes):
+        members = rows[classes == k]
+        codes = run.codes[members]
+        medoid = members[np.linalg.norm(codes - codes.mean(0), axis=1).argmin()]
+        states = truth.state[members] if truth.state is not None else np.zeros(len(members), np.int64)
+        values, counts = np.unique(states, return_counts=True)
+        state = int(values[counts.argmax()])
+        target = truth.nearest_map(state, _median(_hinge(truth)[members[states == state]]))
+        if target is None:
+            continue
+        decoded = masked(torch.from_numpy(run.decode(run.codes[medoid][None]))[0], run)
+        purity = float(counts.max() / len(members))
+        found.append(ClassVolume(len(members), state, purity, target.hinge, decoded, true_volume(target, run)))
+    return found
+
+
+def true_volume(target: TruthMap, run: Run) -> torch.Tensor:
+    """A true map (N, N, N) on the run's working grid, cropped and masked: (C, C, C)."""
+    volume, _ = read_volume(target.path)
+    resized = fourier_resize(torch.from_numpy(volume), run.grid.working_box)
+    return masked(centre_crop(resized, run.grid.crop), run)
+
+
+def masked(volume: torch.Tensor, run: Run) -> torch.Tensor:
+    """Mean inside the mask removed (the data do not determine it), then masked; (C, C, C)."""
+    mask = run.mask.to(torch.float32)
+    volume = volume.to(torch.float32)
+    return (volume - (volume * mask).sum() / mask.sum()) * mask
+
+
+def resolution(curve: NDArray[np.float64], threshold: float, extent: float) -> float:
+    """Resolution in Angstrom where an FSC curve (shells 0, 1, ...) first falls below ``threshold``.
+
+    extent: edge of the box in Angstrom; shell s is at extent / s.  The crossing is interpolated; a curve that never
+    falls gives Nyquist, one that starts below gives the extent.
+    """
+    below = np.flatnonzero(curve[1:] < threshold) + 1
+    if len(below) == 0:
+        return extent / (len(curve) - 1)
+    last = int(below[0])
+    if last == 1:
+        return extent
+    step = (curve[last - 1] - threshold) / (curve[last - 1] - curve[last])
+    return float(extent / (last - 1 + step))
+
+
+def off_centre(decoded: torch.Tensor, truth: torch.Tensor) -> float:
+    """Distance in voxels of the cross-correlation peak from the origin, found to 1/50 voxel."""
+    # unnormalised: whitening would let the noise of empty shells decide
+    shift = phase_cross_correlation(truth.numpy(), decoded.numpy(), upsample_factor=50, normalization=None)[0]
+    return float(np.linalg.norm(shift))
+
+
+def _class_scores(volume: ClassVolume, pixel: float) -> dict[str, float]:
+    curve = _fsc(volume.decoded, volume.truth)
+    extent = pixel * volume.decoded.shape[-1]
+    return {
+        "size": volume.size,
+        "state": volume.state,
+        "purity": volume.purity,
+        "hinge": volume.hinge,
+        "resolution_0.5": resolution(curve, 0.5, extent),
+        "resolution_0.143": resolution(curve, 0.143, extent),
+        "fsc_area": float(curve[1:].mean()),
+        "off_centre": off_centre(volume.decoded, volume.truth),
+    }
+
+
+def _differences(matched: list[ClassVolume]) -> dict[str, float]:
+    """Correlation of decoded with true difference maps, over all pairs of classes of different states."""
+    found = [
+        _correlation(a.decoded - b.decoded, a.truth - b.truth)
+        for a, b in combinations(matched, 2)
+        if a.state != b.state
+    ]
+    return {"difference_cc_mean": float(np.mean(found)), "difference_cc_min": min(found)} if found else {}
+
+
+def _particle_area(run: Run, truth: Truth, rows: NDArray[np.int64]) -> float:
+    """Mean FSC area of at most 32 particles, each decoded at its own code, against its own state and nearest hinge."""
+    sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
+    states = truth.state if truth.state is not None else np.zeros(len(truth.junk), np.int64)
+    targets = [truth.nearest_map(int(states[i]), _hinge(truth)[i]) for i in sample]
+    decoded = torch.from_numpy(run.decode(run.codes[sample]))
+    areas = [
+        _fsc(masked(volume, run), true_volume(target, run))[1:].mean()
+        for volume, target in zip(decoded, targets, strict=True)
+        if target is not None
+    ]
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def _hinge(truth: Truth) -> NDArray[np.float64]:
+    """The coordinate that the names of the true maps refer to."""
+    return truth.coordinates.get("hinge", np.full(len(truth.junk), np.nan))
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else float("nan")
+
+
+def _fsc(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.float64]:
+    return fourier_shell_correlation(a, b).numpy().astype(np.float64)
+
+
+def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    norm = (a.square().sum() * b.square().sum()).sqrt()
+    return float((a * b).sum() / norm) if norm > 0 else 0.0

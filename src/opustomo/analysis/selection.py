@@ -1,0 +1,108 @@
+"""Classes back to STAR files (``opustomo select``), with a manifest that says where they come from.
+
+Owns: the names of these files: ``preI.star`` for class I (0-based, as reference I), ``selected.star`` for a union.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo import __version__
+from opustomo.compat.legacy_files import load_labels
+from opustomo.config import SelectConfig
+from opustomo.data.atomic import write_text
+from opustomo.data.export import write_subset
+from opustomo.data.star import StarFile, read_star
+from opustomo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def main(config: SelectConfig) -> int:
+    """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
+    labels_file, epoch = find_labels(config.run, config.epoch, config.kmeans)
+    labels = load_labels(labels_file)
+    if config.classes:
+        paths = [_write_union(read_star(config.star), labels, config.classes, config.output)]
+    else:
+        paths = write_classes(config.star, labels, config.output)
+    _write_manifest(config, epoch, labels, paths)
+    for path in paths:
+        log.info("wrote %s", path)
+    return 0
+
+
+def write_classes(star: Path, labels: NDArray[np.integer], outdir: Path) -> list[Path]:
+    """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
+
+    labels: (P,) 0-based class of every row of ``star``.  UserError: row count differs, ambiguous identities.
+    """
+    table = read_star(star)
+    _same_length(table, labels)
+    paths = []
+    for label in np.unique(labels):
+        path = outdir / f"pre{label}.star"
+        write_subset(table, np.flatnonzero(labels == label), path)
+        paths.append(path)
+    return paths
+
+
+def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
+    """``labels.pkl`` of a k-means analysis and its epoch (-1: the latest analysed).  UserError when there is none."""
+    found = {}
+    for path in run.glob(f"analyze.*/kmeans{clusters}/labels.pkl"):
+        number = re.fullmatch(r"analyze\.(\d+)", path.parent.parent.name)
+        if number:
+            found[int(number.group(1))] = path
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder; check the name")
+    chosen = max(found, default=-1) if epoch < 0 else epoch
+    if chosen not in found:
+        which = f"analyze.{epoch}" if epoch >= 0 else "analyze.N"
+        command = f"opustomo analyze {run} --clusters {clusters}" + (f" --epoch {epoch}" if epoch >= 0 else "")
+        raise UserError(f"{run}: has no {which}/kmeans{clusters}/labels.pkl; run `{command}`")
+    return found[chosen], chosen
+
+
+def _write_union(star: StarFile, labels: NDArray[np.int64], classes: tuple[int, ...], outdir: Path) -> Path:
+    _same_length(star, labels)
+    absent = sorted(set(classes) - set(labels.tolist()))
+    if absent:
+        raise UserError(
+            f"--classes {absent[0]}: no particle has this class (classes are {labels.min()} .. {labels.max()}, "
+            "as reference0.mrc ...); give existing ones"
+        )
+    rows = np.flatnonzero(np.isin(labels, classes))
+    path = outdir / "selected.star"
+    write_subset(star, rows, path, labels[rows])
+    return path
+
+
+def _same_length(star: StarFile, labels: NDArray[np.integer]) -> None:
+    rows = len(star.particles)
+    if rows != len(labels):
+        raise UserError(
+            f"{star.path}: has {rows} particles but there are {len(labels)} labels; "
+            "give the STAR file the run was trained on"
+        )
+
+
+def _write_manifest(config: SelectConfig, epoch: int, labels: NDArray[np.int64], paths: list[Path]) -> None:
+    values, counts = np.unique(labels, return_counts=True)
+    manifest = {
+        "source": str(config.star.absolute()),
+        "run": str(config.run.absolute()),
+        "epoch": epoch,
+        "kmeans": config.kmeans,
+        "selected": sorted(set(config.classes)) or values.tolist(),
+        "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
+        "files": [path.name for path in paths],
+        "version": __version__,
+    }
+    write_text(config.output / "manifest.json", json.dumps(manifest, indent=1) + "\n")

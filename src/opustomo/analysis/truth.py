@@ -1,0 +1,89 @@
+"""The truth of a simulated set: labels.npz and gt/, as the simulator (and the common benchmark's tool) writes them.
+
+Owns: the reading and checking of that folder.  Row i of every label is row i of the STAR file and of the codes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.errors import UserError
+
+_MAP_NAME = re.compile(r"state(\d+)_hinge([+-]\d+(?:\.\d+)?)\.mrc")
+_NOT_COORDINATES = {"state", "present", "junk", "junk_kind", "true_pose", "tilts", "bfac", "scale", "tilt_count"}
+
+
+@dataclass(frozen=True)
+class TruthMap:
+    """One CTF-free map in gt/."""
+
+    state: int
+    hinge: float  # degrees
+    path: Path
+
+
+@dataclass(frozen=True)
+class Truth:
+    """P particles; what a set does not have is None or empty."""
+
+    state: NDArray[np.int64] | None  # (P,) composition
+    coordinates: dict[str, NDArray[np.float64]]  # conformational coordinates (P,) by name, NaN where undefined
+    junk: NDArray[np.bool_]  # (P,) True for decoys; all False where the set has none
+    euler: NDArray[np.float64] | None  # (P, 3) degrees
+    origin: NDArray[np.float64] | None  # (P, 3) pixels, x y z
+    defocus: NDArray[np.float64] | None  # (P,) Angstrom
+    tilt_count: NDArray[np.float64] | None  # (P,)
+    maps: tuple[TruthMap, ...]
+
+    def nearest_map(self, state: int, hinge: float) -> TruthMap | None:
+        """The map of ``state`` whose hinge is nearest (any, if ``hinge`` is NaN); None if the state has no map."""
+        candidates = [m for m in self.maps if m.state == state]
+        return min(candidates, key=lambda m: abs(m.hinge - np.nan_to_num(hinge)), default=None)
+
+
+def read_truth(folder: Path, particles: int) -> Truth:
+    """Read the truth of ``particles`` rows; UserError if it is absent, unreadable or has another number of rows."""
+    path = folder / "labels.npz"
+    if not path.is_file():
+        raise UserError(f"--truth {folder}: has no labels.npz; give the folder that `opustomo simulate -o` wrote")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels = {key: file[key] for key in file.files}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); simulate the set again") from error
+    state = labels.get("state", labels.get("present"))
+    pose = labels.get("true_pose")
+    rows = {key: len(labels[key]) for key in ("state", "present", "junk", "true_pose") if key in labels}
+    wrong = {key: count for key, count in rows.items() if count != particles}
+    if wrong:
+        key, count = next(iter(wrong.items()))
+        raise UserError(f"{path}: {key} has {count} rows but the run has {particles} codes; give the truth of this set")
+    return Truth(
+        state=None if state is None else state.astype(np.int64),
+        coordinates=_coordinates(labels, particles),
+        junk=labels.get("junk", np.zeros(particles)).astype(bool),
+        euler=None if pose is None else pose[:, :3],
+        origin=None if pose is None else pose[:, 3:6],
+        defocus=None if pose is None or pose.shape[1] < 7 else pose[:, 6],
+        tilt_count=labels.get("tilt_count"),
+        maps=_maps(folder / "gt"),
+    )
+
+
+def _coordinates(labels: dict[str, NDArray[Any]], particles: int) -> dict[str, NDArray[np.float64]]:
+    return {
+        key: value.astype(np.float64)
+        for key, value in labels.items()
+        if key not in _NOT_COORDINATES and value.shape == (particles,) and np.issubdtype(value.dtype, np.number)
+    }
+
+
+def _maps(folder: Path) -> tuple[TruthMap, ...]:
+    found = [(_MAP_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("state*.mrc"))]
+    return tuple(TruthMap(int(name[1]), float(name[2]), path) for name, path in found if name)

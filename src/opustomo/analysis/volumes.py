@@ -1,0 +1,278 @@
+"""Maps at any codes: decoded, brought to an exact pixel size, and laid over the consensus map.
+
+Owns: the verb ``volumes``; resampling of the decoder's crop; maps made from the data themselves at a code
+(METHOD section 8) with their half-map FSC.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opustomo.analysis import plots
+from opustomo.analysis.latents import analysis_folder
+from opustomo.config import VolumesConfig
+from opustomo.data.atomic import write_text
+from opustomo.data.cache import open_cache
+from opustomo.data.mrc import write_volume
+from opustomo.errors import UserError
+from opustomo.monitor import progress
+from opustomo.physics.volume import fourier_shell_correlation
+from opustomo.reconstruct import Rows, reconstruct
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
+    from opustomo.physics.grid import Grid
+
+log = logging.getLogger(__name__)
+
+Floats = NDArray[np.float64]
+Volume = NDArray[np.float32]
+BATCH = 8
+LARGEST_BOX = 1024
+
+
+def main(config: VolumesConfig) -> None:
+    """Verb ``volumes``."""
+    from opustomo.checkpoint import open_run
+
+    chosen = [name for name in ("kmeans", "pc", "zfile") if getattr(config, name)]
+    if len(chosen) != 1:
+        raise UserError(
+            f"volumes: give one of --kmeans K, --pc I or --zfile FILE, not {' and '.join(chosen) or 'none'}"
+        )
+    run = open_run(config.run, config.epoch)
+    source = _source(run, config)
+    codes = read_codes(source, run.codes.shape[1])
+    folder = config.output or (analysis_folder(run) / source.stem if config.zfile else source.parent)
+    options = (folder, config.prefix, config.angpix, config.box, config.flip)
+    written = write_volumes(run, codes, *options)
+    if config.from_data:
+        written += write_data_volumes(run, codes, *options)
+    log.info("written: %s ... %s", written[0], written[-1].name)
+
+
+def _source(run: Run, config: VolumesConfig) -> Path:
+    """The file of codes that was asked for; UserError with the command that makes it."""
+    if config.zfile:
+        return config.zfile
+    folder, fix = analysis_folder(run), f"opustomo analyze {run.path} --epoch {run.epoch}"
+    if config.kmeans:
+        path, fix = folder / f"kmeans{config.kmeans}" / "centers.txt", f"{fix} --clusters {config.kmeans}"
+    else:
+        path, fix = folder / f"pc{config.pc}" / "z_pc.txt", f"{fix} --pcs {config.pc}"
+    if not path.is_file():
+        raise UserError(f"{path}: not there; make it with `{fix}`")
+    return path
+
+
+def read_codes(path: Path, zdim: int) -> Floats:
+    """(n, zdim) codes of a text file, one row each, blanks or commas between, ``#`` starts a comment.
+
+    UserError names the row that has another number of columns or something that is not a finite number.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); give a list of codes, one row each") from None
+    codes = []
+    for number, line in enumerate(lines, 1):
+        words = line.split("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        try:
+            row = [float(word) for word in words]
+        except ValueError as error:
+            raise UserError(f"{path}: row {number}: {error}; give {zdim} numbers") from None
+        if len(row) != zdim or not np.isfinite(row).all():
+            raise UserError(f"{path}: row {number} has {len(row)} columns or a value that is not finite; the codes of "
+                            f"this run have {zdim} columns")  # fmt: skip
+        codes.append(row)
+    if not codes:
+        raise UserError(f"{path}: has no codes; give one row of {zdim} numbers for each volume")
+    return np.array(codes)
+
+
+def write_volumes(
+    run: Run,
+    codes: NDArray[np.floating],
+    folder: Path,
+    prefix: str = "reference",
+    angpix: float | None = None,
+    box: int = 0,
+    flip: bool = False,
+) -> list[Path]:
+    """Decode ``codes`` (n, zdim) into ``folder``/PREFIXi.mrc, i from 0; the paths written.
+
+    ``angpix``: pixel size in Angstrom (None: the working pixel), exact in the header; ``box``: pad to this even
+    size; ``flip``: mirror along z about the centre voxel.  The header's origin lays the map over the consensus
+    map.  UserError: a pixel size or box that does not fit.
+    """
+    decoded = progress(_decoded(run, codes), len(codes), "volumes", "volumes")
+    return save_volumes(decoded, run.grid, folder, prefix, angpix, box, flip)
+
+
+def save_volumes(
+    volumes: Iterable[Volume],
+    grid: Grid,
+    folder: Path,
+    prefix: str = "reference",
+    angpix: float | None = None,
+    box: int = 0,
+    flip: bool = False,
+) -> list[Path]:
+    """Write maps (C, C, C) of the working grid; options, files and errors as in ``write_volumes``."""
+    pixel, size = target(grid, angpix, box)
+    paths = []
+    for i, volume in enumerate(volumes):
+        path = folder / f"{prefix}{i}.mrc"
+        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
+        paths.append(path)
+    return paths
+
+
+def _decoded(run: Run, codes: NDArray[np.floating]) -> Iterator[Volume]:
+    for start in range(0, len(codes), BATCH):
+        yield from run.decode(np.asarray(codes[start : start + BATCH], np.float32))
+
+
+def target(grid: Grid, angpix: float | None, box: int) -> tuple[float, int]:
+    """(pixel size in Angstrom, even box) of written maps; without ``box`` the smallest that holds the crop."""
+    pixel = grid.working_pixel if angpix is None else float(angpix)
+    if not (math.isfinite(pixel) and pixel > 0):
+        raise UserError(f"--angpix {angpix}: a pixel size in Angstrom above 0 is needed")
+    needed = 2 * math.ceil(grid.crop * grid.working_pixel / pixel / 2 - 1e-6)
+    if not 4 <= needed <= LARGEST_BOX or box > LARGEST_BOX:
+        raise UserError(f"--angpix {pixel:g} --box {box}: a box of {max(needed, box)} voxels (4 to {LARGEST_BOX} are "
+                        f"allowed); the working pixel is {grid.working_pixel:g} Angstrom")  # fmt: skip
+    if box and (box % 2 or box < needed):
+        raise UserError(f"--box {box}: must be even and at least {needed} to hold the mask at {pixel:g} Angstrom")
+    return pixel, box or needed
+
+
+def origin_of(grid: Grid, pixel: float, size: int) -> tuple[float, float, float]:
+    """Position in Angstrom of voxel 0 of a written map when voxel 0 of the consensus map (box N) is at 0."""
+    start = (grid.box // 2) * grid.pixel_size - (size // 2) * pixel
+    return start, start, start
+
+
+def resample(volume: Volume, pitch: float, pixel: float, size: int, flip: bool = False) -> Volume:
+    """(C, C, C) sampled every ``pitch`` Angstrom, read every ``pixel`` Angstrom: (size, size, size).
+
+    Centre voxel C//2 becomes size//2.  Exact for any ratio: the band-limited function through the samples,
+    zero beyond the crop, one small matrix product per axis; coarser pixels are low-passed to their own Nyquist
+    first.  Density is kept.  ``flip`` mirrors along z about the centre voxel.
+    """
+    box = volume.shape[0]
+    if size == box and pixel == pitch and not flip:
+        return np.asarray(volume, np.float32)
+    place = (np.arange(size) - size // 2) * (pixel / pitch)
+    band = min(1.0, pitch / pixel)
+    along = band * np.sinc(band * (place[:, None] - (np.arange(box) - box // 2)))
+    # padding is padding: the tails of the interpolation do not run on into the added voxels
+    along[np.abs(place) > box / 2] = 0
+    depth = band * np.sinc(band * (-place[:, None] - (np.arange(box) - box // 2))) if flip else along
+    if flip:
+        depth[np.abs(place) > box / 2] = 0
+    turned = np.einsum("zc,cyx->zyx", depth, volume, optimize=True)
+    turned = np.einsum("yc,zcx->zyx", along, turned, optimize=True)
+    return np.einsum("xc,zyc->zyx", along, turned, optimize=True).astype(np.float32)
+
+
+def write_data_volumes(
+    run: Run,
+    codes: NDArray[np.floating],
+    folder: Path,
+    prefix: str = "reference",
+    angpix: float | None = None,
+    box: int = 0,
+    flip: bool = False,
+    neighbours: int = 0,
+    seed: int = 0,
+) -> list[Path]:
+    """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
+
+    Particles are weighted by a Gaussian of their distance in code space that covers ``neighbours`` of them (0: a
+    tenth, at least 32).  Two random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random``
+    is the same for randomly chosen particles: what every subset shares.  UserError: the run has no cache.
+    """
+    rows = _cache(run)
+    grid, n = run.grid, len(run.codes)
+    pixel, size = target(grid, angpix, box)
+    rng = np.random.default_rng(seed)
+    half = rng.permutation(n) % 2 == 0
+    curves: dict[str, Floats] = {}
+    paths = []
+    for i, code in enumerate(progress(codes, len(codes), "volumes from data", "volumes")):
+        weight = kernel(run.codes, code, neighbours or max(32, n // 10))
+        volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
+        path = folder / f"{prefix}{i}_data.mrc"
+        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
+        paths.append(path)
+        curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
+        if i == 0:
+            control = _half_map_fsc(run, rows, rng.permutation(weight), half)
+    curves["random"] = control
+    _write_fsc(curves, grid, folder)
+    return paths
+
+
+def kernel(codes: NDArray[np.floating], code: NDArray[np.floating], neighbours: int) -> Floats:
+    """(P,) weights exp(-d^2 / 2 s^2) of the particles around ``code``, zero beyond 2 s = the distance of the
+    ``neighbours``-th nearest particle."""
+    distance = np.linalg.norm(np.asarray(codes, np.float64) - code, axis=1)
+    reach = float(np.partition(distance, min(neighbours, len(codes)) - 1)[min(neighbours, len(codes)) - 1])
+    return np.where(distance <= reach, np.exp(-2 * (distance / max(reach, 1e-12)) ** 2), 0.0)
+
+
+def _half_map_fsc(run: Run, rows: Rows, weight: Floats, half: NDArray[np.bool_]) -> Floats:
+    """FSC per shell of the two halves' reconstructions; zeros where a half has no particle."""
+    if not (weight[half].any() and weight[~half].any()):
+        return np.zeros(run.grid.crop // 2 + 1)
+    sides = (torch.from_numpy(np.where(side, weight, 0.0)) for side in (half, ~half))
+    first, second = (reconstruct(rows, side, run.grid, run.mask) for side in sides)
+    return np.asarray(fourier_shell_correlation(first, second), np.float64)
+
+
+def _cache(run: Run) -> Rows:
+    """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
+    folder = Path(option(run.config, "cache") or run.path / "cache")
+    cache = open_cache(folder)
+    if len(cache) != len(run.codes) or cache.grid[:4] != run.grid[:4]:
+        raise UserError(f"{folder}: is of other particles, another mask or --downfrac than {run.path}; make it again "
+                        f"with `opustomo cache {run.star} -o {folder}` and the options of the run")  # fmt: skip
+    return cache
+
+
+def option(config: dict[str, Any], name: str) -> str:
+    """An option by its own name, in whichever group of config.yaml it stands; "" when not set."""
+    inner = (option(values, name) for values in config.values() if isinstance(values, dict))
+    return str(config.get(name) or next((found for found in inner if found), ""))
+
+
+def _write_fsc(curves: dict[str, Floats], grid: Grid, folder: Path) -> None:
+    shells = len(next(iter(curves.values())))
+    frequency = np.arange(shells) / (grid.crop * grid.working_pixel)
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["frequency", *curves])
+    table.writerows([f"{v:.6f}" for v in row] for row in zip(frequency, *curves.values(), strict=True))
+    write_text(folder / "fsc_data.csv", buffer.getvalue())
+    plots.save(plots.fsc_curves(frequency, curves, "Half maps of the data at each code"), folder / "fsc_data.png")
+
+
+def read_fsc(path: Path) -> tuple[Floats, dict[str, Floats]]:
+    """(frequency in 1/Angstrom, name to FSC) of fsc_data.csv."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    table = np.array(rows[1:], np.float64)
+    return table[:, 0], {name: table[:, i + 1] for i, name in enumerate(rows[0][1:])}

@@ -1,0 +1,143 @@
+"""The verb ``average``: consensus map, half maps, FSC and a proposed mask, from the data alone.
+
+Owns: the sanity check before training.  If this map is not the molecule, nothing later will be.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+from opustomo.analysis import plots
+from opustomo.config import AverageConfig, GridOptions
+from opustomo.data.atomic import atomic
+from opustomo.data.inputs import read_inputs
+from opustomo.data.mrc import write_volume
+from opustomo.data.observe import estimate_noise, observe
+from opustomo.data.particles import Particles
+from opustomo.monitor import progress, setup_log
+from opustomo.physics.fourier import fourier_resize, from_band, irfft3, radial, rfft3, shell_sum, to_band
+from opustomo.physics.grid import Grid
+from opustomo.physics.volume import centre_pad, cosine_edge, fourier_shell_correlation
+
+log = logging.getLogger("opustomo")
+
+
+def half_sets(particles: Particles) -> np.ndarray:
+    """0 or 1 per particle: the file's random subsets, or alternate rows where it has none."""
+    if set(np.unique(particles.half)) >= {1, 2}:
+        return np.where(particles.half == 2, 1, 0)
+    return np.arange(len(particles)) % 2
+
+
+def half_totals(
+    particles: Particles, grid: Grid, mask: Tensor, contrast: str, normalisation: str
+) -> tuple[Tensor, Tensor]:
+    """Summed numerators (2, M, M, M) and weights (2, n) of the two half sets on the whole working box."""
+    noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
+    log.info("contrast: protein is %s; normalisation: %s; noise calibration %.2f",
+             "bright" if noise.contrast > 0 else "dark", "mean over tilts" if noise.mean_normalised else "as stored",
+             noise.calibration)  # fmt: skip
+    size, half = grid.working_box, half_sets(particles)
+    numerator, weight = torch.zeros(2, size, size, size), None
+    for i in progress(range(len(particles)), len(particles), "average"):
+        b, w = observe(particles, i, grid, noise, crop=size)
+        weight = torch.zeros(2, len(w)) if weight is None else weight
+        numerator[half[i]] += b
+        weight[half[i]] += w
+    assert weight is not None
+    return numerator, weight
+
+
+def wiener(numerator: Tensor, weight: Tensor, size: int, precision: Tensor) -> Tensor:
+    """``IFFT[B / (W + precision)]``, (M, M, M), not masked."""
+    return irfft3(from_band(to_band(rfft3(numerator)) / (weight + precision), size))
+
+
+def half_maps(numerator: Tensor, weight: Tensor, size: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Half maps (2, M, M, M), the full map filtered by their FSC, and the masked FSC (M//2+1,)."""
+    ones = torch.ones_like(weight[0])
+    shells = shell_sum(weight, size) / shell_sum(ones, size).clamp(min=1)
+    # a light, equal regularisation: half maps must not know the FSC
+    floor = torch.stack([radial(0.02 * s, size).clamp(min=1e-12) for s in shells])
+    halves = torch.stack([wiener(numerator[h], weight[h], size, floor[h]) for h in (0, 1)])
+    fsc = fourier_shell_correlation(halves[0] * mask, halves[1] * mask)
+    snr = (fsc / (1.0 - fsc).clamp(min=1e-3)).clamp(min=1e-3)
+    total = weight.sum(0)
+    precision = radial(shells.sum(0) / (2.0 * snr), size)
+    return halves, wiener(numerator.sum(0), total, size, precision.clamp(min=1e-12)), fsc
+
+
+def resolution(fsc: Tensor, threshold: float, extent: float) -> float:
+    """Resolution in Angstrom where the FSC first falls below ``threshold`` (Nyquist if it never does)."""
+    shells = torch.arange(len(fsc))
+    below = torch.nonzero((fsc < threshold) & (shells > 1))
+    last = int(below[0]) if len(below) else len(fsc) - 1
+    return extent / max(last, 1)
+
+
+def propose_mask(volume: Tensor, grid: Grid) -> Tensor:
+    """Soft solvent mask (M, M, M) from a map: low-passed to 5 working voxels, thresholded, largest part, soft edge.
+
+    The threshold is the one that splits the smoothed map's values best in two (Otsu), inside a sphere.
+    """
+    size = volume.shape[-1]
+    smooth = ndimage.gaussian_filter(volume.numpy(), max(1.0, 12.0 / grid.working_pixel))
+    axis = np.arange(size) - size // 2
+    inside = np.sqrt(sum(g.astype(float) ** 2 for g in np.meshgrid(axis, axis, axis, indexing="ij"))) < 0.48 * size
+    level = threshold_otsu(smooth[inside])
+    labels, count = ndimage.label((smooth > level) & inside)
+    if count == 0:
+        return torch.from_numpy(inside.astype(np.float32))
+    sizes = ndimage.sum_labels(np.ones_like(labels), labels, np.arange(1, count + 1))
+    body = ndimage.binary_fill_holes(labels == 1 + int(np.argmax(sizes)))
+    distance = torch.from_numpy(ndimage.distance_transform_edt(~body)).float()
+    return cosine_edge(distance - max(2.0, 10.0 / grid.working_pixel), max(3.0, 20.0 / grid.working_pixel))
+
+
+def main(config: AverageConfig) -> int:
+    """``opustomo average``."""
+    setup_log(config.output, False)
+    if config.workers:
+        torch.set_num_threads(config.workers)
+    inputs = read_inputs(config.star, config.input, GridOptions(mask=config.mask, downfrac=config.downfrac))
+    particles, size = inputs.particles, inputs.grid.working_box
+    grid = inputs.grid._replace(crop=size)
+    mask = centre_pad(inputs.mask, size)
+    numerator, weight = half_totals(particles, grid, mask, config.input.contrast, config.input.normalisation)
+    halves, full, fsc = half_maps(numerator, weight, size, mask)
+    if config.mask is None:
+        mask = propose_mask(full, grid)
+        halves, full, fsc = half_maps(numerator, weight, size, mask)
+        write_volume(config.output / "mask.mrc", fourier_resize(mask, grid.box).clamp(0, 1).numpy(), grid.pixel_size)
+        log.info("proposed mask: mask.mrc, %.1f %% of the box; look at it before training", 100 * float(mask.mean()))
+    for name, volume in (("average", full), ("half1", halves[0]), ("half2", halves[1])):
+        write_volume(config.output / f"{name}.mrc", volume.numpy(), grid.working_pixel)
+    _write_fsc(config.output, fsc, grid)
+    figure = plots.montage(np.stack([full.numpy(), (full * mask).numpy()]), ["average", "masked average"])
+    plots.save(figure, config.output / "average.png")
+    log.info(
+        "average of %d particles: FSC 0.5 at %.1f A, 0.143 at %.1f A (Nyquist %.1f A); %s",
+        len(particles), resolution(fsc, 0.5, grid.extent), resolution(fsc, 0.143, grid.extent),
+        2 * grid.working_pixel, config.output / "average.png",
+    )  # fmt: skip
+    return 0
+
+
+def _write_fsc(folder: Path, fsc: Tensor, grid: Grid) -> None:
+    resolutions = [grid.extent / max(shell, 1e-9) if shell else float("inf") for shell in range(len(fsc))]
+    with atomic(folder / "fsc.csv") as temporary, temporary.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["shell", "resolution_angstrom", "fsc"])
+        writer.writerows(
+            (i, f"{r:.3f}", f"{float(f):.5f}") for i, (r, f) in enumerate(zip(resolutions, fsc, strict=True))
+        )
+    frequency = np.arange(len(fsc)) / grid.extent
+    plots.save(plots.fsc_curves(frequency, {"half maps": fsc.numpy()}), folder / "fsc.png")

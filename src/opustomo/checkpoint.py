@@ -1,0 +1,251 @@
+"""The run folder: what a stage writes, and opening it again.
+
+Owns: config.yaml, config.pkl, weights.N.pkl, z.N.pkl, pose.N.pkl, split and mask of a run, for the linear stage and
+for the network alike.  Everything is written atomically and read without executing pickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opustomo import __version__
+from opustomo.compat.legacy_files import load_poses, load_split, save_config_pickle, save_poses
+from opustomo.data.atomic import atomic, write_text
+from opustomo.data.mrc import write_volume
+from opustomo.errors import UserError
+from opustomo.model.vae import Vae
+from opustomo.objective import envelope
+from opustomo.physics.fourier import from_band, irfft3
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop
+
+Kind = Literal["network", "linear"]
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Options of a config dataclass as plain values, nested groups flattened: what config.yaml holds."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= flatten(value)
+        else:
+            values[field.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    """config.yaml (options and resolved values) and the same as config.pkl in the layout users' scripts know."""
+    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    dataset = {
+        k: values[k] for k in ("star", "poses", "datadir", "mask", "ind", "angpix", "downfrac", "split", "valfrac")
+    }
+    lattice = {"D": values["box"] + 1, "extent": 0.5, "ignore_DC": True}
+    model = {
+        "zdim": values["zdim"],
+        "templateres": values["templateres"],
+        "width": values["width"],
+        "encoderres": values["encoderres"],
+        "Apix": values["box"] * values["pixel_size"] / values["working_box"],
+        "downfrac": values["downfrac"],
+        "bfactor": values["bfactor"],
+    }
+    legacy = {"dataset_args": dataset, "lattice_args": lattice, "model_args": model, "seed": values["seed"]}
+    meta = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "cmd": list(sys.argv), "version": __version__}
+    save_config_pickle(folder / "config.pkl", legacy, meta)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a run.  Raises UserError if the folder is no run or the file is damaged."""
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no run here (config.yaml is missing); give the folder that `train -o` wrote"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); restore it from a copy") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is not a table of options; restore it from a copy")
+    return values
+
+
+def save_tensors(path: Path, payload: dict[str, Any]) -> None:
+    """``torch.save`` of tensors and plain values, atomically."""
+    with atomic(path) as temporary:
+        torch.save(payload, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Read a file of ``save_tensors``; nothing in it is executed.  Raises UserError if it is absent or damaged."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `ls {path.parent}` shows which epochs exist") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); use that of another epoch") from None
+    if not isinstance(payload, dict):
+        raise UserError(f"{path}: not a checkpoint of this program; use a weights.N.pkl or z.N.pkl of a run")
+    return payload
+
+
+def epochs_of(folder: Path) -> list[int]:
+    """Epochs for which weights.N.pkl and z.N.pkl both exist, ascending."""
+    found = (re.fullmatch(r"weights\.(\d+)\.pkl", p.name) for p in folder.glob("weights.*.pkl"))
+    return sorted(int(m[1]) for m in found if m and (folder / f"z.{m[1]}.pkl").exists())
+
+
+def save_epoch(
+    folder: Path,
+    epoch: int,
+    weights: dict[str, Any],
+    code: Tensor,
+    sigma: Tensor,
+    poses: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+) -> None:
+    """weights.N.pkl, z.N.pkl and pose.N.pkl of an epoch; z last, since an epoch counts from when it is there.
+
+    code, sigma: (P, zdim); poses: rotation (P, 3, 3), origin as a fraction of the box (P, 3), Euler (P, 3).
+    """
+    save_tensors(folder / f"weights.{epoch}.pkl", weights)
+    save_poses(folder / f"pose.{epoch}.pkl", *poses)
+    save_tensors(folder / f"z.{epoch}.pkl", {"mu": code.float().clone(), "sigma": sigma.float().clone()})
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run at one epoch (see ``open_run``)."""
+
+    path: Path
+    kind: Kind
+    epoch: int
+    config: dict[str, Any]
+    codes: NDArray[np.float32]  # (P, zdim)
+    sigma: NDArray[np.float32] | None  # (P, zdim)
+    grid: Grid
+    rotation: NDArray[np.float64]  # (P, 3, 3)
+    origin: NDArray[np.float64]  # (P, 3) pixels
+    euler: NDArray[np.float64]  # (P, 3) degrees
+    weights: dict[str, Any]
+
+    @property
+    def star(self) -> Path:
+        """The STAR file the run was made from."""
+        return Path(self.config["star"])
+
+    @property
+    def mask(self) -> Tensor:
+        """(C, C, C) on the working grid."""
+        mask: Tensor = self.weights["model"]["mask"]
+        return mask
+
+    @property
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row numbers for training and for validation."""
+        order = load_split(Path(self.config["split"]), len(self.codes))
+        return split_rows(order, float(self.config["valfrac"]))
+
+    @cached_property
+    def model(self) -> Vae:
+        """The network of the run, ready to decode."""
+        return build_model(self.weights)
+
+    def decode(self, codes: NDArray[np.floating[Any]], batch: int = 8) -> NDArray[np.float32]:
+        """Masked densities (n, C, C, C) of codes (n, zdim) on the working grid; voxel C//2 is the centre."""
+        if codes.ndim != 2 or codes.shape[1] != self.codes.shape[1]:
+            raise UserError(f"codes of shape {codes.shape} where {self.path} has {self.codes.shape[1]} dimensions")
+        decoded = [
+            self._decode(torch.from_numpy(np.asarray(codes[i : i + batch], np.float32)))
+            for i in range(0, len(codes), batch)
+        ]
+        return torch.cat(decoded).numpy()
+
+    @torch.no_grad()
+    def _decode(self, codes: Tensor) -> Tensor:
+        if self.kind == "linear":
+            state = self.weights["model"]
+            return state["mean"] + torch.einsum("bk,kzyx->bzyx", codes, state["components"])
+        linear, nonlinear = self.model.linear(codes), self.model.nonlinear(codes)
+        strength = float(self.config["bfactor"])
+        if strength > 0:
+            # training compares G V with the data; the map is V
+            size = self.grid.working_box
+            gain = 1.0 / envelope(strength, self.epoch, size, self.grid.extent)
+            sharp = irfft3(from_band(model_band(linear, size) * gain, size))
+            linear = centre_crop(sharp, self.grid.crop) * self.mask
+        return linear + nonlinear
+
+
+def split_rows(order: NDArray[np.int64], valfrac: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows for training and validation: the first (1 - valfrac) of the permutation train, at least one."""
+    count = max(1, math.ceil(len(order) * (1.0 - valfrac)))
+    return order[:count], order[count:]
+
+
+def build_model(weights: dict[str, Any]) -> Vae:
+    """The network of a checkpoint.  Raises UserError if its tensors do not fit its sizes."""
+    state, shape = weights["model"], weights["shape"]
+    try:
+        model = Vae(
+            state["mask"], state["mean"], state["components"], state["pose_modes"],
+            templateres=shape["templateres"], width=shape["width"], encoderres=shape["encoderres"],
+        )  # fmt: skip
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint does not fit its own sizes ({str(error).splitlines()[0]}); it is damaged"
+        ) from None
+    return model.eval()
+
+
+def open_run(path: Path, epoch: int = -1) -> Run:
+    """Open a run folder at an epoch (0-based; -1: the latest).  Raises UserError if there is none."""
+    config = read_config(path)
+    present = epochs_of(path)
+    if not present:
+        raise UserError(f"{path}: no finished epoch (weights.N.pkl with z.N.pkl) yet; wait for the first checkpoint")
+    if epoch >= 0 and epoch not in present:
+        raise UserError(f"{path}: no epoch {epoch}; present are {', '.join(map(str, present))} (0-based)")
+    chosen = present[-1] if epoch < 0 else epoch
+    codes = load_tensors(path / f"z.{chosen}.pkl")
+    poses = load_poses(path / f"pose.{chosen}.pkl")
+    grid = Grid(*(config[k] for k in ("box", "pixel_size", "working_box", "crop", "templateres")))
+    sigma = codes.get("sigma")
+    return Run(
+        path=path,
+        kind=config["kind"],
+        epoch=chosen,
+        config=config,
+        codes=codes["mu"].numpy(),
+        sigma=None if sigma is None else sigma.numpy(),
+        grid=grid,
+        rotation=np.asarray(poses.rotation, float),
+        origin=np.asarray(poses.origin, float) * grid.box,
+        euler=np.asarray(poses.euler, float),
+        weights=load_tensors(path / f"weights.{chosen}.pkl"),
+    )
+
+
+def write_map(path: Path, volume: Tensor, grid: Grid) -> None:
+    """A model volume (C, C, C) on the working grid, with the header origin that overlays it on the consensus map."""
+    centre = (grid.box // 2) * grid.pixel_size
+    start = centre - (grid.crop // 2) * grid.working_pixel
+    write_volume(path, volume.numpy(), grid.working_pixel, (start, start, start))

@@ -1,0 +1,260 @@
+"""The ``opustomo`` command: verbs, help, and how every failure reaches the user as one line.
+
+Owns: the table of verbs and ``run``, the wrapper that turns exceptions into messages and exit statuses.  A verb's
+module is imported only when the verb runs, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from opustomo import __version__
+from opustomo.errors import UserError
+
+
+class Verb(NamedTuple):
+    """Where a verb lives: its module, the config dataclass of its ``main``, and the example under its help."""
+
+    module: str
+    config: str
+    example: str
+
+
+VERBS = {
+    "check": Verb("data.check", "CheckConfig", "opustomo check particles.star -r mask.mrc"),
+    "average": Verb("average", "AverageConfig", "opustomo average particles.star -o average"),
+    "linear": Verb("linear", "LinearConfig", "opustomo linear particles.star -r mask.mrc -o linear"),
+    "cache": Verb("data.cache", "CacheConfig", "opustomo cache particles.star -r mask.mrc -o run/cache"),
+    "train": Verb(
+        "train",
+        "TrainConfig",
+        "opustomo train particles.star -r mask.mrc -o run -n 20 -b 8 --zdim 12\n"
+        "  opustomo train --resume run                  continue an interrupted run exactly\n"
+        "  opustomo train --resume run -n 40            the same, up to 40 epochs",
+    ),
+    "analyze": Verb("analysis.latents", "AnalyzeConfig", "opustomo analyze run --pcs 4 --clusters 16"),
+    "volumes": Verb(
+        "analysis.volumes",
+        "VolumesConfig",
+        "opustomo volumes run --kmeans 16 --angpix 4\n  opustomo volumes run --pc 1",
+    ),
+    "select": Verb(
+        "analysis.selection",
+        "SelectConfig",
+        "opustomo select particles.star --run run -o selected --kmeans 16 --classes 0 3 5",
+    ),
+    "evaluate": Verb("analysis.quality", "EvaluateConfig", "opustomo evaluate run --truth simulated"),
+    "simulate": Verb("simulate.dataset", "SimulateConfig", "opustomo simulate -o simulated --preset two-state"),
+    "report": Verb("analysis.report", "ReportConfig", "opustomo report run"),
+    "demo": Verb("demo", "DemoConfig", "opustomo demo -o demo"),
+}
+
+OVERVIEW = f"""\
+opustomo {__version__}: structural heterogeneity of macromolecules from cryo-electron tomography
+
+usage: opustomo VERB [options]        opustomo VERB --help: every option, with an example
+
+Before training
+  check      look at a data set in seconds and say what will be done about every finding
+  average    consensus map with half maps and FSC; proposes a solvent mask
+  linear     mean, components and the code of every particle in closed form, in about a minute
+  cache      numerators and weights in the consensus frame (train makes them when missing)
+Training
+  train      train the network, started from the linear stage; writes a code for every particle
+After training
+  analyze    PCA, k-means and UMAP of the codes
+  volumes    density maps at cluster centres, along components or at any list of codes
+  select     STAR files of chosen classes, in the dialect that came in
+  report     one self-contained HTML page about a run
+Known truth
+  simulate   a data set with CTF, tilt scheme, noise and pose errors of which everything is known
+  evaluate   compare a run with the truth of a simulated set
+  demo       all of the above on a small simulated ribosome set, in minutes
+
+The whole path:
+  opustomo check particles.star
+  opustomo average particles.star -o average              # look at average/average.png; gives average/mask.mrc
+  opustomo train particles.star -r average/mask.mrc -o run
+  opustomo analyze run --clusters 16
+  opustomo volumes run --kmeans 16
+  opustomo select particles.star --run run -o classes --kmeans 16
+  opustomo report run                                     # open run/report.html
+
+dsd and dsdsh accept the command lines of OPUS-TOMO on the same functions: dsd -h, dsdsh -h.
+OPUSTOMO_DEBUG=1 in the environment prints the traceback of a failure.
+"""
+
+# Failures of the machine that the user can mend, in words.
+OS_MESSAGES = {
+    errno.ENOENT: "not found",
+    errno.ENOSPC: "disk full; free space or choose another folder with -o",
+    errno.EDQUOT: "disk quota used up; free space or choose another folder with -o",
+    errno.EACCES: "permission denied; choose another folder with -o or change its permissions",
+    errno.EPERM: "not permitted; choose another folder with -o",
+    errno.EROFS: "the file system is read-only; choose another folder with -o",
+    errno.ENOTDIR: "part of the path is a file, not a folder",
+    errno.EISDIR: "a folder stands where a file is expected",
+}
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``opustomo``; returns the exit status (0 done, 1 failed, 2 mistake in input or options, 130 interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"opustomo {__version__}")
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        return run("opustomo", partial(unknown_command, "opustomo", verb, list(VERBS)))
+    if "-h" in argv or "--help" in argv:
+        return run(f"opustomo {verb}", partial(print_verb_help, verb))
+    try:
+        config, given = parse_verb(argv)
+    except UserError as error:
+        return fail(f"opustomo {verb}", f"{error} (opustomo {verb} --help lists the options)", 2)
+    return run(f"opustomo {verb}", partial(call, verb, config, given), output_folder(config))
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one verb's command line without the wrapper: exceptions reach the caller (the demo's stages)."""
+    return call(argv[0], *parse_verb(argv))
+
+
+def parse_verb(argv: Sequence[str]) -> tuple[Any, frozenset[str]]:
+    """Config object of ``VERB options...`` and the names of the fields given explicitly; raises ``UserError``."""
+    from opustomo import config, options
+
+    verb, arguments = argv[0], list(argv[1:])
+    if verb == "train" and "--resume" in arguments:
+        arguments = resume_arguments(arguments)
+    return options.parse(getattr(config, VERBS[verb].config), arguments, f"opustomo {verb}")
+
+
+def resume_arguments(arguments: list[str]) -> list[str]:
+    """``--resume RUN`` as what it stands for: the run's own STAR file, ``-o RUN --load latest``."""
+    import yaml
+
+    at = arguments.index("--resume")
+    if at + 1 == len(arguments):
+        raise UserError("--resume needs the run folder to continue, e.g. --resume run")
+    folder = arguments[at + 1]
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--resume {folder}: no config.yaml there, so it is not a run folder of train")
+    stored = yaml.safe_load(path.read_text())
+    if not isinstance(stored, dict) or "star" not in stored:
+        raise UserError(f"{path}: names no STAR file; use opustomo train STAR -o {folder} --load latest")
+    return [str(stored["star"]), "-o", folder, "--load", "latest", *arguments[:at], *arguments[at + 2 :]]
+
+
+def call(verb: str, config: Any, given: frozenset[str]) -> int:
+    """Import the verb's module and run its ``main``; train is also told which options were typed."""
+    if not logging.getLogger("opustomo").handlers:
+        from opustomo.monitor import setup_log
+
+        setup_log(None, getattr(config, "verbose", False))
+    function = importlib.import_module(f"opustomo.{VERBS[verb].module}").main
+    return int((function(config, given) if verb == "train" else function(config)) or 0)
+
+
+def print_verb_help(verb: str) -> None:
+    """Options of one verb, then its example."""
+    from opustomo import config, options
+
+    options.print_help(getattr(config, VERBS[verb].config), f"opustomo {verb}")
+    print(f"example:\n  {VERBS[verb].example}")
+
+
+def unknown_command(command: str, word: str, known: Sequence[str]) -> int:
+    """Raise the ``UserError`` for a verb or subcommand that does not exist."""
+    from opustomo.options import closest
+
+    raise UserError(f"there is no '{word}'{closest(word, known)} (available: {', '.join(known)}; see {command} -h)")
+
+
+def output_folder(config: Any) -> Path | None:
+    """The folder a verb writes to (its output, else its run folder), where an error log may go; it may not exist."""
+    output: Path | None = getattr(config, "output", None)
+    return output if output is not None and output.suffix != ".html" else getattr(config, "run", None)
+
+
+def run(command: str, function: Callable[[], int | None], output: Path | None = None) -> int:
+    """Call ``function`` and return an exit status; every failure becomes one line on stderr.
+
+    ``command`` is what the line starts with (``opustomo train``, ``dsdsh analyze``); ``output`` the folder that
+    receives ``error.log`` with the traceback of an internal error (the system's temporary folder when None).
+    """
+    try:
+        status = function() or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return fail(command, "interrupted", 130)
+    except BrokenPipeError:
+        # The reader of a pipe left (`opustomo check ... | head`); Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("OPUSTOMO_DEBUG") == "1":
+            traceback.print_exc()
+        return fail(command, *explain(error, output))
+
+
+def explain(error: Exception, output: Path | None) -> tuple[str, int]:
+    """Message and exit status for an exception."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in OS_MESSAGES and (error.filename or error.errno != errno.ENOENT):
+        where = f"{error.filename}: " if error.filename else ""
+        return where + OS_MESSAGES[error.errno], 2
+    text = str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text.lower() for words in OUT_OF_MEMORY)
+    ):
+        return "out of memory; use a smaller batch (-b), a smaller --downfrac or fewer --workers", 1
+    reason = " ".join(f"{type(error).__name__}: {text}".split())
+    return f"internal error: {reason}; the traceback is in {write_traceback(output)}, please report it", 1
+
+
+def write_traceback(output: Path | None) -> Path:
+    """Write the traceback being handled to ``output``/error.log or, failing that, to the temporary folder."""
+    text = traceback.format_exc()
+    if output is not None and output.is_dir():
+        try:
+            path = output / "error.log"
+            path.write_text(text)
+            return path
+        except OSError:
+            pass
+    with tempfile.NamedTemporaryFile("w", prefix="opustomo-", suffix="-error.log", delete=False) as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def fail(command: str, message: str, status: int) -> int:
+    """One line on stderr and at the end of the run's log, so that a log read later ends with the reason."""
+    line = f"{command}: error: {message}" if status != 130 else f"{command}: {message}"
+    print(line, file=sys.stderr)
+    logger = logging.getLogger("opustomo")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, line, (), None))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The seed's command lines (dsd, dsdsh) on the same functions."""

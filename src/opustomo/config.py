@@ -1,0 +1,315 @@
+"""Every option of every verb, as frozen dataclasses.
+
+Owns: names, defaults and help of the options.  The same object is the command line (via tyro), the config file
+(``config.yaml``) and the metadata of a checkpoint.  This module imports nothing heavy: ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+Star = Annotated[Positional[Path], arg(metavar="STAR")]
+Output = Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
+Mask = Annotated[Path | None, arg(aliases=("-r",), metavar="MRC")]
+Run = Annotated[Positional[Path], arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How the STAR file is read; shared by every verb that reads particles."""
+
+    datadir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder in front of the file names in the STAR file (default: the STAR's own folder)."""
+    angpix: Annotated[float | None, arg(aliases=("--Apix",), metavar="A")] = None
+    """Pixel size in Angstrom; only a cross-check, it is read from the data."""
+    box: Annotated[int | None, arg(aliases=("-D",), metavar="N")] = None
+    """Box size in voxels; only a cross-check, it is read from the data."""
+    relion31: bool = False
+    """State that the STAR file is RELION 3.1 or later; only a cross-check, the version is detected."""
+    contrast: Literal["auto", "white", "black"] = "auto"
+    """Protein density in the subtomograms: white (bright), black (dark) or detected from the data."""
+    normalisation: Literal["auto", "sum", "mean"] = "auto"
+    """How tilts were combined in the subtomograms: summed, averaged over covering tilts, or detected."""
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Mask, resolution and crop; shared by every verb that works in the consensus frame."""
+
+    mask: Mask = None
+    """Solvent mask of the consensus map (soft, 0..1, same box as the subtomograms); without one a sphere is used."""
+    downfrac: float = 0.5
+    """Working box as a fraction of the subtomogram's: M = 2 floor(N downfrac / 2)."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Look at a data set in seconds and say what will be done about every finding."""
+
+    star: Star
+    """RELION STAR file of 3-D subtomograms."""
+    input: InputOptions = InputOptions()
+    grid: GridOptions = GridOptions()
+    sample: int = 64
+    """Number of subtomograms read for statistics (all headers are read always)."""
+    json: bool = False
+    """Print the findings as JSON."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Make the numerator/weight cache in the consensus frame (run by train when missing or stale)."""
+
+    star: Star
+    """RELION STAR file of 3-D subtomograms."""
+    output: Output
+    """Folder of the cache."""
+    input: InputOptions = InputOptions()
+    grid: GridOptions = GridOptions()
+    workers: int = 0
+    """Threads used for the cache (0: all cores)."""
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Consensus map with half maps and FSC, and a proposed solvent mask: the sanity check before training."""
+
+    star: Star
+    """RELION STAR file of 3-D subtomograms."""
+    output: Output
+    """Output folder: average.mrc, half1.mrc, half2.mrc, fsc.csv, fsc.png, mask.mrc, average.png."""
+    input: InputOptions = InputOptions()
+    mask: Mask = None
+    """Solvent mask used for the FSC; without one a mask is proposed from the map (mask.mrc)."""
+    downfrac: float = 1.0
+    """Working box as a fraction of the subtomogram's (1: full resolution)."""
+    workers: int = 0
+    """Threads (0: all cores)."""
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Mean, components and the posterior of every particle, in closed form: an answer before any network."""
+
+    star: Star
+    """RELION STAR file of 3-D subtomograms."""
+    output: Output
+    """Output folder: mean.mrc, component maps, z.0.pkl, linear.npz, pictures."""
+    input: InputOptions = InputOptions()
+    grid: GridOptions = GridOptions()
+    components: int = 0
+    """Number of components K (0: chosen by held-out likelihood)."""
+    iterations: int = 16
+    """EM iterations."""
+    clusters: int = 4
+    """Number of clusters whose volumes are written."""
+    seed: int = 0
+    """Random seed."""
+    workers: int = 0
+    """Threads (0: all cores)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train the convolutional VAE, started from the linear stage; ends with a full encode pass."""
+
+    star: Star
+    """RELION STAR file of 3-D subtomograms."""
+    output: Output
+    """Run folder: config.yaml, run.log, metrics.csv, weights.N.pkl, z.N.pkl, pose.N.pkl, previews."""
+    input: InputOptions = InputOptions()
+    grid: GridOptions = GridOptions()
+    poses: Annotated[Path | None, arg(metavar="PKL")] = None
+    """Pose pickle of `dsdsh prepare`; default: the poses of the STAR file."""
+    ind: Annotated[Path | None, arg(metavar="PKL")] = None
+    """Train on these row numbers only (pickle or text)."""
+    epochs: Annotated[int, arg(aliases=("-n",))] = 20
+    """Number of epochs in total."""
+    batch: Annotated[int, arg(aliases=("-b",))] = 8
+    """Particles per step on each GPU."""
+    zdim: int = 12
+    """Dimension of the composition code."""
+    lr: float = 5e-4
+    """Initial learning rate of AdamW."""
+    wd: float = 0.0
+    """Weight decay."""
+    accum_step: int = 1
+    """Steps over which gradients are accumulated."""
+    beta: Literal["cos", "constant"] = "cos"
+    """Schedule of the KL weight: cyclic annealing or constant 1."""
+    beta_control: float = 1.0
+    """Strength of the KL term; the likelihood is in nats, so 1 is the evidence lower bound."""
+    lamb: float = 0.0
+    """Strength of the structural disentanglement prior (seed's range 0.1-3)."""
+    bfactor: float = 0.0
+    """B0 of the decaying envelope exp(-pi^2 B0 s^2) on the model during training (seed's range 3-5)."""
+    valfrac: float = 0.1
+    """Fraction of particles held out for validation."""
+    split: Annotated[Path | None, arg(metavar="PKL")] = None
+    """File that holds (or receives) the train/validation split; default RUN/split.pkl."""
+    templateres: int = 0
+    """Size of the decoder's volume, a multiple of 16 (0: the multiple of 16 at or above the crop)."""
+    width: float = 0.0
+    """Channel multiplier; 1 is the seed's network (0: 1 on a GPU, 0.25 on CPUs)."""
+    encoderres: int = 0
+    """Size to which the encoder's features are resized (0: 12, the seed's, on a GPU; 6 on CPUs)."""
+    estpose: bool = False
+    """Learn a small pose correction for every particle."""
+    num_gpus: int = 1
+    """GPUs asked for; fewer present: those are used and the global batch b * N is kept."""
+    multigpu: bool = False
+    """Use several GPUs."""
+    cache: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the cache (default RUN/cache)."""
+    no_cache: bool = False
+    """Keep no cache on disk: numerators and weights are made on the fly."""
+    plot: bool = False
+    """Write the picture rows at every log interval instead of once per epoch."""
+    tmp_prefix: str = "tmp"
+    """Prefix of the running volume and picture in RUN."""
+    log_interval: int = 0
+    """Particles between two lines of metrics (0: once per epoch)."""
+    checkpoint: int = 1
+    """Epochs between two checkpoints; the last epoch is always written."""
+    load: Annotated[str | None, arg(metavar="latest|PKL")] = None
+    """Continue from RUN's latest checkpoint, or start warm from a weights file."""
+    latents: Annotated[Path | None, arg(metavar="PKL")] = None
+    """Codes of the checkpoint given by --load (checked against it)."""
+    seed: int = 0
+    """Random seed."""
+    workers: int = 0
+    """Threads (0: all cores)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    verbose: bool = False
+    """More lines in the log."""
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """PCA, traversals, k-means and UMAP of the codes, with pictures."""
+
+    run: Run
+    """Run folder of train or linear."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    pcs: int = 4
+    """Principal components to sample."""
+    clusters: int = 16
+    """K of k-means."""
+    skip_umap: bool = False
+    """Skip the UMAP embedding (a stored umap.pkl is read)."""
+    seed: int = 0
+    """Random seed."""
+
+
+@dataclass(frozen=True)
+class VolumesConfig:
+    """Decode volumes at cluster centres, along components or at any list of codes."""
+
+    run: Run
+    """Run folder of train or linear."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    kmeans: int = 0
+    """Decode the centres of analyze.N/kmeansK."""
+    pc: int = 0
+    """Decode the traversal of principal component number PC (1-based)."""
+    zfile: Path | None = None
+    """Decode every row of this text file of codes."""
+    output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
+    """Output folder (default: the folder of that analysis)."""
+    prefix: str = "reference"
+    """Volumes are named PREFIX0.mrc, PREFIX1.mrc, ..."""
+    angpix: Annotated[float | None, arg(aliases=("--Apix",))] = None
+    """Pixel size of the written volumes (default: the working pixel size)."""
+    box: int = 0
+    """Pad to this box size at the written pixel size (0: the mask's crop)."""
+    flip: bool = False
+    """Mirror the volumes along z (other hand)."""
+    from_data: bool = False
+    """Also write what the data say at each code, with half-map FSC."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Write the particles of one or more classes as STAR files in the dialect that came in."""
+
+    star: Star
+    """The STAR file the run was trained on."""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """Run folder."""
+    output: Output
+    """Output folder."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    kmeans: int = 16
+    """K of the k-means analysis."""
+    classes: tuple[int, ...] = ()
+    """Classes to join into selected.star (default: one file per class)."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One self-contained HTML page about a run."""
+
+    run: Run
+    """Run folder."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    clusters: int = 0
+    """K of the k-means analysis shown (0: the largest present)."""
+    output: Annotated[Path | None, arg(aliases=("-o",), metavar="HTML")] = None
+    """Page to write (default RUN/report.html)."""
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Make a data set with known truth in the RELION 3.0 layout."""
+
+    output: Output
+    """Output folder: particles.star, mask.mrc, subtomo/, labels.npz, gt/, sim.json."""
+    preset: Literal["demo", "two-state", "hinge", "junk", "few"] = "demo"
+    """demo: four states and a rotation; two-state; hinge: rotation only; junk: decoys and pose outliers; few: 263."""
+    n: int = 0
+    """Number of particles (0: the preset's)."""
+    box: int = 0
+    """Box size (0: the preset's)."""
+    angpix: float = 0.0
+    """Pixel size in Angstrom (0: the preset's)."""
+    snr: float = -1.0
+    """var(signal) / var(noise) in the central sphere (-1: the preset's; 0: no noise)."""
+    rot_err: float = -1.0
+    """Pose error in degrees (-1: the preset's)."""
+    shift_err: float = -1.0
+    """Origin error in pixels (-1: the preset's)."""
+    seed: int = 1
+    """Random seed."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare a run with the truth of a simulated set: every metric of the benchmark."""
+
+    run: Run
+    """Run folder of train or linear."""
+    truth: Path
+    """Folder of the simulated set (labels.npz, gt/)."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Simulate, check, average, train, analyse, select, evaluate and report on a small ribosome set."""
+
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")] = Path("demo")
+    """Output folder."""
+    seed: int = 1
+    """Random seed."""

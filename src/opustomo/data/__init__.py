@@ -1,0 +1,1 @@
+"""Files in, one particle table out; and back."""

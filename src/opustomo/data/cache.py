@@ -1,0 +1,266 @@
+"""The numerator/weight cache: every particle's row in the consensus frame, made once, read many times.
+
+Owns: the files of the cache folder (docs/outputs.md), their fingerprint and checksums.  Rows are float16 with a
+float32 scale each; the numerator is cropped by the mask, the weight covers the band of the working box.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opustomo.data.atomic import write_text
+from opustomo.data.observe import Noise, estimate_noise, observe
+from opustomo.data.particles import Particles
+from opustomo.errors import UserError
+from opustomo.physics.fourier import band_frequencies
+from opustomo.physics.grid import Grid
+
+FORMAT = 1
+_MANIFEST, _NOISE = "cache.json", "noise.npz"
+Progress = Callable[[Iterable[int], int], Iterable[int]]
+
+
+def fingerprint(particles: Particles, grid: Grid, mask: Tensor, options: tuple[str, ...]) -> str:
+    """Everything a row depends on, as one hash; subtomograms by path, size and time of change."""
+    digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], options)).encode())
+    for path in (*particles.image_files, *dict.fromkeys(particles.ctf_files)):
+        status = path.stat()
+        digest.update(f"{path}{status.st_size}{status.st_mtime_ns}".encode())
+    for array in (particles.rotation, particles.origin, particles.tilts, particles.tilt_offsets):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(mask.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Cache:
+    """An opened cache: a ``Rows`` with its grid, mask and noise model."""
+
+    folder: Path
+    grid: Grid
+    noise: Noise
+    fingerprint: str
+    _numerator: np.memmap
+    _weight: np.memmap
+    _scale: np.memmap
+    _checksum: np.memmap
+
+    def __len__(self) -> int:
+        return len(self._scale)
+
+    def numerator(self, index: Tensor) -> Tensor:
+        """(b, C, C, C) float32 numerators of the rows at ``index``."""
+        return self._read(self._numerator, 0, index).unflatten(1, (self.grid.crop,) * 3)
+
+    def weight(self, index: Tensor) -> Tensor:
+        """(b, n) float32 weights of the rows at ``index``, on the band."""
+        return self._read(self._weight, 1, index)
+
+    def _read(self, rows: np.memmap, which: int, index: Tensor) -> Tensor:
+        where = index.numpy()
+        values = torch.from_numpy(np.asarray(rows[where])).float()
+        return values * torch.from_numpy(np.asarray(self._scale[where, which]))[:, None]
+
+    def missing(self) -> np.ndarray:
+        """Rows not written yet or damaged: those whose bytes do not have the stored checksum."""
+        return np.array([i for i in range(len(self)) if not self._intact(i)], np.int64)
+
+    def _intact(self, i: int) -> bool:
+        return bool(self._checksum[i, 0] == 1 and self._checksum[i, 1] == self._sum(i))
+
+    def _sum(self, i: int) -> int:
+        return zlib.crc32(self._weight[i].tobytes(), zlib.crc32(self._numerator[i].tobytes()))
+
+    def write(self, i: int, numerator: Tensor, weight: Tensor) -> None:
+        """Store row i (numerator (C, C, C), weight (n,)) with its checksum, the checksum last."""
+        self._checksum[i] = (0, 0)
+        for which, (rows, values) in enumerate(((self._numerator, numerator), (self._weight, weight))):
+            scale = max(float(values.abs().max()), 1e-30)
+            rows[i] = (values.flatten() / scale).numpy().astype(np.float16)
+            self._scale[i, which] = scale
+        self._checksum[i] = (1, self._sum(i))
+
+    def flush(self) -> None:
+        """Push every row to the disk."""
+        for array in (self._numerator, self._weight, self._scale, self._checksum):
+            array.flush()
+
+
+@dataclass(frozen=True)
+class OnTheFly:
+    """``Rows`` made from the subtomograms at every read (``--no-cache``): no disk space, much slower."""
+
+    particles: Particles
+    grid: Grid
+    noise: Noise
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+    def numerator(self, index: Tensor) -> Tensor:
+        """(b, C, C, C) float32."""
+        return torch.stack([observe(self.particles, int(i), self.grid, self.noise)[0] for i in index])
+
+    def weight(self, index: Tensor) -> Tensor:
+        """(b, n) float32."""
+        return torch.stack([observe(self.particles, int(i), self.grid, self.noise)[1] for i in index])
+
+
+def row_bytes(grid: Grid) -> int:
+    """Bytes of one row on disk."""
+    return 2 * (grid.crop**3 + len(band_frequencies(grid.working_box))) + 16
+
+
+def _files(folder: Path, grid: Grid, count: int) -> dict[str, tuple[Path, type, tuple[int, int]]]:
+    band = len(band_frequencies(grid.working_box))
+    return {
+        "numerator": (folder / "numerator.f16", np.float16, (count, grid.crop**3)),
+        "weight": (folder / "weight.f16", np.float16, (count, band)),
+        "scale": (folder / "scale.f32", np.float32, (count, 2)),
+        "checksum": (folder / "checksum.u32", np.uint32, (count, 2)),
+    }
+
+
+def _allocate(folder: Path, grid: Grid, count: int) -> None:
+    """Reserve the space of every file at once, so that a full disk is met before any work is done."""
+    need = count * row_bytes(grid)
+    try:
+        for path, kind, shape in _files(folder, grid, count).values():
+            with path.open("wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, int(np.prod(shape)) * np.dtype(kind).itemsize)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        raise UserError(
+            f"{folder}: disk full: the cache needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "free space, give another folder with --cache, lower --downfrac, or use --no-cache"
+        ) from None
+
+
+def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: str) -> Cache:
+    maps = {}
+    for name, (path, kind, shape) in _files(folder, grid, count).items():
+        if not path.exists() or path.stat().st_size != int(np.prod(shape)) * np.dtype(kind).itemsize:
+            raise UserError(f"{path}: missing or truncated cache file; delete {folder} and run again")
+        maps[name] = np.memmap(path, kind, mode, shape=shape)  # type: ignore[call-overload]
+    return Cache(folder, grid, noise, mark, maps["numerator"], maps["weight"], maps["scale"], maps["checksum"])
+
+
+def _save_noise(folder: Path, noise: Noise) -> None:
+    with (folder / _NOISE).open("wb") as handle:
+        np.savez(handle, power=noise.power.numpy(), explained=noise.explained.numpy())
+
+
+def _load_noise(folder: Path, manifest: dict) -> Noise:
+    with np.load(folder / _NOISE, allow_pickle=False) as stored:
+        power, explained = torch.from_numpy(stored["power"]), torch.from_numpy(stored["explained"])
+    return Noise(power, manifest["contrast"], manifest["mean_normalised"], explained, manifest["calibration"])
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The cache's manifest, or None where there is no (readable) cache."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def open_cache(folder: Path) -> Cache:
+    """Open a finished cache for reading.  Raises UserError if it is absent, unfinished or damaged."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: no cache here; make it with `opustomo cache STAR --mask MASK -o {folder}`")
+    grid = Grid(*manifest["grid"])
+    cache = _open(folder, grid, manifest["rows"], _load_noise(folder, manifest), manifest["fingerprint"], "r")
+    bad = cache.missing()
+    if len(bad):
+        raise UserError(
+            f"{folder}: {len(bad)} of {len(cache)} rows are unfinished or damaged (first: row {bad[0] + 1}); "
+            "run `opustomo cache` or `opustomo train` again, which makes only those anew"
+        )
+    return cache
+
+
+def prepare_cache(
+    folder: Path,
+    particles: Particles,
+    grid: Grid,
+    mask: Tensor,
+    *,
+    contrast: str,
+    normalisation: str,
+    workers: int,
+    progress: Progress,
+    noise: Noise | None = None,
+) -> Cache:
+    """Open the cache if it is current; finish it if it is incomplete; make it anew if it is stale.
+
+    mask: (C, C, C) on the working grid.  ``noise`` skips the estimate (rows of moved particles made again).
+    """
+    mark = fingerprint(particles, grid, mask, (contrast, normalisation))
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["fingerprint"] != mark:
+        noise = noise or estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
+        _create(folder, particles, grid, noise, mark)
+    else:
+        noise = _load_noise(folder, manifest)
+    cache = _open(folder, grid, len(particles), noise, mark, "r+")
+    _fill(cache, particles, cache.missing(), workers, progress)
+    return cache
+
+
+def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: str) -> None:
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / _MANIFEST).exists() and not (folder / _NOISE).exists():
+            raise UserError(f"{folder}: not empty and not a cache; choose another folder with --cache")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    _allocate(folder, grid, len(particles))
+    _save_noise(folder, noise)
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": mark,
+        "rows": len(particles),
+        "grid": list(grid),
+        "contrast": noise.contrast,
+        "mean_normalised": noise.mean_normalised,
+        "calibration": noise.calibration,
+        "source": str(particles.source),
+    }
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _fill(cache: Cache, particles: Particles, rows: np.ndarray, workers: int, progress: Progress) -> None:
+    if len(rows) == 0:
+        return
+
+    def make(i: int) -> None:
+        cache.write(i, *observe(particles, i, cache.grid, cache.noise))
+
+    # one particle per thread: its own transforms are too small to be worth splitting
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+            done = pool.map(make, map(int, rows))
+            for _ in progress((0 for _ in done), len(rows)):
+                pass
+    finally:
+        torch.set_num_threads(threads)
+        cache.flush()

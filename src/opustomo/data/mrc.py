@@ -1,0 +1,104 @@
+"""MRC volumes: headers read fast, data as float32 (z, y, x), files written atomically with an exact pixel size.
+
+Owns: the MRC2014 header as far as the program uses it.  Header fields and modes come from ``mrcfile``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mrcfile
+import numpy as np
+from mrcfile.dtypes import HEADER_DTYPE
+from mrcfile.utils import dtype_from_mode
+from numpy.typing import NDArray
+
+from opustomo.data.atomic import atomic
+from opustomo.errors import UserError
+
+_MODES = (0, 1, 2, 6, 12)  # int8, int16, float32, uint16, float16
+_HEADER_BYTES = 1024
+
+
+class MrcHeader(NamedTuple):
+    """What the header says: shape (z, y, x), pixel size along x in Angstrom (0 when unset) and MRC mode."""
+
+    shape: tuple[int, int, int]
+    pixel_size: float
+    mode: int
+
+
+def header_of(path: Path) -> MrcHeader:
+    """Read the header alone (microseconds).  UserError: missing, not an MRC volume, another mode, truncated."""
+    return _header(path)[0]
+
+
+def read_volume(path: Path) -> tuple[NDArray[np.float32], float]:
+    """Read a volume as float32 (z, y, x) and its pixel size in Angstrom.  NaNs pass through; errors of header_of."""
+    header, dtype, offset = _header(path)
+    data = np.fromfile(path, dtype, count=int(np.prod(header.shape)), offset=offset)
+    return data.reshape(header.shape).astype(np.float32), header.pixel_size
+
+
+def write_volume(
+    path: Path,
+    array: NDArray[Any],
+    pixel_size: float,
+    origin_angstrom: tuple[float, float, float] = (0.0, 0.0, 0.0),
+) -> None:
+    """Write a (z, y, x) volume: float16 stays float16 (mode 12), all else becomes float32 (mode 2).
+
+    pixel_size: Angstrom; the header's cell is ``n * pixel_size`` per axis, so that cell / n gives it back.
+    origin_angstrom: (x, y, z) position of the first voxel, as ChimeraX reads it.  UserError: cannot be written.
+    """
+    if array.ndim != 3 or array.size == 0 or not pixel_size > 0:
+        raise ValueError(f"a volume needs three axes and a pixel size > 0, not {array.shape} and {pixel_size}")
+    data = np.ascontiguousarray(array, np.float16 if array.dtype == np.float16 else np.float32)
+    with atomic(path) as temporary, mrcfile.new(temporary, overwrite=True) as mrc:
+        mrc.set_data(data)
+        # cella from the product: mrcfile's voxel_size setter rounds the pixel size to float32 first
+        mrc.header.cella = tuple(np.float32(n * float(pixel_size)) for n in data.shape[::-1])
+        mrc.header.origin = tuple(np.float32(value) for value in origin_angstrom)
+
+
+def _header(path: Path) -> tuple[MrcHeader, np.dtype[Any], int]:
+    """Header, data type in file byte order, offset of the data."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER_BYTES)
+            size = file.seek(0, 2)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such volume; check the name and --datadir") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the name and permissions") from error
+    if len(raw) < _HEADER_BYTES:
+        raise UserError(f"{path}: is not an MRC volume ({size} bytes); the file is empty or cut off: write it again")
+    record, order = _decode(raw, path)
+    shape = (int(record["nz"]), int(record["ny"]), int(record["nx"]))
+    mode = int(record["mode"])
+    if min(shape) < 2:
+        raise UserError(f"{path}: is not a 3-D volume (z, y, x = {shape}); give 3-D subtomograms, not images")
+    if mode not in _MODES:
+        raise UserError(f"{path}: MRC mode {mode} is not supported (0, 1, 2, 6, 12 are); convert it to float32")
+    dtype = dtype_from_mode(mode).newbyteorder(order)
+    offset = _HEADER_BYTES + max(int(record["nsymbt"]), 0)
+    expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size < expected:
+        raise UserError(f"{path}: is truncated ({size} of {expected} bytes); copy or write it again")
+    cell = float(record["cella"]["x"]) / (int(record["mx"]) or shape[2])
+    # a float32 cell holds seven digits: more would show 1.699 as 1.69899998
+    pixel_size = float(f"{cell:.7g}") if np.isfinite(cell) and cell > 0 else 0.0
+    return MrcHeader(shape, pixel_size, mode), dtype, offset
+
+
+def _decode(raw: bytes, path: Path) -> tuple[np.void, str]:
+    """The header record in whichever byte order makes the sizes and the mode sensible."""
+    for order in "<>":
+        record = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
+        sizes = [int(record[name]) for name in ("nx", "ny", "nz")]
+        if 0 <= int(record["mode"]) < 128 and all(0 <= n < 65536 for n in sizes):
+            if min(sizes) == 0:
+                raise UserError(f"{path}: has zero size (x, y, z = {tuple(sizes)}); write it again")
+            return record, order
+    raise UserError(f"{path}: is not an MRC volume (its header makes no sense); check the name")

@@ -1,0 +1,90 @@
+"""The particle table: everything the rest of the program knows about a data set.
+
+Owns: one row per particle in file order, in one set of units (pixels, degrees, Angstrom), whatever the
+dialect it was read from.  Readers make it; nothing else names a STAR column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from opustomo.data.star import StarFile
+
+# Columns of ``Particles.tilts``, one row per tilt image of one particle.  Angles in degrees, defocus in
+# Angstrom (underfocus positive), voltage in kV, Cs in mm, B-factor in Angstrom^2 (>= 0, damping), scale as in
+# the file (0 = excluded tilt).  (rot, tilt, psi) is RELION's ZYZ of the tilt: (u, v, distance) = R_t k.
+TILT_COLUMNS = (
+    "rot", "tilt", "psi", "defocus_u", "defocus_v", "defocus_angle", "voltage", "cs", "amplitude",
+    "phase_shift", "bfactor", "scale",
+)  # fmt: skip
+
+Transfer = Literal["tilts", "ctf_volume", "weight_volume", "none"]
+Normalisation = Literal["sum", "mean", "unknown"]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Subtomograms with poses and transfer functions (P particles).
+
+    ``rotation`` is A of METHOD section 2, ``x_particle = A x_consensus`` on (x, y, z) vectors; ``origin`` is in
+    pixels of the subtomogram, (x, y, z): the particle's centre lies at ``N//2 - origin``.
+    """
+
+    source: Path  # the STAR file read
+    dialect: str  # e.g. "RELION 3.0", "RELION 3.1"
+    star: StarFile  # the source table, kept whole for export
+    names: NDArray[np.object_]  # (P,) identity of each particle within the file
+    image_files: tuple[Path, ...]  # (P,) absolute paths of the subtomograms
+    ctf_files: tuple[Path, ...]  # (P,) absolute paths of CTF / weight volumes, () when tilts are known
+    euler: NDArray[np.float64]  # (P, 3) rot, tilt, psi in degrees
+    rotation: NDArray[np.float64]  # (P, 3, 3)
+    origin: NDArray[np.float64]  # (P, 3) pixels
+    coordinates: NDArray[np.float64] | None  # (P, 3) as in the file
+    tomogram: NDArray[np.object_]  # (P,) name of the tomogram, "" when unknown
+    half: NDArray[np.int64]  # (P,) 1 or 2, 0 when the file has no random subset
+    box: int  # N, even
+    pixel_size: float  # a0, Angstrom
+    transfer: Transfer
+    premultiplied: bool
+    normalisation: Normalisation  # how tilts were combined: METHOD section 3, r
+    tilts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(TILT_COLUMNS))))
+    tilt_offsets: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))  # (P + 1,)
+    notes: tuple[str, ...] = ()  # what the reader decided and how it knows, for check and the log
+
+    def __len__(self) -> int:
+        return len(self.image_files)
+
+    def tilts_of(self, i: int) -> NDArray[np.float64]:
+        """(T_i, 12) tilt rows of particle i; excluded tilts (scale 0) are left out."""
+        rows = self.tilts[self.tilt_offsets[i] : self.tilt_offsets[i + 1]]
+        return rows[rows[:, -1] != 0]
+
+    def subset(self, index: NDArray[np.int64]) -> Particles:
+        """The particles at ``index`` (integers, any order); the source table is kept whole."""
+        index = np.asarray(index, np.int64)
+        tilts, offsets = self.tilts, np.zeros(1, np.int64)
+        if self.transfer == "tilts":
+            counts = np.diff(self.tilt_offsets)[index]
+            offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            rows = [np.arange(self.tilt_offsets[i], self.tilt_offsets[i + 1]) for i in index]
+            tilts = self.tilts[np.concatenate(rows)] if rows else self.tilts[:0]
+        return replace(
+            self,
+            names=self.names[index],
+            image_files=tuple(self.image_files[i] for i in index),
+            ctf_files=tuple(self.ctf_files[i] for i in index) if self.ctf_files else (),
+            euler=self.euler[index],
+            rotation=self.rotation[index],
+            origin=self.origin[index],
+            coordinates=None if self.coordinates is None else self.coordinates[index],
+            tomogram=self.tomogram[index],
+            half=self.half[index],
+            tilts=tilts,
+            tilt_offsets=offsets,
+        )

@@ -1,0 +1,112 @@
+"""Readers: one particle table from any dialect.
+
+Owns: the order of the decisions (dialect, files, box, pixel size, poses, transfer) and the notes about them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opustomo.config import InputOptions
+from opustomo.data.particles import Normalisation, Particles
+from opustomo.data.readers import relion, sampling
+from opustomo.data.readers.ctf_volume import read_transfer_volume
+from opustomo.data.readers.files import Locator
+from opustomo.data.readers.transfer import find_transfer
+from opustomo.data.star import StarFile, read_star
+from opustomo.errors import UserError
+from opustomo.physics.geometry import euler_to_matrix
+
+__all__ = ["read_particles", "read_transfer_volume", "with_poses"]
+
+
+def read_particles(star: Path, options: InputOptions) -> Particles:
+    """Read a RELION 3.0 or 3.1 STAR file of 3-D subtomograms (P rows) with everything its particles refer to.
+
+    options: cross-checks (``-D``, ``--angpix``, ``--relion31``), ``--datadir`` and the normalisation.
+    UserError (one line, with the fix): any file missing, column missing, box or pixel size in disagreement, particle
+    without CTF.  Every decision is a sentence in ``notes``.
+    """
+    table = read_star(star)
+    dialect, notes = _dialect(table, options)
+    locator = Locator(star, options.datadir)
+    images = locator.require([str(name) for name in relion.image_names(table)], "subtomograms")
+    if locator.outside_datadir(images):
+        notes.append(f"--datadir {options.datadir} was not needed: the subtomograms are in {images[0].parent}")
+    box, box_note = sampling.box_size(images, star, relion.image_size(table), options)
+    pixel_size, pixel_note = sampling.pixel_size(images, star, relion.pixel_size(table), options)
+    euler = relion.eulers(table)
+    origin, origin_note = relion.origins(table, pixel_size)
+    transfer = find_transfer(table, images, locator, box)
+    return Particles(
+        source=star.absolute(),
+        dialect=dialect,
+        star=table,
+        names=relion.identities(table),
+        image_files=images,
+        ctf_files=transfer.ctf_files,
+        euler=euler,
+        rotation=_matrices(euler),
+        origin=origin,
+        coordinates=relion.coordinates(table),
+        tomogram=relion.tomograms(table),
+        half=relion.halves(table),
+        box=box,
+        pixel_size=pixel_size,
+        transfer=transfer.transfer,
+        premultiplied=relion.premultiplied(table),
+        normalisation=_normalisation(options),
+        tilts=transfer.tilts,
+        tilt_offsets=transfer.tilt_offsets,
+        notes=(*notes, box_note, pixel_note, origin_note, transfer.note),
+    )
+
+
+def with_poses(
+    particles: Particles, rotation: NDArray[Any], origin_fraction: NDArray[Any], euler: NDArray[Any]
+) -> Particles:
+    """The same particles with the poses of a pose pickle.
+
+    rotation: (P, 3, 3) A of METHOD section 2; origin_fraction: (P, 3) origins as a fraction of the box; euler: (P, 3)
+    degrees.  Where the matrices are not those of the Euler angles (other programs store the transpose) the angles,
+    whose convention is RELION's, are used and a note says so.  UserError naming both counts when P differs.
+    """
+    if not len(rotation) == len(origin_fraction) == len(euler) == len(particles):
+        raise UserError(
+            f"--poses has {len(euler)} poses but {particles.source} has {len(particles)} particles; make the pose "
+            "pickle from this STAR file with `dsdsh prepare`"
+        )
+    angles = np.asarray(euler, np.float64)
+    matrices = _matrices(angles)
+    notes = (*particles.notes, "poses from the pose pickle instead of the STAR file")
+    if np.abs(matrices - rotation).max() < 1e-3:
+        # the stored matrices carry corrections at float32 precision that the angles may have lost near tilt 0
+        matrices = np.asarray(rotation, np.float64)
+    else:
+        notes += ("the matrices of the pose pickle disagree with its Euler angles: the angles are used",)
+    origin = np.asarray(origin_fraction, np.float64) * particles.box
+    return replace(particles, rotation=matrices, origin=origin, euler=angles, notes=notes)
+
+
+def _dialect(table: StarFile, options: InputOptions) -> tuple[str, list[str]]:
+    dialect = relion.dialect(table)
+    if options.relion31 and dialect == "RELION 3.0":
+        raise UserError(
+            f"--relion31: {table.path} has no data_optics table, it is RELION 3.0 (block data_{table.particle_block}); "
+            "leave --relion31 out"
+        )
+    return dialect, [f"{dialect}: {len(table.particles)} particles in block data_{table.particle_block}"]
+
+
+def _normalisation(options: InputOptions) -> Normalisation:
+    return "unknown" if options.normalisation == "auto" else options.normalisation
+
+
+def _matrices(euler: NDArray[np.float64]) -> NDArray[np.float64]:
+    return euler_to_matrix(torch.from_numpy(euler)).numpy()

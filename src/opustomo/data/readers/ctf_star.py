@@ -1,0 +1,81 @@
+"""Per-particle CTF STAR files: one row per tilt, any number of tilts per particle.
+
+Owns: the columns of these files and their conversion to ``TILT_COLUMNS``.  Such files are written by RELION's
+``relion_prepare_subtomograms`` and by Warp 1; the angles are RELION's (the script inverts the stage tilt), so that
+(u, v, distance) = R_t k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.data.particles import TILT_COLUMNS
+from opustomo.data.star import read_numeric_table
+from opustomo.errors import UserError
+
+# In the order of TILT_COLUMNS; a number is the value taken when the column is absent, None means it is needed.
+_COLUMNS: dict[str, float | None] = {
+    "rlnAngleRot": 0.0,
+    "rlnAngleTilt": None,
+    "rlnAnglePsi": 0.0,
+    "rlnDefocusU": None,
+    "rlnDefocusV": None,
+    "rlnDefocusAngle": 0.0,
+    "rlnVoltage": None,
+    "rlnSphericalAberration": None,
+    "rlnAmplitudeContrast": None,
+    "rlnPhaseShift": 0.0,
+    "rlnCtfBfactor": 0.0,
+    "rlnCtfScalefactor": 1.0,
+}
+_BFACTOR = TILT_COLUMNS.index("bfactor")
+
+
+def read_tilts(
+    files: Sequence[Path], names: Sequence[str], microscope: Mapping[str, float]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Tilts of P particles, packed: rows (T, 12) of TILT_COLUMNS and offsets (P + 1,).
+
+    files, names: P CTF STARs (one shared by many particles is parsed once) and particle names for messages.
+    microscope: rlnVoltage, rlnSphericalAberration, rlnAmplitudeContrast from the optics table, used when a file has
+    no such column.  B-factors become >= 0 (RELION's script writes +4 x dose, Warp 1 -4 x dose; both damp).
+    UserError: damaged file, column missing, every tilt of a particle excluded (scale 0).
+    """
+    known: dict[Path, NDArray[np.float64]] = {}
+    for path, name in zip(files, names, strict=True):
+        if path not in known:
+            known[path] = _tilts(path, microscope)
+            if not known[path][:, -1].any():
+                raise UserError(
+                    f"{path}: all {len(known[path])} tilts of particle {name} are excluded (rlnCtfScalefactor 0); "
+                    "remove the particle from the STAR file or restore some tilts"
+                )
+    tables = [known[path] for path in files]
+    offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
+    return np.concatenate(tables), offsets
+
+
+def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
+    found = read_numeric_table(path, "images", tuple(_COLUMNS))
+    rows = len(next(iter(found.values()))) if found else 0
+    columns = []
+    for name, default in _COLUMNS.items():
+        value = found.get(name)
+        if value is None and name == "rlnDefocusV":
+            value = found.get("rlnDefocusU")
+        if value is None:
+            constant = microscope.get(name, default)
+            if constant is None:
+                raise UserError(
+                    f"{path}: has no column _{name}, needed for the CTF of every tilt; add it "
+                    "(RELION's relion_prepare_subtomograms writes it)"
+                )
+            value = np.full(rows, constant)
+        columns.append(value)
+    table = np.stack(columns, 1)
+    table[:, _BFACTOR] = np.abs(table[:, _BFACTOR])
+    return table

@@ -1,0 +1,99 @@
+"""Owns: where the files named in a STAR file are on this machine, and what to say when they are not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from opustomo.errors import UserError
+
+Names = Sequence[str]
+
+
+class Locator:
+    """Finds files below ``--datadir``, else the STAR's folder, else the working directory (names as given).
+
+    Below ``--datadir`` a file may also lie without the folders in its name, as with the earlier program, where
+    that is unambiguous.  Folder listings are kept, so that a set of 100,000 particles costs one listing a folder.
+    """
+
+    def __init__(self, star: Path, datadir: Path | None) -> None:
+        self.star = star
+        self.datadir = datadir
+        self._listings: dict[str, frozenset[str]] = {}
+        if datadir is not None and not datadir.is_dir():
+            raise UserError(f"--datadir {datadir}: no such folder; give the folder in front of the names in {star}")
+
+    def find(self, names: Names) -> tuple[Path, ...] | None:
+        """Absolute paths of all ``names`` (same order) in the first place that has all of them, None if none has."""
+        return next((paths for paths in self._places(names) if self._missing(paths) is None), None)
+
+    def require(self, names: Names, what: str) -> tuple[Path, ...]:
+        """As find, but UserError naming the first missing file, how many, the folders tried and a fix."""
+        found = self.find(names)
+        if found is None:
+            raise UserError(self._explain(names, what))
+        return found
+
+    def present(self, names: Names) -> int:
+        """How many of ``names`` exist in the place that has most of them."""
+        return max(sum(map(self.exists, paths)) for paths in self._places(names))
+
+    def exists(self, path: Path) -> bool:
+        """Whether the file is there, from a listing of its folder."""
+        folder = str(path.parent)
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = frozenset(entry.name for entry in os.scandir(folder))
+            except OSError:
+                self._listings[folder] = frozenset()
+        return path.name in self._listings[folder]
+
+    def outside_datadir(self, paths: Sequence[Path]) -> bool:
+        """Whether a given ``--datadir`` had no part in finding these files."""
+        return self.datadir is not None and not paths[0].is_relative_to(self.datadir.absolute())
+
+    @property
+    def _folders(self) -> list[Path]:
+        given = [] if self.datadir is None else [self.datadir.absolute()]
+        return list(dict.fromkeys([*given, self.star.absolute().parent, Path.cwd()]))
+
+    def _places(self, names: Names) -> Iterator[tuple[Path, ...]]:
+        for folder in self._folders:
+            yield tuple(folder / name for name in names)
+            if folder == self._folders[0] and self.datadir is not None:
+                flat = [Path(name).name for name in names]
+                if len(set(flat)) == len(set(names)):
+                    yield tuple(folder / name for name in flat)
+
+    def _missing(self, paths: Sequence[Path]) -> int | None:
+        return next((i for i, path in enumerate(paths) if not self.exists(path)), None)
+
+    def _explain(self, names: Names, what: str) -> str:
+        best = max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))
+        absent = [i for i, path in enumerate(best) if not self.exists(path)]
+        count = f"{len(absent)} of {len(names)} {what} missing"
+        tried = ", ".join(str(folder) for folder in self._folders)
+        first = names[absent[0]]
+        return f"{self.star}: {count}, first: {first} (row {absent[0] + 1}); folders tried: {tried}; {self._fix(first)}"
+
+    def _fix(self, name: str) -> str:
+        """The ``--datadir`` that would work: RELION names files relative to its project, some folders up."""
+        near = [folder for start in self._folders for folder in (start, *start.parents)]
+        below = [path for start in self._folders for path in _subfolders(start)]
+        for folder in dict.fromkeys([*near, *below]):
+            if (folder / name).exists():
+                return f"try --datadir {folder}"
+        for folder in dict.fromkeys([*near, *below]):
+            if (folder / Path(name).name).exists():
+                return f"{Path(name).name} lies in {folder}: try --datadir {folder}"
+        return "give the folder in front of these names with --datadir"
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())[:1000]
+    except OSError:
+        return []

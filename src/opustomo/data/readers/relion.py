@@ -1,0 +1,162 @@
+"""RELION particle tables, 3.0 (one block) and 3.1 or later (optics and particles).
+
+Owns: the column names and units of these tables: what each quantity is called, where it stands in either version,
+and how it becomes pixels and degrees.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.data.star import StarFile
+from opustomo.errors import UserError
+
+AXES = ("X", "Y", "Z")
+
+
+def dialect(star: StarFile) -> str:
+    """ "RELION 3.1" where the file has an optics table, "RELION 3.0" else.  UserError for 2-D tilt stacks."""
+    flag = "rlnTomoSubTomosAre2DStacks"
+    stacks = star.has("general", flag) and star.text("general", flag, "telling stacks")[0] == "1"
+    if stacks or "@" in image_names(star)[0]:
+        raise UserError(
+            f"{star.path}: its particles are stacks of 2-D tilt images; only 3-D subtomograms are read: "
+            "export them as 3-D subtomograms"
+        )
+    return "RELION 3.0" if star.optics_block is None else "RELION 3.1"
+
+
+def image_names(star: StarFile) -> NDArray[np.object_]:
+    """(P,) subtomogram file names as in the file."""
+    return star.text(star.particle_block, "rlnImageName", "finding the subtomograms")
+
+
+def identities(star: StarFile) -> NDArray[np.object_]:
+    """(P,) name of each particle: rlnTomoParticleName, else rlnImageName."""
+    if star.has(star.particle_block, "rlnTomoParticleName"):
+        return star.text(star.particle_block, "rlnTomoParticleName", "telling particles apart")
+    return image_names(star)
+
+
+def tomograms(star: StarFile) -> NDArray[np.object_]:
+    """(P,) tomogram of each particle, "" where the file has none."""
+    for column in ("rlnTomoName", "rlnMicrographName"):
+        if star.has(star.particle_block, column):
+            return star.text(star.particle_block, column, "grouping by tomogram")
+    return np.full(len(star.particles), "", object)
+
+
+def halves(star: StarFile) -> NDArray[np.int64]:
+    """(P,) half set 1 or 2, 0 where the file has no random subsets."""
+    if not star.has(star.particle_block, "rlnRandomSubset"):
+        return np.zeros(len(star.particles), np.int64)
+    return star.numbers(star.particle_block, "rlnRandomSubset", "the half sets").astype(np.int64)
+
+
+def eulers(star: StarFile) -> NDArray[np.float64]:
+    """(P, 3) rot, tilt, psi in degrees; UserError when a column is missing: poses come from the consensus."""
+    columns = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+    return np.stack([star.numbers(star.particle_block, name, "the consensus poses") for name in columns], 1)
+
+
+def origins(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], str]:
+    """(P, 3) origins (x, y, z) in pixels and where they come from; a missing axis is 0.
+
+    rlnOrigin*Angst (RELION 3.1 or later) is divided by ``pixel_size``; rlnOrigin* is in pixels already.
+    """
+    block = star.particle_block
+    for suffix, unit, words in (("Angst", pixel_size, "Angstrom"), ("", 1.0, "pixels")):
+        names = [f"rlnOrigin{axis}{suffix}" for axis in AXES]
+        if any(star.has(block, name) for name in names):
+            zero = np.zeros(len(star.particles))
+            columns = [star.numbers(block, name, "the origins") if star.has(block, name) else zero for name in names]
+            return np.stack(columns, 1) / unit, f"origins from rlnOriginX/Y/Z{suffix} ({words})"
+    return np.zeros((len(star.particles), 3)), "the file has no origins: taken as zero"
+
+
+def coordinates(star: StarFile) -> NDArray[np.float64] | None:
+    """(P, 3) rlnCoordinateX/Y/Z as in the file, None when an axis is missing."""
+    names = [f"rlnCoordinate{axis}" for axis in AXES]
+    if not all(star.has(star.particle_block, name) for name in names):
+        return None
+    return np.stack([star.numbers(star.particle_block, name, "coordinates") for name in names], 1)
+
+
+def pixel_size(star: StarFile) -> tuple[float, str] | None:
+    """Pixel size of the subtomograms in Angstrom and the columns it comes from; None when the file has none.
+
+    RELION 3.0: rlnDetectorPixelSize (micrometre) * 1e4 / rlnMagnification; Warp writes Angstrom with magnification
+    10000, the same number.  UserError when optics groups or particles differ.
+    """
+    for column in ("rlnImagePixelSize", "rlnPixelSize"):
+        value = constant(star, column)
+        if value is not None:
+            return value, column
+    detector, magnification = constant(star, "rlnDetectorPixelSize"), constant(star, "rlnMagnification")
+    if detector is not None and magnification:
+        return detector * 1e4 / magnification, "rlnDetectorPixelSize and rlnMagnification"
+    series, binning = constant(star, "rlnTomoTiltSeriesPixelSize"), constant(star, "rlnTomoSubtomogramBinning")
+    if series is not None and binning is not None:
+        return series * binning, "rlnTomoTiltSeriesPixelSize and rlnTomoSubtomogramBinning"
+    return None
+
+
+def image_size(star: StarFile) -> int | None:
+    """Box size according to the optics table, None when it does not say; UserError when groups differ."""
+    size = constant(star, "rlnImageSize")
+    return None if size is None else round(size)
+
+
+def premultiplied(star: StarFile) -> bool:
+    """Whether the subtomograms are CTF-premultiplied (rlnCtfDataAreCtfPremultiplied); UserError if groups differ."""
+    return bool(constant(star, "rlnCtfDataAreCtfPremultiplied") or 0)
+
+
+def microscope(star: StarFile) -> dict[str, float]:
+    """Voltage (kV), Cs (mm) and amplitude contrast, as far as the file states one value for all particles."""
+    names = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
+    values = {name: _values(star, name) for name in names}
+    return {name: float(found[0]) for name, found in values.items() if found is not None and len(set(found)) == 1}
+
+
+def constant(star: StarFile, column: str) -> float | None:
+    """The one value of a column over all particles (their optics groups), None when absent.
+
+    UserError naming both values when particles or optics groups differ: mixed sets are not read.
+    """
+    values = _values(star, column)
+    if values is None:
+        return None
+    other = np.flatnonzero(np.abs(values - values[0]) > 1e-6 * np.abs(values[0]))
+    if other.size:
+        raise UserError(
+            f"{star.path}: _{column} differs: {values[0]:g} and {values[other[0]]:g}; all particles must agree: "
+            "split the STAR file or extract the particles again alike"
+        )
+    return float(values[0])
+
+
+def _values(star: StarFile, column: str) -> NDArray[np.float64] | None:
+    """A column from the optics groups in use, else from the particle table, else None."""
+    optics = star.optics_block
+    if optics is not None and star.has(optics, column):
+        return star.numbers(optics, column, "the optics")[_groups_in_use(star, optics)]
+    if star.has(star.particle_block, column):
+        return star.numbers(star.particle_block, column, "the optics")
+    return None
+
+
+def _groups_in_use(star: StarFile, optics: str) -> list[int]:
+    """Rows of the optics table that particles refer to, in order of first use."""
+    rows = {group: i for i, group in enumerate(star.text(optics, "rlnOpticsGroup", "linking particles to optics"))}
+    if len(rows) == 1 and not star.has(star.particle_block, "rlnOpticsGroup"):
+        return [0]
+    used = list(dict.fromkeys(star.text(star.particle_block, "rlnOpticsGroup", "linking particles to optics")))
+    unknown = [group for group in used if group not in rows]
+    if unknown:
+        raise UserError(
+            f"{star.path}: optics group {unknown[0]} of data_{star.particle_block} is not in data_{optics} "
+            f"(groups {', '.join(rows)}); add its row"
+        )
+    return [rows[group] for group in used]

@@ -1,0 +1,94 @@
+"""Owns: the choice of transfer function: per-particle CTF STAR, else CTF or weight volume, else an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.data.mrc import read_volume
+from opustomo.data.particles import TILT_COLUMNS, Transfer
+from opustomo.data.readers import relion
+from opustomo.data.readers.ctf_star import read_tilts
+from opustomo.data.readers.ctf_volume import half_fourier
+from opustomo.data.readers.files import Locator
+from opustomo.data.star import StarFile
+from opustomo.errors import UserError
+
+_NO_NAME = {"", "None", "none", "null", "<NA>", "nan"}
+
+
+class TransferFunctions(NamedTuple):
+    """The transfer part of ``Particles``: same fields, plus a note."""
+
+    transfer: Transfer
+    ctf_files: tuple[Path, ...]
+    tilts: NDArray[np.float64]
+    tilt_offsets: NDArray[np.int64]
+    note: str
+
+
+def find_transfer(star: StarFile, images: Sequence[Path], locator: Locator, box: int) -> TransferFunctions:
+    """Transfer functions of P particles, of which ``images`` are the subtomograms (P paths) with box ``box``.
+
+    A per-particle CTF STAR (rlnCtfImage with extension .star, or ``*_ctf.star`` beside the subtomogram) wins over
+    the volume named by rlnCtfImage.  UserError: particle without CTF, missing files, all tilts excluded.
+    """
+    names = _ctf_names(star)
+    stars = _find_stars(names, images, locator)
+    if stars is not None:
+        return _from_stars(star, stars)
+    if names is None:
+        raise UserError(
+            f"{star.path}: particle without CTF: there is no column _rlnCtfImage and no *_ctf.star beside the "
+            f"subtomograms ({images[0]}); add the column, or write CTF STARs with relion_prepare_subtomograms"
+        )
+    star_names = [_star_name(name) for name in names]
+    if locator.present(star_names) > locator.present(names):
+        locator.require(star_names, "CTF STAR files")
+    return _from_volumes(star, locator.require(names, "CTF volumes"), box)
+
+
+def _ctf_names(star: StarFile) -> list[str] | None:
+    if not star.has(star.particle_block, "rlnCtfImage"):
+        return None
+    names = [str(name) for name in star.text(star.particle_block, "rlnCtfImage", "the CTF")]
+    for row, name in enumerate(names):
+        if name in _NO_NAME:
+            raise UserError(
+                f"{star.path}: particle without CTF: row {row + 1} ({relion.identities(star)[row]}) has an empty "
+                "_rlnCtfImage; name its CTF file or remove the particle"
+            )
+    return names
+
+
+def _star_name(name: str) -> str:
+    return str(Path(name).with_suffix(".star"))
+
+
+def _find_stars(names: list[str] | None, images: Sequence[Path], locator: Locator) -> tuple[Path, ...] | None:
+    if names is not None:
+        found = locator.find([_star_name(name) for name in names])
+        if found is not None:
+            return found
+    beside = tuple(image.with_name(image.stem + "_ctf.star") for image in images)
+    return beside if all(map(locator.exists, beside)) else None
+
+
+def _from_stars(star: StarFile, files: tuple[Path, ...]) -> TransferFunctions:
+    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star))
+    counts = np.diff(offsets)
+    span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    note = f"CTF from {len(set(files))} CTF STAR files, {span} tilts per particle"
+    return TransferFunctions("tilts", (), tilts, offsets, note)
+
+
+def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int) -> TransferFunctions:
+    kind: Transfer = "weight_volume" if relion.premultiplied(star) else "ctf_volume"
+    layout = half_fourier(read_volume(files[0])[0], box, files[0])[1]
+    what = "weight volumes (data are CTF-premultiplied)" if kind == "weight_volume" else "CTF volumes"
+    note = f"CTF from {len(set(files))} {what}: {layout}"
+    return TransferFunctions(kind, files, np.zeros((0, len(TILT_COLUMNS))), np.zeros(1, np.int64), note)

@@ -1,0 +1,71 @@
+"""The RELION 3.0 layout of 3-D subtomograms, as ``relion_prepare_subtomograms.py`` and Warp leave it.
+
+Owns: the writing of ``particles.star`` and of one CTF STAR per particle for sets that are made here (the simulator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.data.atomic import write_text
+
+_PARTICLES = (
+    "rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ", "rlnImageName", "rlnCtfImage",
+    "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY", "rlnOriginZ",
+    "rlnMagnification", "rlnDetectorPixelSize",
+)  # fmt: skip
+_TILTS = (
+    "rlnDefocusU", "rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast", "rlnAngleRot", "rlnAngleTilt",
+    "rlnAnglePsi", "rlnCtfBfactor", "rlnCtfScalefactor",
+)  # fmt: skip
+
+
+def write_particles(
+    path: Path,
+    images: Sequence[str],
+    tomograms: Sequence[str],
+    coordinates: NDArray[np.float64],
+    euler: NDArray[np.float64],
+    origin: NDArray[np.float64],
+    pixel_size: float,
+) -> None:
+    """Write the particle table, atomically.
+
+    images: P names relative to the STAR; the CTF of ``x.mrc`` is ``x_ctf.mrc``, read as ``x_ctf.star``.
+    coordinates (P, 3): tomogram pixels; euler (P, 3): rot, tilt, psi in degrees; origin (P, 3): pixels; x, y, z.
+    """
+    # Magnification 10000 makes rlnDetectorPixelSize (micrometres) the pixel size in Angstrom
+    rows = [
+        f"{tomogram} {_numbers(place, 2)} {image} {image.removesuffix('.mrc')}_ctf.mrc {_numbers(pose, 5)} "
+        f"10000 {pixel_size:.7g}"
+        for image, tomogram, place, pose in zip(images, tomograms, coordinates, np.hstack([euler, origin]), strict=True)
+    ]
+    write_text(path, _loop("", _PARTICLES, rows))
+
+
+def write_ctf(
+    path: Path,
+    defocus: float,
+    tilts: NDArray[np.float64],
+    bfactor: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    microscope: tuple[float, float, float],
+) -> None:
+    """Write one particle's tilt table: defocus (Angstrom, underfocus positive), tilts (T,) degrees in RELION's sign,
+    bfactor (T,) Angstrom^2, positive, damping; scale (T,); microscope: voltage (kV), Cs (mm), amplitude contrast."""
+    fixed = f"{defocus:.2f} " + " ".join(f"{value:g}" for value in microscope)
+    rows = [f"{fixed} 0.00 {t:.3f} 0.00 {b:.3f} {s:.6f}" for t, b, s in zip(tilts, bfactor, scale, strict=True)]
+    write_text(path, _loop("images", _TILTS, rows))
+
+
+def _numbers(values: NDArray[np.float64], digits: int) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _loop(block: str, columns: Sequence[str], rows: Sequence[str]) -> str:
+    header = "".join(f"_{name} #{number}\n" for number, name in enumerate(columns, 1))
+    return f"\ndata_{block}\n\nloop_\n{header}" + "\n".join(rows) + "\n\n"

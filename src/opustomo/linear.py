@@ -1,0 +1,303 @@
+"""The linear stage: ``V_i = mean + U z_i + D p_i`` with ``z, p ~ N(0, I)``, fitted in closed form (METHOD 4b).
+
+Owns: probabilistic PCA with known transfer functions and a solvent mask.  D are the six derivatives of the mean with
+respect to rotation and shift, scaled by the pose error that the data show: consensus poses are wrong, and what a
+first-order pose error explains must not end up in the code z.  Training starts from this result and has to beat it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opustomo.physics.fourier import (
+    band_multiplicity,
+    band_shell,
+    from_band,
+    irfft3,
+    radial,
+    spectral_gradient,
+)
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates
+from opustomo.reconstruct import (
+    Rows,
+    batch_size,
+    batches,
+    mean_volume,
+    precision_of,
+    shell_power,
+    solve_masked,
+    totals,
+    unpack,
+    upper,
+)
+
+log = logging.getLogger("opustomo")
+
+GAIN_VARIANCE = 0.01  # prior variance of a particle's contrast: 10 %
+POSE = 6  # columns of D: rotation about x, y, z; shift along x, y, z
+PRIOR_VARIANCE_SHARE = 0.3  # measured: full posterior variance overfits the components' spectrum (docs/experiments.md)
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """mean (C, C, C); components (K, C, C, C), scaled so that z has unit variance; spectra (M//2+1,).
+
+    pose_scale: standard deviation of the pose error per axis: rotation in radians, shift in working voxels.
+    """
+
+    mean: Tensor
+    components: Tensor
+    mean_power: Tensor
+    component_power: Tensor
+    pose_scale: tuple[float, float] = (math.radians(1.5), 0.25)
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.components.shape[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(b, K) codes to (b, C, C, C)."""
+        return self.mean + torch.einsum("bk,kzyx->bzyx", codes, self.components)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Joint posterior of (z, p) of P particles: mean (P, K+6), covariance (P, K+6, K+6), gain (P,), evidence (P,).
+
+    The evidence is in nats relative to the empty model: ``log p(data | model) - log p(data | V = 0)``.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    gain: Tensor
+    evidence: Tensor
+
+    @property
+    def code(self) -> Tensor:
+        """(P, K)."""
+        return self.mean[:, :-POSE]
+
+    @property
+    def code_covariance(self) -> Tensor:
+        """(P, K, K), pose errors marginalised."""
+        return self.covariance[:, :-POSE, :-POSE]
+
+    @property
+    def pose(self) -> Tensor:
+        """(P, 6) in units of the model's pose scale."""
+        return self.mean[:, -POSE:]
+
+
+def pose_modes(mean: Tensor, pose_scale: tuple[float, float], grid: Grid) -> Tensor:
+    """Derivatives of ``V(R^T (x - t))`` at the identity times the pose scale: (6, C, C, C).
+
+    Rotation vector w (active, radians, about x, y, z): ``-(w x x) . grad V``; shift t: ``-grad V``.
+    """
+    padded = centre_pad(mean, grid.working_box)
+    gx, gy, gz = spectral_gradient(padded)
+    x, y, z = centred_coordinates(grid.working_box, mean.device).unbind(-1)
+    turn, move = pose_scale
+    rotation = torch.stack([z * gy - y * gz, x * gz - z * gx, y * gx - x * gy]) * turn
+    shift = torch.stack([-gx, -gy, -gz]) * move
+    return centre_crop(torch.cat([rotation, shift]), grid.crop)
+
+
+def columns(model: LinearModel, grid: Grid) -> Tensor:
+    """(1 + K + 6, C, C, C): mean, components, pose modes."""
+    return torch.cat([model.mean[None], model.components, pose_modes(model.mean, model.pose_scale, grid)])
+
+
+def statistics(volumes: Tensor, rows: Rows, index: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Sufficient statistics: ``<V_a, B_i>`` (b, q) and ``<V_a, W_i V_b>`` (b, q, q) for volumes (q, C, C, C)."""
+    bands = model_band(volumes, grid.working_box)
+    first, second = upper(len(volumes))
+    products = (bands[first] * bands[second].conj()).real * band_multiplicity(grid.working_box)
+    linear, quadratic = [], []
+    for part in batches(index, batch_size(grid)):
+        linear.append(rows.numerator(part).flatten(1) @ volumes.flatten(1).T)
+        quadratic.append(rows.weight(part) @ products.T)
+    return torch.cat(linear).double(), unpack(torch.cat(quadratic), len(volumes)).double()
+
+
+def posterior(linear: Tensor, quadratic: Tensor, gain: Tensor) -> Posterior:
+    """Posterior from the statistics and gains (b,): ``G = g^2 U^T W U + I``, ``z = G^-1 U^T (g B - g^2 W mean)``."""
+    linear, quadratic = linear * gain[:, None], quadratic * gain[:, None, None].square()
+    eye = torch.eye(linear.shape[1] - 1, dtype=linear.dtype)
+    factor = torch.linalg.cholesky(quadratic[:, 1:, 1:] + eye)
+    right = linear[:, 1:] - quadratic[:, 0, 1:]
+    code = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    evidence = linear[:, 0] - 0.5 * quadratic[:, 0, 0] + 0.5 * (right * code).sum(-1) - 0.5 * log_det
+    return Posterior(code, torch.cholesky_inverse(factor), gain, evidence)
+
+
+def with_mean(code: Tensor) -> Tensor:
+    """z~ = (1, z): (b, K) to (b, K+1)."""
+    return torch.cat([code.new_ones(len(code), 1), code], 1)
+
+
+def particle_gain(linear: Tensor, quadratic: Tensor, code: Tensor) -> Tensor:
+    """Contrast of each particle (b,): ``(<V,B> + 1/v) / (<V,WV> + 1/v)`` for its own V, kept positive."""
+    extended = with_mean(code)
+    overlap = (extended * linear).sum(-1)
+    power = torch.einsum("ba,bac,bc->b", extended, quadratic, extended)
+    return ((overlap + 1.0 / GAIN_VARIANCE) / (power + 1.0 / GAIN_VARIANCE)).clamp(min=0.05)
+
+
+def infer(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor | None = None) -> Posterior:
+    """Posterior of the particles at ``index``; gains are estimated by three alternations unless given."""
+    linear, quadratic = statistics(columns(model, grid), rows, index, grid)
+    if gain is not None:
+        return _single(posterior(linear, quadratic, gain.double()))
+    post = posterior(linear, quadratic, torch.ones(len(index), dtype=torch.float64))
+    for _ in range(3):
+        post = posterior(linear, quadratic, particle_gain(linear, quadratic, post.mean))
+    return _single(post)
+
+
+def _single(post: Posterior) -> Posterior:
+    return Posterior(post.mean.float(), post.covariance.float(), post.gain.float(), post.evidence.float())
+
+
+# ------------------------------------------------------------------------------------------------ maximisation
+
+
+def accumulate(rows: Rows, index: Tensor, grid: Grid, post: Posterior) -> tuple[Tensor, Tensor]:
+    """Normal equations of all columns given posteriors: ``sum_i E(z~ z~^T) g^2 W_i(k)`` (n, q, q) and
+    ``sum_i E(z~) g B_i`` (q, C, C, C)."""
+    extended = with_mean(post.mean)
+    moments = extended[:, :, None] * extended[:, None, :]
+    moments[:, 1:, 1:] += post.covariance
+    first, second = upper(extended.shape[1])
+    flat = moments[:, first, second] * post.gain[:, None].square()
+    weighted = extended * post.gain[:, None]
+    system = torch.zeros(len(band_shell(grid.working_box)), flat.shape[1])
+    right = torch.zeros(extended.shape[1], grid.crop**3)
+    position = 0
+    for part in batches(index, batch_size(grid)):
+        here = slice(position, position + len(part))
+        position += len(part)
+        system.addmm_(rows.weight(part).T, flat[here])
+        right.addmm_(weighted[here].T, rows.numerator(part).flatten(1))
+    return unpack(system, extended.shape[1]), right.unflatten(1, (grid.crop,) * 3)
+
+
+def maximise(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, post: Posterior) -> LinearModel:
+    """One M-step: mean, components and their spectra; the pose modes are held and their share is subtracted."""
+    system, right = accumulate(rows, index, grid, post)
+    free = 1 + model.size
+    modes = model_band(pose_modes(model.mean, model.pose_scale, grid), grid.working_box)
+    held = torch.einsum("nad,dn->an", system[:, :free, free:].to(modes.dtype), modes)
+    right = right[:free] - centre_crop(irfft3(from_band(held, grid.working_box)), grid.crop)
+    system = system[:, :free, :free]
+    spectra = torch.cat([model.mean_power[None], model.component_power.expand(model.size, -1)])
+    precision = precision_of(spectra, grid, 1e-8 * float(model.mean_power.max()))
+    start = torch.cat([model.mean[None], model.components])
+    solved = solve_masked(system, right, precision, mask, grid, start, 5)
+    diagonal = system.diagonal(dim1=-2, dim2=-1).T
+    power = shell_power(solved, diagonal, precision, mask, grid, PRIOR_VARIANCE_SHARE)
+    shared = power[1:].mean(0) if model.size else model.component_power
+    return replace(model, mean=solved[0], components=solved[1:], mean_power=power[0], component_power=shared)
+
+
+def rescale(model: LinearModel, post: Posterior) -> LinearModel:
+    """Bring codes, pose errors and gains to unit scale (parameter expansion: EM converges in fewer steps)."""
+    second = (post.mean.T @ post.mean / len(post.mean) + post.covariance.mean(0)).double()
+    values, vectors = torch.linalg.eigh(second[:-POSE, :-POSE])
+    root = ((vectors * values.clamp(min=1e-9).sqrt()) @ vectors.T).float()
+    pose = second.diagonal()[-POSE:].unflatten(0, (2, 3)).mean(1).sqrt()
+    gain = float(post.gain.mean())
+    return replace(
+        model,
+        mean=model.mean * gain,
+        components=gain * torch.einsum("kj,kzyx->jzyx", root, model.components),
+        pose_scale=(model.pose_scale[0] * float(pose[0]), model.pose_scale[1] * float(pose[1])),
+    )
+
+
+def principal_axes(model: LinearModel) -> LinearModel:
+    """Rotate the components to PCA order: orthogonal volumes, largest variance first, a fixed sign."""
+    if model.size == 0:
+        return model
+    flat = model.components.flatten(1).double()
+    _, vectors = torch.linalg.eigh(flat @ flat.T)
+    turned = (vectors.flip(-1).T @ flat).float()
+    sign = torch.where(turned.sum(1, keepdim=True) < 0, -1.0, 1.0)
+    return replace(model, components=(turned * sign).unflatten(1, model.mean.shape))
+
+
+def average(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> LinearModel:
+    """The model without components: the masked average."""
+    mean, power = mean_volume(*totals(rows, index, torch.ones(len(index)), grid), mask, grid)
+    return LinearModel(mean, mean.new_zeros((0, *mean.shape)), power, 0.1 * power)
+
+
+def add_components(model: LinearModel, count: int, grid: Grid, mask: Tensor, seed: int) -> LinearModel:
+    """Append masked noise with the mean's low-resolution spectrum and a twentieth of its power."""
+    size = grid.working_box
+    generator = torch.Generator().manual_seed(seed)
+    shell = band_shell(size).float()
+    noise = torch.view_as_complex(torch.randn((count, len(shell), 2), generator=generator))
+    envelope = radial(0.05 * model.mean_power, size).sqrt() * torch.exp(-((shell / (0.25 * size)) ** 2))
+    fresh = centre_crop(irfft3(from_band(noise * envelope, size)), grid.crop) * mask
+    return replace(model, components=torch.cat([model.components, fresh]))
+
+
+def fit(
+    model: LinearModel,
+    rows: Rows,
+    index: Tensor,
+    grid: Grid,
+    mask: Tensor,
+    iterations: int,
+    report: Callable[[int, float], None] | None = None,
+) -> LinearModel:
+    """EM from ``model`` on the particles at ``index``; ``report`` receives (iteration, mean evidence)."""
+    for step in range(iterations):
+        post = infer(model, rows, index, grid)
+        if report is not None:
+            report(step, float(post.evidence.mean()))
+        model = maximise(model, rows, index, grid, mask, post)
+        model = rescale(model, infer(model, rows, index, grid))
+    return principal_axes(model)
+
+
+def choose_components(
+    rows: Rows,
+    train: Tensor,
+    held: Tensor,
+    grid: Grid,
+    mask: Tensor,
+    limit: int,
+    iterations: int,
+    seed: int,
+    exactly: bool = False,
+) -> tuple[LinearModel, list[tuple[int, float]]]:
+    """Grow K while the evidence of held-out particles rises; returns the best model and (K, evidence) pairs.
+
+    ``exactly``: go to ``limit`` components whatever the evidence says.
+    """
+    model = fit(average(rows, train, grid, mask), rows, train, grid, mask, 3)
+    best, trail = model, [(0, float(infer(model, rows, held, grid).evidence.mean()))]
+    failures = 0
+    for k in range(1, limit + 1):
+        model = add_components(model, 1, grid, mask, seed + k)
+        model = fit(model, rows, train, grid, mask, iterations)
+        trail.append((k, float(infer(model, rows, held, grid).evidence.mean())))
+        log.info("linear stage: K = %d, held-out evidence %.2f nats per particle", *trail[-1])
+        if exactly or trail[-1][1] > max(score for _, score in trail[:-1]):
+            best, failures = model, 0
+        else:
+            failures += 1
+        if failures == 2:
+            break
+    return best, trail

@@ -1,0 +1,1 @@
+"""The network: encoder, decoder, pose corrector; plain arguments, never a config."""

@@ -1,0 +1,153 @@
+"""What a running program tells: the log, progress with rate and time left, the table of metrics, peak memory.
+
+Owns: run.log and metrics.csv of a run folder and the lines on stderr.  Results for machines go to stdout, never here.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from opustomo import __version__
+from opustomo.errors import UserError
+
+Item = TypeVar("Item")
+
+METRIC_COLUMNS = (
+    "epoch", "particles", "loss", "nll", "kl", "val_nll", "val_kl", "val_elbo", "linear_val_elbo",
+    "beta", "lr", "seconds", "particles_per_second",
+)  # fmt: skip
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class StderrHandler(logging.Handler):
+    """Plain lines on stderr that do not tear a progress bar apart; warnings are marked as such."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(mark + record.getMessage(), file=sys.stderr)
+
+
+def setup_log(output: Path | None, verbose: bool) -> logging.Logger:
+    """The program's logger, writing plain lines to stderr and dated ones to ``output``/run.log (appended).
+
+    Makes ``output`` where it is missing; None: no file.  ``verbose`` also shows debug lines.  Raises ``UserError``
+    when the folder cannot be made or written.
+    """
+    logger = logging.getLogger("opustomo")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.addHandler(StderrHandler())
+    if output is None:
+        return logger
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(output / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"-o {output}: cannot be written ({error.strerror}); choose another folder with -o") from None
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(file)
+    command = f"opustomo {__version__}, Python {sys.version.split()[0]}: {shlex.join(sys.argv)}"
+    file.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, command, (), None))
+    return logger
+
+
+def progress(
+    iterable: Iterable[Item],
+    total: int,
+    what: str,
+    unit: str = "particles",
+    size: Callable[[Item], int] | None = None,
+) -> Iterator[Item]:
+    """Pass ``iterable`` through while telling how far it is, at which rate, and how long it will take.
+
+    ``total`` counts ``unit``; an item counts as one, or as ``size(item)`` (a batch of particles: ``size=len``).
+    A bar on a terminal, else at most one line of the log every 10 seconds, and a last one if there was any.
+    """
+    weight = size or (lambda item: 1)
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
+            for item in iterable:
+                yield item
+                bar.update(weight(item))
+        return
+    logger = logging.getLogger("opustomo")
+    start = told = time.monotonic()
+    done = 0
+    for item in iterable:
+        yield item
+        done += weight(item)
+        now = time.monotonic()
+        if now - told >= SECONDS_BETWEEN_LINES and done < total:
+            told = now
+            rate = done / (now - start)
+            left = duration((total - done) / rate)
+            logger.info(f"{what}: {done}/{total} {unit} ({done / total:.0%}), {rate:.3g} {unit}/s, {left} left")
+    if told != start:
+        spent = time.monotonic() - start
+        logger.info(f"{what}: {done} {unit} in {duration(spent)} ({done / spent:.3g} {unit}/s)")
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Metrics:
+    """metrics.csv: one row per log interval, written at once, so that a killed run keeps what it had.
+
+    ``epoch`` is the first epoch this process will train; rows of it and later ones, left by an interrupted attempt, are
+    dropped, and so is a row that was cut off.
+    """
+
+    def __init__(self, path: Path, epoch: int = 0) -> None:
+        kept = [row for row in read_rows(path) if int(row["epoch"]) < epoch]
+        temporary = path.with_name(f".{path.name}.part")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, METRIC_COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        temporary.replace(path)
+        self.path = path
+
+    def append(self, **values: float | None) -> None:
+        """Add a row; a column left out or None stays empty.  Raises ``ValueError`` for a column that does not exist."""
+        cells = {name: "" if value is None else f"{value:.8g}" for name, value in values.items()}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, METRIC_COLUMNS).writerow(cells)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The complete rows of a metrics file, [] when there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and row.get("epoch", "").lstrip("-").isdigit()]
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB (10^9 bytes); workers are not counted."""
+    try:
+        # not getrusage where this exists: a process started by a large one inherits its parent's peak there
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,51 @@
+"""The contrast transfer function of a tilt image.
+
+Owns: its value and sign (METHOD section 2): underfocus positive, white protein positive at low frequency, every
+B-factor damps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def electron_wavelength(voltage: Tensor) -> Tensor:
+    """Relativistic electron wavelength in Angstrom; voltage in kV."""
+    volts = voltage * 1e3
+    return 12.2643247 / torch.sqrt(volts * (1.0 + 0.978466e-6 * volts))
+
+
+def contrast_transfer(
+    u: Tensor,
+    v: Tensor,
+    defocus_u: Tensor,
+    defocus_v: Tensor,
+    defocus_angle: Tensor,
+    voltage: Tensor,
+    cs: Tensor,
+    amplitude: Tensor,
+    phase_shift: Tensor,
+    bfactor: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """CTF times envelope times scale at in-plane frequencies (u, v).
+
+    u, v: 1/Angstrom along x and y of the aligned tilt image.  Defocus in Angstrom, its angle in degrees from x,
+    voltage in kV, Cs in mm, amplitude contrast as a fraction, phase shift in degrees, B-factor in Angstrom^2 (its
+    sign is ignored: both dialects mean damping).  All arguments broadcast.
+    ``sin(pi df lambda s^2 - pi/2 Cs lambda^3 s^4 + phase + asin w) scale exp(-|B| s^2 / 4)``.
+    Source: Mindell & Grigorieff 2003 for the astigmatic defocus; RELION for B-factor and scale.
+    """
+    s2 = u * u + v * v
+    wavelength = electron_wavelength(voltage)
+    spread = torch.cos(2.0 * (torch.atan2(v, u) - torch.deg2rad(defocus_angle)))
+    defocus = 0.5 * (defocus_u + defocus_v + (defocus_u - defocus_v) * spread)
+    phase = (
+        math.pi * wavelength * s2 * (defocus - 0.5 * cs * 1e7 * wavelength.square() * s2)
+        + torch.deg2rad(phase_shift)
+        + torch.asin(amplitude)
+    )
+    return torch.sin(phase) * scale * torch.exp(-0.25 * bfactor.abs() * s2)

@@ -1,0 +1,95 @@
+"""Volumes in real space: crop and pad about the centre, masks, rotation, Fourier shell correlation.
+
+Owns: the centre voxel N//2.  Arrays are (..., z, y, x).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from opustomo.physics.fourier import frequencies, irfft3, resize_spectrum, rfft3
+
+
+def centre_crop(volume: Tensor, size: int) -> Tensor:
+    """Cut (..., N, N, N) to (..., size, size, size); voxel N//2 becomes voxel size//2.  size <= N."""
+    start = volume.shape[-1] // 2 - size // 2
+    part = slice(start, start + size)
+    return volume[..., part, part, part]
+
+
+def centre_pad(volume: Tensor, size: int) -> Tensor:
+    """Zero-pad (..., N, N, N) to (..., size, size, size); voxel N//2 becomes voxel size//2.  size >= N."""
+    n = volume.shape[-1]
+    before = size // 2 - n // 2
+    return functional.pad(volume, (before, size - n - before) * 3)
+
+
+def centred_coordinates(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """(size, size, size, 3) coordinates (x, y, z) of every voxel relative to voxel size//2."""
+    axis = torch.arange(size, device=device, dtype=torch.float32) - size // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    return torch.stack([x, y, z], -1)
+
+
+def sample_at(volume: Tensor, points: Tensor) -> Tensor:
+    """Trilinear values of (N, N, N) at points (..., 3), (x, y, z) relative to voxel N//2; zero outside."""
+    n = volume.shape[-1]
+    unit = (points + n // 2) * (2.0 / (n - 1)) - 1.0
+    flat = unit.reshape(1, 1, 1, -1, 3).to(volume.dtype)
+    values = functional.grid_sample(volume[None, None], flat, align_corners=True, padding_mode="zeros")
+    return values.reshape(points.shape[:-1])
+
+
+def oversampled(spectrum: Tensor) -> Tensor:
+    """Real-space volume of a half transform (M, M, M//2+1) on a grid twice as fine: (2M, 2M, 2M).
+
+    Prepared for trilinear reading: the transform is divided by the interpolation kernel's own, sinc^2, so that
+    ``sample_at(oversampled(S), 2 x)`` gives the band-limited volume at x.
+    """
+    m = spectrum.shape[-2]
+    padded = resize_spectrum(spectrum, 2 * m) * 2.0**1.5
+    kernel = torch.sinc(frequencies(2 * m, spectrum.device) / (2 * m)).square().prod(-1)
+    return irfft3(padded / kernel)
+
+
+def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``V'(x) = V(matrix x + shift)`` about voxel N//2, band-limited: (N, N, N) to (N, N, N).
+
+    matrix: (3, 3); shift: (3,) voxels (x, y, z).  To turn a consensus volume into a particle's frame pass ``A^T``.
+    """
+    points = centred_coordinates(volume.shape[-1], volume.device) @ matrix.T.to(volume)
+    if shift is not None:
+        points = points + shift.to(volume)
+    return sample_at(oversampled(rfft3(volume)), 2.0 * points)
+
+
+def spherical_mask(size: int, radius: float, edge: float, device: torch.device | str = "cpu") -> Tensor:
+    """Sphere about voxel size//2 with a cosine edge from radius to radius + edge (voxels)."""
+    return cosine_edge(centred_coordinates(size, device).norm(dim=-1) - radius, edge)
+
+
+def cosine_edge(distance: Tensor, edge: float) -> Tensor:
+    """1 where distance <= 0, 0 beyond edge, raised cosine between."""
+    if edge <= 0:
+        return (distance <= 0).float()
+    return 0.5 + 0.5 * torch.cos(torch.pi * (distance / edge).clamp(0.0, 1.0))
+
+
+def fourier_shell_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """FSC of two volumes (N, N, N) per integer shell 0 .. N//2: (N//2+1,).  Source: van Heel & Schatz 2005."""
+    n = a.shape[-1]
+    fa, fb = rfft3(a), rfft3(b)
+    k = frequencies(n, a.device)
+    shell = k.norm(dim=-1).round().long().flatten()
+    keep = shell <= n // 2
+    # voxels with kx in (0, N/2) stand for themselves and their conjugates
+    count = torch.where((k[..., 0] > 0) & (k[..., 0] < n // 2), 2.0, 1.0).to(a).flatten()
+
+    def total(values: Tensor) -> Tensor:
+        return a.new_zeros(n // 2 + 1).index_add(0, shell[keep], (values.flatten() * count)[keep])
+
+    cross = total((fa * fb.conj()).real)
+    power = total(fa.abs().square()) * total(fb.abs().square())
+    return cross / power.clamp(min=torch.finfo(a.dtype).tiny).sqrt()

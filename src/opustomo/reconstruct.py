@@ -1,0 +1,149 @@
+"""Volumes from numerators and weights: the masked, regularised least-squares solve and its priors.
+
+Owns: the conjugate-gradient solver shared by the average, the linear stage and class maps made from the data, and
+the interface ``Rows`` through which all of them read a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opustomo.physics.fourier import from_band, irfft3, radial, shell_sum
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop
+
+
+class Rows(Protocol):
+    """Numerators and weights in the consensus frame, read by row number (cache or on the fly)."""
+
+    def __len__(self) -> int: ...
+
+    def numerator(self, index: Tensor) -> Tensor:
+        """(b, C, C, C) float32."""
+        ...
+
+    def weight(self, index: Tensor) -> Tensor:
+        """(b, n) float32 on the band."""
+        ...
+
+
+def batches(index: Tensor, size: int) -> Iterator[Tensor]:
+    """Split row numbers into runs of at most ``size``."""
+    for start in range(0, len(index), size):
+        yield index[start : start + size]
+
+
+def batch_size(grid: Grid) -> int:
+    """Rows per batch such that a batch of numerators and weights stays below about 128 MB."""
+    return max(1, min(256, int(32e6 / (grid.crop**3 + grid.working_box**3 / 4))))
+
+
+def upper(k: int) -> tuple[Tensor, Tensor]:
+    """Row and column numbers of the upper triangle of a (k, k) matrix."""
+    rows, cols = torch.triu_indices(k, k)
+    return rows, cols
+
+
+def unpack(flat: Tensor, k: int) -> Tensor:
+    """(..., k (k + 1) / 2) upper triangles to symmetric (..., k, k)."""
+    rows, cols = upper(k)
+    full = flat.new_zeros((*flat.shape[:-1], k, k))
+    full[..., rows, cols] = flat
+    full[..., cols, rows] = flat
+    return full
+
+
+def solve_masked(
+    system: Tensor, right: Tensor, precision: Tensor, mask: Tensor, grid: Grid, start: Tensor, iterations: int
+) -> Tensor:
+    """Volumes V = mask x that minimise ``1/2 <V, (S + precision) V> - <V, right>``, by conjugate gradients.
+
+    system: (n, k, k) symmetric matrix S at each band voxel; precision: (k, n), the prior; right, start:
+    (k, C, C, C).  Masking makes a cropped right side exact: only its part inside the mask matters.
+    """
+    size = grid.working_box
+    matrix = system + torch.diag_embed(precision.T)
+    inverse = torch.linalg.inv(matrix)
+
+    def through(kernel: Tensor, x: Tensor) -> Tensor:
+        band = model_band(x * mask, size)
+        mixed = torch.einsum("nab,bn->an", kernel.to(band.dtype), band)
+        return mask * centre_crop(irfft3(from_band(mixed, size)), grid.crop)
+
+    x = torch.where(mask > 1e-3, start / mask.clamp(min=1e-3), 0.0)
+    residual = mask * right - through(matrix, x)
+    direction = through(inverse, residual)
+    rho = (residual * direction).sum()
+    tolerance = 1e-8 * (mask * right).square().sum()
+    for _ in range(iterations):
+        image = through(matrix, direction)
+        step = rho / (direction * image).sum().clamp(min=1e-30)
+        x = x + step * direction
+        residual = residual - step * image
+        if residual.square().sum() <= tolerance:
+            break
+        conditioned = through(inverse, residual)
+        rho, previous = (residual * conditioned).sum(), rho
+        direction = conditioned + (rho / previous.clamp(min=1e-30)) * direction
+    return mask * x
+
+
+def shell_power(
+    volumes: Tensor, diagonal: Tensor, precision: Tensor, mask: Tensor, grid: Grid, variance: float = 1.0
+) -> Tensor:
+    """Empirical-Bayes spectrum of masked volumes: shell means of |V|^2 and of the posterior variance.
+
+    volumes: (k, C, C, C); diagonal, precision: (k, n).  A field of unit spectrum keeps the mask's share of its
+    power once it is masked, hence the division.  variance: weight of the posterior variance; below 1 the prior is
+    tighter than maximum likelihood.  Returns (k, M//2+1).
+    """
+    size = grid.working_box
+    share = float(mask.square().sum()) / size**3
+    second = model_band(volumes, size).abs().square() / share + variance / (diagonal + precision)
+    return shell_sum(second, size) / shell_sum(torch.ones_like(second[0]), size).clamp(min=1)
+
+
+def precision_of(power: Tensor, grid: Grid, floor: float) -> Tensor:
+    """(k, M//2+1) spectra to (k, n) prior precisions; powers are kept above ``floor``."""
+    return torch.stack([1.0 / radial(p.clamp(min=floor), grid.working_box) for p in power])
+
+
+def mean_volume(total_weight: Tensor, total_numerator: Tensor, mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Masked average (C, C, C) of summed rows and the spectrum (M//2+1,) of its own prior."""
+    size = grid.working_box
+    system, right = total_weight[:, None, None], total_numerator[None]
+    shells = shell_sum(total_weight, size) / shell_sum(torch.ones_like(total_weight), size).clamp(min=1)
+    precision = (0.02 * radial(shells, size)).clamp(min=1e-12)[None]
+    volume, power = torch.zeros_like(right), shells
+    for _ in range(3):
+        volume = solve_masked(system, right, precision, mask, grid, volume, 8)
+        power = shell_power(volume, total_weight[None], precision, mask, grid)[0]
+        precision = precision_of(power[None], grid, 1e-8 * float(power.max()))
+    return volume[0], power
+
+
+def totals(rows: Rows, index: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the rows at ``index``: weight (n,) and numerator (C, C, C)."""
+    summed_w: Tensor | None = None
+    summed_b = torch.zeros(grid.crop**3)
+    position = 0
+    for part in batches(index, batch_size(grid)):
+        here = weight[position : position + len(part)]
+        position += len(part)
+        w = here @ rows.weight(part)
+        summed_w = w if summed_w is None else summed_w + w
+        summed_b += here @ rows.numerator(part).flatten(1)
+    assert summed_w is not None
+    return summed_w, summed_b.unflatten(0, (grid.crop,) * 3)
+
+
+def reconstruct(rows: Rows, weight: Tensor, grid: Grid, mask: Tensor) -> Tensor:
+    """What the data, not a decoder, say: the masked average (C, C, C) with a weight per particle (P,)."""
+    index = torch.nonzero(weight > 1e-6)[:, 0]
+    total_weight, total_numerator = totals(rows, index, weight[index].float(), grid)
+    return mean_volume(total_weight, total_numerator, mask, grid)[0]

@@ -1,0 +1,1 @@
+"""Simulated tilt series with known truth."""

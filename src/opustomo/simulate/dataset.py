@@ -1,0 +1,278 @@
+"""``opustomo simulate``: data sets with known truth in the RELION 3.0 layout.
+
+Owns: the presets, what is drawn at random for each particle, and the files of the truth (labels.npz, gt/, sim.json).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage, sparse
+from scipy.spatial.transform import Rotation
+
+from opustomo.config import SimulateConfig
+from opustomo.data.atomic import atomic, write_text
+from opustomo.data.mrc import write_volume
+from opustomo.data.write_relion30 import write_ctf, write_particles
+from opustomo.errors import UserError
+from opustomo.monitor import duration, progress
+from opustomo.simulate import tilt_series
+from opustomo.simulate.bead_model import MOBILE, STATE_NAMES, STATES, Beads, assemble, gaussian_volume, random_blob
+from opustomo.simulate.tilt_series import TiltSeries
+
+log = logging.getLogger(__name__)
+
+TOMOGRAMS = 3
+TOMOGRAM_SIZE = np.array([928.0, 928.0, 320.0])  # pixels x, y, z
+DEFOCUS = (22000.0, 38000.0)  # Angstrom, of the first and the last tomogram's middle
+BATCH = 16
+GOOD, BLOB, EMPTY, MISPLACED = range(4)  # labels "junk_kind"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is simulated; ``snr`` is var(signal) / var(noise) in the central sphere of the subtomograms, 0: no noise."""
+
+    n: int = 400
+    states: tuple[int, ...] = (1,)  # indices into bead_model.STATES, equally frequent
+    rotation: tuple[float, float] = (0.0, 0.0)  # degrees of the 30S, uniform
+    junk: float = 0.0  # fraction of particles that are no well placed ribosomes
+    box: int = 40
+    pixel_size: float = 10.0
+    snr: float = 1.0
+    rot_err: float = 2.0  # degrees, |N(0, .)| about a random axis
+    shift_err: float = 0.3  # pixels, N(0, .) on each axis
+    max_shift: float = 2.0  # pixels, origins are uniform in +- this
+
+
+PRESETS = {
+    "demo": Preset(states=(0, 1, 2, 3), rotation=(0.0, 8.0)),
+    "two-state": Preset(states=(1, 2)),
+    "hinge": Preset(rotation=(-10.0, 10.0), snr=0.2),
+    "junk": Preset(junk=0.25, snr=0.3),
+    "few": Preset(n=263, states=(1, 3), rotation=(0.0, 8.0)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything drawn at random, P particles.  A of METHOD section 2: the bead at c lies at ``A c - origin``."""
+
+    state: NDArray[np.int64]  # (P,) -1 where there is no ribosome
+    hinge: NDArray[np.float64]  # (P,) rotation of the 30S in degrees, NaN where there is none
+    junk_kind: NDArray[np.int64]  # (P,) 0 good, 1 blob, 2 empty, 3 ribosome with a random pose in the STAR
+    rotation: NDArray[np.float64]  # (P, 3, 3) true A
+    origin: NDArray[np.float64]  # (P, 3) true, pixels
+    given_rotation: NDArray[np.float64]  # (P, 3, 3) as written to the STAR
+    given_origin: NDArray[np.float64]  # (P, 3)
+    tomogram: NDArray[np.int64]  # (P,)
+    coordinates: NDArray[np.float64]  # (P, 3) tomogram pixels
+    defocus: NDArray[np.float64]  # (P,) Angstrom
+    blobs: dict[int, Beads] = field(default_factory=dict)  # by particle
+
+    def beads(self, i: int, pixel_size: float) -> Beads:
+        """Particle i in the frame of its subtomogram, Angstrom from voxel N//2."""
+        if self.junk_kind[i] == EMPTY:
+            return Beads(np.zeros((0, 3)), np.zeros(0), np.zeros(0))
+        model = self.blobs[i] if i in self.blobs else assemble(int(self.state[i]), np.nan_to_num(self.hinge[i]))
+        return model.moved(self.rotation[i], -self.origin[i] * pixel_size)
+
+
+def relion_euler(rotation: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(P, 3) rot, tilt, psi in degrees of A (P, 3, 3): RELION's matrix is the transpose of intrinsic ZYZ."""
+    return Rotation.from_matrix(rotation.swapaxes(1, 2)).as_euler("ZYZ", degrees=True)
+
+
+def make_plan(preset: Preset, seed: int) -> Plan:
+    """Draw states, poses, pose errors, positions and decoys; the same seed gives the same plan."""
+    rng = np.random.default_rng(seed)
+    n, junk = preset.n, round(preset.junk * preset.n)
+    kind = np.full(n, GOOD)
+    kind[rng.permutation(n)[:junk]] = 1 + np.arange(junk) % 3
+    state = rng.permutation(np.resize(preset.states, n))
+    state[(kind == BLOB) | (kind == EMPTY)] = -1
+    mobile = np.array([s >= 0 and MOBILE in STATES[s] for s in state])
+    hinge = np.where(mobile, rng.uniform(*preset.rotation, n), np.nan)
+
+    rotation = Rotation.random(n, rng=rng).as_matrix()
+    origin = rng.uniform(-preset.max_shift, preset.max_shift, (n, 3))
+    axis = rng.normal(size=(n, 3))
+    angle = np.deg2rad(np.abs(rng.normal(size=n)) * preset.rot_err)
+    error = Rotation.from_rotvec(axis * (angle / np.linalg.norm(axis, axis=1))[:, None]).as_matrix()
+    unrelated = Rotation.random(n, rng=rng).as_matrix()
+    tomogram = np.sort(rng.integers(0, TOMOGRAMS, n))
+    margin = preset.box / 2
+    coordinates = rng.uniform(margin, TOMOGRAM_SIZE - margin, (n, 3))
+    height = (coordinates[:, 2] - TOMOGRAM_SIZE[2] / 2) * preset.pixel_size
+    return Plan(
+        state=state,
+        hinge=hinge,
+        junk_kind=kind,
+        rotation=rotation,
+        origin=origin,
+        given_rotation=np.where((kind == MISPLACED)[:, None, None], unrelated, error @ rotation),
+        given_origin=origin + preset.shift_err * rng.normal(size=(n, 3)),
+        tomogram=tomogram,
+        coordinates=coordinates,
+        defocus=np.linspace(*DEFOCUS, TOMOGRAMS)[tomogram] + height,
+        blobs={int(i): random_blob(rng) for i in np.flatnonzero(kind == BLOB)},
+    )
+
+
+def noise_level(plan: Plan, series: TiltSeries, snr: float, matrix: sparse.csr_matrix, seed: int) -> float:
+    """Standard deviation per tilt pixel that gives ``snr`` in the central sphere (radius 0.42 box); 0 for snr 0.
+
+    The signal is that of the first well placed particles.
+    """
+    if snr == 0:
+        return 0.0
+    axis = np.arange(series.box) - series.box // 2
+    sphere = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) < 0.42 * series.box
+    some = np.flatnonzero(plan.junk_kind == GOOD)[:8]
+    images = tilt_series.project([plan.beads(int(i), series.pixel_size) for i in some], series)
+    signal = tilt_series.backproject(images * tilt_series.transfer(plan.defocus[some], series), matrix)
+    unit = tilt_series.white_noise(4, series, 1.0, torch.Generator().manual_seed(seed))
+    noise = tilt_series.backproject(unit, matrix)
+    return float(np.sqrt(signal[:, sphere].var(1).mean() / snr / noise[:, sphere].var(1).mean()))
+
+
+def subtomograms(plan: Plan, series: TiltSeries, snr: float, seed: int) -> Iterator[NDArray[np.float32]]:
+    """The particles' subtomograms (N, N, N), (z, y, x), in order."""
+    matrix = tilt_series.backprojection_matrix(series)
+    std = noise_level(plan, series, snr, matrix, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for start in range(0, len(plan.state), BATCH):
+        rows = np.arange(start, min(start + BATCH, len(plan.state)))
+        images = tilt_series.project([plan.beads(int(i), series.pixel_size) for i in rows], series)
+        images = images * tilt_series.transfer(plan.defocus[rows], series)
+        if std > 0:
+            images += tilt_series.white_noise(len(rows), series, std, generator)
+        yield from tilt_series.backproject(images, matrix)
+
+
+def truth_maps(preset: Preset) -> dict[str, NDArray[np.float32]]:
+    """CTF-free maps in electrons per cubic Angstrom by file stem, ``state{S}_hinge{+h.h}``; h in five steps."""
+    angles = np.unique(np.linspace(*preset.rotation, 5))
+    return {
+        f"state{s}_hinge{angle:+.1f}": gaussian_volume(assemble(s, angle), preset.box, preset.pixel_size)
+        for s in preset.states
+        for angle in (angles if MOBILE in STATES[s] else [0.0])
+    }
+
+
+def solvent_mask(maps: list[NDArray[np.float32]], pixel_size: float) -> NDArray[np.float32]:
+    """Soft mask around the union of the maps: 10 Angstrom of margin, then a cosine edge of 20 Angstrom."""
+    union = np.max(maps, axis=0)
+    distance = ndimage.distance_transform_edt(union < 0.1 * np.percentile(union, 99)) - 10 / pixel_size
+    return (0.5 + 0.5 * np.cos(np.pi * np.clip(distance * pixel_size / 20, 0, 1))).astype(np.float32)
+
+
+def chosen_preset(config: SimulateConfig) -> Preset:
+    """The preset with the options that were given; UserError for sizes and errors that make no sense."""
+    given = {
+        "n": config.n or None,
+        "box": config.box or None,
+        "pixel_size": config.angpix or None,
+        "snr": None if config.snr == -1 else config.snr,
+        "rot_err": None if config.rot_err == -1 else config.rot_err,
+        "shift_err": None if config.shift_err == -1 else config.shift_err,
+    }
+    preset = replace(PRESETS[config.preset], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    for option, value in (("snr", preset.snr), ("rot-err", preset.rot_err), ("shift-err", preset.shift_err)):
+        if value < 0:
+            raise UserError(f"--{option} {value:g}: is negative; give 0 or more")
+    if preset.n < 1 or preset.pixel_size <= 0:
+        raise UserError(f"-n {preset.n}, --angpix {preset.pixel_size:g}: both must be above 0")
+    if preset.box % 2 or preset.box < 16:
+        raise UserError(f"--box {preset.box}: boxes are even and at least 16 voxels; give {max(16, preset.box + 1)}")
+    if preset.box * preset.pixel_size < 360:
+        raise UserError(
+            f"--box {preset.box} at {preset.pixel_size:g} A per pixel is {preset.box * preset.pixel_size:.0f} A wide: "
+            "the ribosome with its shifts needs 360 A; raise --box or --angpix"
+        )
+    return preset
+
+
+def clear_folder(output: Path) -> None:
+    """Make the folder, or empty it of an earlier simulated set; UserError if it holds anything else."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give another output folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / "sim.json").exists():
+        raise UserError(f"{output}: is not empty and not a simulated set (no sim.json); give another output folder")
+    for pattern in ("particles.star", "labels.npz", "mask.mrc", "gt/state*.mrc", "subtomo/p[0-9]*"):
+        for old in output.glob(pattern):
+            old.unlink()
+
+
+def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) -> None:
+    """labels.npz, gt/ and mask.mrc."""
+    labels = {
+        "state": plan.state,
+        "hinge": plan.hinge,
+        "true_pose": np.column_stack([relion_euler(plan.rotation), plan.origin, plan.defocus]),
+        "tilts": series.tilts,
+        "bfac": series.bfactor,
+        "scale": series.scale,
+    }
+    if len(preset.states) == 2:
+        labels["present"] = (plan.state == preset.states[1]).astype(np.int64)
+    if preset.junk > 0:
+        labels |= {"junk": (plan.junk_kind != GOOD).astype(np.int64), "junk_kind": plan.junk_kind}
+    with atomic(output / "labels.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **labels)
+    maps = truth_maps(preset)
+    for stem, volume in maps.items():
+        write_volume(output / "gt" / f"{stem}.mrc", volume, preset.pixel_size)
+    write_volume(output / "mask.mrc", solvent_mask(list(maps.values()), preset.pixel_size), preset.pixel_size)
+
+
+def image_names(count: int) -> list[str]:
+    """Subtomogram i is file number i; names relative to the set's folder."""
+    return [f"subtomo/p{i:05d}.mrc" for i in range(count)]
+
+
+def write_star(output: Path, preset: Preset, plan: Plan) -> None:
+    """particles.star with the poses as given, errors included."""
+    tomograms = [f"TS_{t + 1:02d}.mrc" for t in plan.tomogram]
+    poses = (relion_euler(plan.given_rotation), plan.given_origin)
+    images = image_names(preset.n)
+    write_particles(output / "particles.star", images, tomograms, plan.coordinates, *poses, preset.pixel_size)
+
+
+def simulate(output: Path, preset: Preset, seed: int, settings: dict[str, object]) -> None:
+    """Write the whole set; particles.star comes last, so that an interrupted set is not taken for a complete one."""
+    series = TiltSeries(preset.box, preset.pixel_size)
+    plan = make_plan(preset, seed)
+    names = {str(s): STATE_NAMES[s] for s in preset.states}
+    write_text(output / "sim.json", json.dumps(settings | asdict(preset) | {"state_names": names}, indent=1) + "\n")
+    write_truth(output, preset, plan, series)
+    microscope = (series.voltage, series.cs, series.amplitude)
+    volumes = progress(subtomograms(plan, series, preset.snr, seed), preset.n, "simulate")
+    for image, defocus, volume in zip(image_names(preset.n), plan.defocus, volumes, strict=True):
+        write_volume(output / image, volume, preset.pixel_size)
+        star = output / image.replace(".mrc", "_ctf.star")
+        write_ctf(star, defocus, series.tilts, series.bfactor, series.scale, microscope)
+    write_star(output, preset, plan)
+
+
+def main(config: SimulateConfig) -> None:
+    """Run the verb ``simulate``."""
+    start = time.perf_counter()
+    preset = chosen_preset(config)
+    clear_folder(config.output)
+    simulate(config.output, preset, config.seed, {"preset": config.preset, "seed": config.seed})
+    states = ", ".join(STATE_NAMES[s] for s in preset.states)
+    log.info(
+        "%d particles of %d^3 at %g A per pixel, SNR %g, states %s, in %s",
+        *(preset.n, preset.box, preset.pixel_size, preset.snr, states, duration(time.perf_counter() - start)),
+    )
+    log.info("written: %s", config.output / "particles.star")
+    log.info("next: opustomo check %s --mask %s", config.output / "particles.star", config.output / "mask.mrc")

@@ -1,0 +1,99 @@
+"""Subsets and classes are STAR files that load again as exactly those particles, with nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opustomo.analysis.selection import main as select
+from opustomo.analysis.selection import write_classes
+from opustomo.compat.legacy_files import save_pickle
+from opustomo.config import InputOptions, SelectConfig
+from opustomo.data.export import write_subset
+from opustomo.data.particles import Particles
+from opustomo.data.readers import read_particles
+from opustomo.data.star import read_star
+from opustomo.errors import UserError
+from star_sets import REAL_SETS, Set, real_star, relion31
+
+
+def assert_same_particles(a: Particles, b: Particles) -> None:
+    for field in dataclasses.fields(Particles):
+        if field.name not in ("source", "star", "notes"):
+            left, right = getattr(a, field.name), getattr(b, field.name)
+            assert np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right, field.name
+
+
+@pytest.mark.parametrize("name", REAL_SETS)
+def test_subset_of_a_real_set_loads_again(name: str, tmp_path: Path) -> None:
+    star = real_star(name)
+    whole = read_particles(star, InputOptions())
+    rows = np.random.default_rng(0).permutation(len(whole))[:17]
+    write_subset(whole.star, rows, tmp_path / "some.star")
+    again = read_particles(tmp_path / "some.star", InputOptions(datadir=star.parent))
+    assert_same_particles(again, whole.subset(rows))
+
+
+def test_every_block_column_and_value_is_kept(tmp_path: Path) -> None:
+    made = relion31(tmp_path, groups=2)
+    made.columns["rlnUnknown"] = ["1.50", "007", "-0.0", "1e5"]
+    star = read_star(made.write_star())
+    star.blocks["general"] = {"rlnTomoSubTomosAre2DStacks": "0"}
+    write_subset(star, np.array([3, 1]), tmp_path / "out.star", np.array([7, 0]))
+    again = read_star(tmp_path / "out.star")
+    assert list(again.blocks) == list(star.blocks)
+    assert again.table("optics").equals(star.table("optics"))
+    kept = again.particles
+    assert list(kept.columns) == [*star.particles.columns, "rlnClassNumber"]
+    assert kept["rlnUnknown"].tolist() == ["1e5", "007"] and kept["rlnClassNumber"].tolist() == ["8", "1"]
+    assert "rlnClassNumber" not in star.particles.columns
+
+
+def test_ambiguous_identities_and_empty_selections_are_refused(tmp_path: Path) -> None:
+    made = Set(tmp_path)
+    made.columns["rlnImageName"][3] = "sub/p1.mrc"
+    star = read_star(made.write_star())
+    with pytest.raises(UserError, match=r"sub/p1.mrc occurs twice \(rows 2 and 4\)"):
+        write_subset(star, np.array([0]), tmp_path / "out.star")
+    made.columns["rlnTomoParticleName"] = ["a", "b", "c", "d"]  # these tell them apart
+    write_subset(read_star(made.write_star()), np.array([0]), tmp_path / "out.star")
+    with pytest.raises(UserError, match="no particles selected"):
+        write_subset(star, np.array([], np.int64), tmp_path / "none.star")
+    assert not (tmp_path / "none.star").exists()
+
+
+def test_classes_partition_the_set(tmp_path: Path) -> None:
+    star = Set(tmp_path, n=6).write_star()
+    labels = np.array([1, 0, 3, 1, 0, 1])  # class 2 has no particle
+    paths = write_classes(star, labels, tmp_path / "out")
+    assert [path.name for path in paths] == ["pre0.star", "pre1.star", "pre3.star"]
+    assert read_star(paths[1]).particles["rlnImageName"].tolist() == ["sub/p0.mrc", "sub/p3.mrc", "sub/p5.mrc"]
+    with pytest.raises(UserError, match="6 particles but there are 5 labels"):
+        write_classes(star, labels[:5], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_select_writes_classes_or_their_union_and_a_manifest(tmp_path: Path) -> None:
+    star = Set(tmp_path, n=6).write_star()
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no such run folder"):
+        select(SelectConfig(star, run, tmp_path / "a"))
+    for epoch in (9, 10):
+        save_pickle(run / f"analyze.{epoch}/kmeans3/labels.pkl", (np.arange(6, dtype=np.int32) + epoch) % 3)
+    with pytest.raises(UserError, match=r"opustomo analyze .* --clusters 16"):
+        select(SelectConfig(star, run, tmp_path / "a"))
+    assert select(SelectConfig(star, run, tmp_path / "a", kmeans=3)) == 0
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    assert manifest["epoch"] == 10 and manifest["counts"] == {"0": 2, "1": 2, "2": 2}
+    assert manifest["files"] == ["pre0.star", "pre1.star", "pre2.star"] and manifest["source"] == str(star)
+    select(SelectConfig(star, run, tmp_path / "b", epoch=9, kmeans=3, classes=(0, 2)))
+    union = read_star(tmp_path / "b/selected.star").particles
+    assert union["rlnImageName"].tolist() == ["sub/p0.mrc", "sub/p2.mrc", "sub/p3.mrc", "sub/p5.mrc"]
+    assert union["rlnClassNumber"].tolist() == ["1", "3", "1", "3"]
+    with pytest.raises(UserError, match="--classes 5"):
+        select(SelectConfig(star, run, tmp_path / "c", kmeans=3, classes=(5,)))
+    assert not (tmp_path / "c").exists()
