@@ -253,11 +253,11 @@ def test_outliers_do_not_turn_the_frame() -> None:
 
 
 def test_decoys_are_scored_as_outliers_and_left_out_elsewhere(tmp_path: Path) -> None:
-    preset = dataset.Preset(n=80, box=36, states=(1, 3), junk=0.25, rot_err=1.0)
+    preset = dataset.Preset(n=80, box=36, states=(1, 3), junk=0.1, rot_err=1.0)
     simulated = write_set(tmp_path, preset)
     run = perfect_run(simulated, tmp_path)
     junk = simulated.plan.junk_kind > 0
-    run.codes[junk] = 20.0
+    run.codes[junk] = 20 * np.random.default_rng(0).normal(size=run.codes[junk].shape)
     run.maps = lambda code: true_map(tmp_path, 1, 0.0).numpy()
     scores = quality.evaluate(run, tmp_path)  # type: ignore[arg-type]
     assert scores["junk"]["outlier_auc"] == 1.0
@@ -297,6 +297,8 @@ def test_verb_prints_a_table_or_json_and_writes_the_scores(
     quality.main(EvaluateConfig(run=tmp_path, truth=states.folder))
     table = capsys.readouterr().out
     assert "composition\n  auc " in table and "before angle_median" in table
+    curve = printed["volumes"]["class0"]["fsc"]
+    assert len(curve) == GRID.crop // 2 + 1 and min(curve[1:]) > 0.9
 
 
 def test_json_has_no_nan() -> None:

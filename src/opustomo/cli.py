@@ -33,8 +33,8 @@ class Verb(NamedTuple):
 VERBS = {
     "check": Verb("data.check", "CheckConfig", "opustomo check particles.star -r mask.mrc"),
     "average": Verb("average", "AverageConfig", "opustomo average particles.star -o average"),
-    "linear": Verb("linear", "LinearConfig", "opustomo linear particles.star -r mask.mrc -o linear"),
-    "cache": Verb("data.cache", "CacheConfig", "opustomo cache particles.star -r mask.mrc -o run/cache"),
+    "linear": Verb("linear_stage", "LinearConfig", "opustomo linear particles.star -r mask.mrc -o linear"),
+    "cache": Verb("preparation", "CacheConfig", "opustomo cache particles.star -r mask.mrc -o run/cache"),
     "train": Verb(
         "train",
         "TrainConfig",

@@ -1,6 +1,6 @@
 """The linear stage as a step of work: data in, linear model and posteriors out, files and pictures written.
 
-Owns: the verb ``linear`` and the preparation (inputs, cache, split, linear model) that ``train`` starts from.
+Owns: the verb ``linear``, and the fit and corrected poses that ``train`` starts from.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,16 @@ from torch import Tensor
 from opustomo import checkpoint
 from opustomo.analysis import plots
 from opustomo.compat.legacy_files import save_pickle, save_split
-from opustomo.config import InputOptions, LinearConfig
+from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
-from opustomo.data.cache import prepare_cache
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, Posterior, choose_components, fit, infer
-from opustomo.monitor import progress, setup_log
+from opustomo.monitor import setup_log
 from opustomo.physics.geometry import matrix_to_euler, rotation_from_vector, update_pose
 from opustomo.physics.grid import Grid
+from opustomo.preparation import make_split, rows_of, set_threads
 from opustomo.reconstruct import Rows, reconstruct
 
 log = logging.getLogger("opustomo")
@@ -50,34 +48,6 @@ class LinearResult:
     model: LinearModel
     posterior: Posterior
     trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
-
-
-def set_threads(workers: int) -> None:
-    """Use ``workers`` threads (0: all cores)."""
-    torch.set_num_threads(workers or os.cpu_count() or 1)
-
-
-def rows_of(inputs: Inputs, folder: Path, options: InputOptions, workers: int) -> Rows:
-    """The cache of a data set, made or finished if need be."""
-
-    def bar(items: Iterable[int], total: int) -> Iterable[int]:
-        return progress(items, total, "cache")
-
-    return prepare_cache(
-        folder,
-        inputs.particles,
-        inputs.grid,
-        inputs.mask,
-        contrast=options.contrast,
-        normalisation=options.normalisation,
-        workers=workers,
-        progress=bar,
-    )
-
-
-def make_split(count: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of the rows; its first part trains."""
-    return np.random.default_rng(seed).permutation(count).astype(np.int64)
 
 
 def fit_linear(

@@ -265,3 +265,17 @@ def two_views(volume: Array, level: float, reach: float, colour: Array | None = 
     red, green, blue = (float(value) for value in tint)
     views = [render(volume, level, reach, (red, green, blue), view, size) for view in (FRONT, SIDE)]
     return np.concatenate(views, axis=1)
+
+
+def picture_rows(pictures: Array, titles: Sequence[str]) -> Figure:
+    """Grey pictures (rows, columns, C, C), each on its own scale, one title per column."""
+    rows, columns = pictures.shape[:2]
+    fig = Figure(figsize=(2.0 * columns, 2.0 * rows + 0.4), layout="constrained")
+    grid = fig.subplots(rows, columns, squeeze=False)
+    for row, column in np.ndindex(rows, columns):
+        axes = grid[row, column]
+        axes.imshow(pictures[row, column], cmap="gray", origin="lower")
+        axes.set_axis_off()
+        if row == 0:
+            axes.set_title(titles[column], fontsize=7)
+    return fig

@@ -44,7 +44,8 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     if known.state is not None and states > 1:
         scores["composition"] = score_codes.composition(codes, known.state[rows])
     scores["conformation"] = _conformation(run, known)
-    scores["volumes"] = score_maps.volumes(run, known, rows, score_codes.gmm_classes(codes, states))
+    # k-means: the classes that analyze shows and volumes decodes
+    scores["volumes"] = score_maps.volumes(run, known, rows, score_codes.kmeans_classes(codes, states))
     scores["poses"] = _poses(run, known, rows)
     scores["invariance"] = score_codes.invariance(codes, _nuisances(known, rows))
     scores |= _metrics(run)
@@ -127,7 +128,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, dict):
             rows += _flatten(value, f"{prefix}{name} ")
-        else:
+        elif not isinstance(value, list):  # FSC curves are for evaluation.json
             rows.append((prefix + name, f"{value:.3f}" if isinstance(value, float) else str(value)))
     return rows
 

@@ -110,13 +110,15 @@ def resolution(curve: NDArray[np.float64], threshold: float, extent: float) -> f
 
 
 def off_centre(decoded: torch.Tensor, truth: torch.Tensor) -> float:
-    """Distance in voxels of the cross-correlation peak from the origin, found to 1/50 voxel."""
+    """Distance in voxels of the cross-correlation peak from the origin, found to 1/50 voxel; NaN for an empty map."""
+    if not decoded.any() or not truth.any():
+        return float("nan")
     # unnormalised: whitening would let the noise of empty shells decide
     shift = phase_cross_correlation(truth.numpy(), decoded.numpy(), upsample_factor=50, normalization=None)[0]
     return float(np.linalg.norm(shift))
 
 
-def _class_scores(volume: ClassVolume, pixel: float) -> dict[str, float]:
+def _class_scores(volume: ClassVolume, pixel: float) -> dict[str, Any]:
     curve = _fsc(volume.decoded, volume.truth)
     extent = pixel * volume.decoded.shape[-1]
     return {
@@ -128,6 +130,7 @@ def _class_scores(volume: ClassVolume, pixel: float) -> dict[str, float]:
         "resolution_0.143": resolution(curve, 0.143, extent),
         "fsc_area": float(curve[1:].mean()),
         "off_centre": off_centre(volume.decoded, volume.truth),
+        "fsc": curve.round(4).tolist(),  # shell s is at extent / s
     }
 
 

@@ -41,7 +41,9 @@ def read_mask(path: Path | None, box: int, pixel_size: float) -> Tensor:
         raise UserError(f"{path}: mask of {shape} voxels where the subtomograms have {box}; make it from their average")
     # headers of masks are often left at 1 or 0, which says nothing
     if pixel > 0 and abs(pixel - 1.0) > 1e-3 and abs(pixel / pixel_size - 1.0) > 0.01:
-        raise UserError(f"{path}: mask pixel size {pixel:g} A where the subtomograms have {pixel_size:g} A; resample it")
+        raise UserError(
+            f"{path}: mask pixel size {pixel:g} A where the subtomograms have {pixel_size:g} A; resample it"
+        )
     if not np.isfinite(data).all() or data.min() < -0.01 or data.max() > 1.01:
         raise UserError(
             f"{path}: mask values span {data.min():.3g} to {data.max():.3g}, expected 0 to 1; make a mask, not a map"

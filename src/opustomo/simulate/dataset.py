@@ -57,7 +57,7 @@ PRESETS = {
     "demo": Preset(states=(0, 1, 2, 3), rotation=(0.0, 8.0)),
     "two-state": Preset(states=(1, 2)),
     "hinge": Preset(rotation=(-10.0, 10.0), snr=0.2),
-    "junk": Preset(junk=0.25, snr=0.3),
+    "junk": Preset(junk=0.25, snr=0.15),
     "few": Preset(n=263, states=(1, 3), rotation=(0.0, 8.0)),
 }
 

@@ -1,0 +1,1 @@
+"""What ``check`` looks at, one module per subject; each returns findings and changes nothing."""
