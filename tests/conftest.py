@@ -1,20 +1,30 @@
-"""What every test shares: type checks of the physics while it is tested, and phantom data of an independent simulator."""
+"""What every test shares: type checks of the physics under test, and phantom data of an independent simulator."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
+
+from small_set import finished_run, small_set  # noqa: F401
 
 # PEP 484: an int is welcome where a float is asked for, as it is for mypy
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 install_import_hook(["opustomo.physics", "opustomo.objective"], "conftest.checked")
 
 SIMULATOR = Path(__file__).parents[2] / "shared" / "tools" / "simulate_phantom.py"
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
 
 
 def simulate(folder: Path, *options: str) -> Path:
@@ -29,11 +39,29 @@ def simulate(folder: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four noise-free particles of 48^3 voxels of 5 A at random orientations and origins, two states."""
-    return simulate(tmp_path_factory.mktemp("phantom"), "-n", "4", "-D", "48", "--snr", "1e9")
+    """Four noise-free particles of 64^3 voxels of 7 A, two states: 41 tilts, random orientations and origins."""
+    folder = tmp_path_factory.mktemp("phantom")
+    return simulate(folder, "-n", "4", "-D", "64", "--apix", "7", "--snr", "1e9")
+
+
+@pytest.fixture(scope="session")
+def lopsided_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 8 tilts from -60 to 52 degrees: the sign of the tilt angle can be seen."""
+    folder = tmp_path_factory.mktemp("lopsided")
+    return simulate(folder, "-n", "4", "-D", "64", "--apix", "7", "--snr", "1e9", "--tilt-step", "16")
 
 
 @pytest.fixture(scope="session")
 def noisy_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 particles of 48^3 voxels at the simulator's usual noise, two states."""
-    return simulate(tmp_path_factory.mktemp("noisy"), "-n", "160", "-D", "48")
+    """140 particles of 32^3 voxels of 7.5 A at the simulator's usual noise, two states."""
+    return simulate(tmp_path_factory.mktemp("noisy"), "-n", "140", "-D", "32", "--apix", "7.5")
+
+
+@pytest.fixture(autouse=True)
+def _no_log_left_open() -> Iterator[None]:
+    """A verb run by a test leaves a log file in its run folder open and lines on a stream that is captured."""
+    yield
+    logger = logging.getLogger("opustomo")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()

@@ -20,7 +20,8 @@ from opustomo.config import AverageConfig, GridOptions
 from opustomo.data.atomic import atomic
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
-from opustomo.data.observe import estimate_noise, observe
+from opustomo.data.noise import estimate_noise
+from opustomo.data.observe import observe_all
 from opustomo.data.particles import Particles
 from opustomo.monitor import progress, setup_log
 from opustomo.physics.fourier import fourier_resize, from_band, irfft3, radial, rfft3, shell_sum, to_band
@@ -38,7 +39,7 @@ def half_sets(particles: Particles) -> np.ndarray:
 
 
 def half_totals(
-    particles: Particles, grid: Grid, mask: Tensor, contrast: str, normalisation: str
+    particles: Particles, grid: Grid, mask: Tensor, contrast: str, normalisation: str, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Summed numerators (2, M, M, M) and weights (2, n) of the two half sets on the whole working box."""
     noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
@@ -47,8 +48,8 @@ def half_totals(
              noise.calibration)  # fmt: skip
     size, half = grid.working_box, half_sets(particles)
     numerator, weight = torch.zeros(2, size, size, size), None
-    for i in progress(range(len(particles)), len(particles), "average"):
-        b, w = observe(particles, i, grid, noise, crop=size)
+    made = observe_all(particles, range(len(particles)), grid, noise, workers, crop=size)
+    for i, b, w in progress(made, len(particles), "average"):
         weight = torch.zeros(2, len(w)) if weight is None else weight
         numerator[half[i]] += b
         weight[half[i]] += w
@@ -111,7 +112,9 @@ def main(config: AverageConfig) -> int:
     particles, size = inputs.particles, inputs.grid.working_box
     grid = inputs.grid._replace(crop=size)
     mask = centre_pad(inputs.mask, size)
-    numerator, weight = half_totals(particles, grid, mask, config.input.contrast, config.input.normalisation)
+    numerator, weight = half_totals(
+        particles, grid, mask, config.input.contrast, config.input.normalisation, config.workers
+    )
     halves, full, fsc = half_maps(numerator, weight, size, mask)
     if config.mask is None:
         mask = propose_mask(full, grid)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from opustomo import __version__
@@ -151,3 +152,30 @@ def peak_memory_gb() -> float:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Window:
+    """Running means between two lines of metrics.csv."""
+
+    def __init__(self, metrics: Metrics, epoch: int, before: int) -> None:
+        self.metrics, self.epoch, self.seen = metrics, epoch, before
+        self._clear()
+
+    def _clear(self) -> None:
+        self.count, self.sums, self.started = 0, np.zeros(3), time.monotonic()
+
+    def add(self, count: int, *values: float) -> None:
+        """Means over ``count`` particles: loss, nll, kl."""
+        self.count += count
+        self.sums += count * np.array(values)
+
+    def write(self, beta: float, rate: float) -> None:
+        """A line of metrics; starts a new window."""
+        self.seen += self.count
+        loss, nll, kl = self.sums / self.count
+        seconds = time.monotonic() - self.started
+        self.metrics.append(
+            epoch=self.epoch, particles=self.seen, loss=loss, nll=nll, kl=kl, beta=beta, lr=rate, seconds=seconds,
+            particles_per_second=self.count / max(seconds, 1e-9),
+        )  # fmt: skip
+        self._clear()

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
-from opustomo.data.cache import OnTheFly, prepare_cache
+from opustomo.data.cache import OnTheFly, Row, prepare_cache
 from opustomo.data.inputs import Inputs, read_inputs
-from opustomo.data.observe import estimate_noise
+from opustomo.data.noise import estimate_noise
 from opustomo.monitor import progress
 from opustomo.reconstruct import Rows
 
@@ -41,7 +41,7 @@ def rows_of(inputs: Inputs, folder: Path | None, options: InputOptions, workers:
             estimate_noise(particles, grid, mask, contrast=options.contrast, normalisation=options.normalisation),
         )
 
-    def bar(items: Iterable[int], total: int) -> Iterable[int]:
+    def bar(items: Iterable[Row], total: int) -> Iterable[Row]:
         return progress(items, total, "cache")
 
     cache = prepare_cache(

@@ -52,8 +52,8 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
     for name in _FIXED:
         if changed.get(name):
             raise UserError(
-                f"--{name} {changed[name]} where {folder} was trained with {stored[name]}; leave --{name} out, or start "
-                "a new run without --load"
+                f"--{name} {changed[name]} where {folder} was trained with {stored[name]}; leave --{name} out, or "
+                "start a new run without --load"
             )
     if config.load == "latest" and changed:
         listing = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored[k]})" for k, v in changed.items())
@@ -118,18 +118,18 @@ def _check_codes(latents: Path, folder: Path, epoch: int) -> None:
 def _merge(config: TrainConfig, stored: dict[str, Any], typed: dict[str, Any]) -> TrainConfig:
     """Stored options, overridden by typed ones; where and how to run is taken from the command line."""
 
-    def pick(cls: type, instance: Any) -> dict[str, Any]:
-        values = {}
-        for field in dataclasses.fields(cls):
-            current = getattr(instance, field.name)
-            if dataclasses.is_dataclass(current):
-                values[field.name] = dataclasses.replace(current, **pick(type(current), current))
-            elif field.name not in typed and field.name not in _FREE and field.name in stored:
-                value = stored[field.name]
-                values[field.name] = Path(value) if field.name in _PATHS and value is not None else value
-        return values
+    def value(field: dataclasses.Field[Any], current: Any) -> Any:
+        if isinstance(current, InputOptions | GridOptions):
+            return dataclasses.replace(current, **pick(current))
+        if field.name in typed or field.name in _FREE or field.name not in stored:
+            return current
+        kept = stored[field.name]
+        return Path(kept) if field.name in _PATHS and kept is not None else kept
 
-    return dataclasses.replace(config, **pick(TrainConfig, config))
+    def pick(options: TrainConfig | InputOptions | GridOptions) -> dict[str, Any]:
+        return {f.name: value(f, getattr(options, f.name)) for f in dataclasses.fields(options)}
+
+    return dataclasses.replace(config, **pick(config))
 
 
 _PATHS = {

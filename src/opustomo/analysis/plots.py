@@ -271,9 +271,8 @@ def picture_rows(pictures: Array, titles: Sequence[str]) -> Figure:
     """Grey pictures (rows, columns, C, C), each on its own scale, one title per column."""
     rows, columns = pictures.shape[:2]
     fig = Figure(figsize=(2.0 * columns, 2.0 * rows + 0.4), layout="constrained")
-    grid = fig.subplots(rows, columns, squeeze=False)
     for row, column in np.ndindex(rows, columns):
-        axes = grid[row, column]
+        axes = fig.add_subplot(rows, columns, 1 + row * columns + column)
         axes.imshow(pictures[row, column], cmap="gray", origin="lower")
         axes.set_axis_off()
         if row == 0:

@@ -13,7 +13,6 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from opustomo.data.atomic import write_text
-from opustomo.data.observe import Noise, estimate_noise, observe
+from opustomo.data.noise import estimate_noise
+from opustomo.data.observe import Noise, observe, observe_all
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies
@@ -30,7 +30,8 @@ from opustomo.physics.grid import Grid
 
 FORMAT = 1
 _MANIFEST, _NOISE = "cache.json", "noise.npz"
-Progress = Callable[[Iterable[int], int], Iterable[int]]
+Row = tuple[int, Tensor, Tensor]
+Progress = Callable[[Iterable[Row], int], Iterable[Row]]
 
 
 def fingerprint(particles: Particles, grid: Grid, mask: Tensor, options: tuple[str, ...]) -> str:
@@ -250,17 +251,9 @@ def _fill(cache: Cache, particles: Particles, rows: np.ndarray, workers: int, pr
     if len(rows) == 0:
         return
 
-    def make(i: int) -> None:
-        cache.write(i, *observe(particles, i, cache.grid, cache.noise))
-
-    # one particle per thread: its own transforms are too small to be worth splitting
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    made = observe_all(particles, rows.tolist(), cache.grid, cache.noise, workers)
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            done = pool.map(make, map(int, rows))
-            for _ in progress((0 for _ in done), len(rows)):
-                pass
+        for i, numerator, weight in progress(made, len(rows)):
+            cache.write(i, numerator, weight)
     finally:
-        torch.set_num_threads(threads)
         cache.flush()

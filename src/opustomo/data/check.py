@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from opustomo.config import CheckConfig, InputOptions
-from opustomo.data.checks import crop, headers, images, transfer, wedge
+from opustomo.data.checks import crop, headers, images, signal, transfer, wedge
 from opustomo.data.checks import particles as table
 from opustomo.data.findings import Finding, Report
 from opustomo.data.observe import sample_rows
@@ -28,7 +28,8 @@ from opustomo.errors import UserError
 from opustomo.physics.grid import make_grid
 
 _BAND_BOX = 32  # working box of the Fourier statistics: enough to see wedge, CTF and contrast
-_TILT_SAMPLE = 40  # particles for them where tilts must be inserted, which costs; else the whole sample
+_TILT_SAMPLE = 32  # particles for them where tilts must be inserted, which costs; else the whole sample
+_LEAST_SAMPLE, _LARGE_BOX = 16, 128  # boxes beyond are transformed in seconds: fewer are taken, but never fewer than 16
 
 
 def main(config: CheckConfig) -> int:
@@ -39,8 +40,7 @@ def main(config: CheckConfig) -> int:
     """
     if config.sample < 1:
         raise UserError(f"--sample {config.sample}: at least one subtomogram must be read; leave it out for 64")
-    with _one_thread():
-        report = examine(config)
+    report = examine(config)
     if report.failure is None or config.json or any(report.sections.values()):
         print(report.json() if config.json else report.text(_width()))
     if report.failure is not None:
@@ -55,7 +55,8 @@ def examine(config: CheckConfig) -> Report:
     start = time.monotonic()
     failure = None
     try:
-        sections = _sections(config, read_particles(config.star, config.input))
+        with _one_thread():
+            sections = _sections(config, read_particles(config.star, config.input))
     except UserError as error:
         failure, sections = str(error), {"files": _file_findings(config.star, config.input)}
     return Report(config.star, sections, time.monotonic() - start, failure)
@@ -102,20 +103,23 @@ def _data_findings(
     if len(sample.usable) < 2:
         return found, []
     most = _TILT_SAMPLE if particles.transfer == "tilts" else len(sample.usable)
+    most = max(_LEAST_SAMPLE, int(most * min(1.0, (_LARGE_BOX / particles.box) ** 3)))
     few = particles.subset(sample.usable[sample_rows(len(sample.usable), most)])
     size = min(particles.box, _BAND_BOX)
     grid = make_grid(particles.box, particles.pixel_size, size / particles.box, particles.box / 2)
-    noise = images.noise_model(few, grid)
+    noise = signal.noise_model(few, grid)
     if isinstance(noise, UserError):
         return found, [Finding("error", "CTF", str(noise))]
-    found += images.noise_findings(noise, few, grid, config.input)
+    found += signal.signal_findings(noise, few, grid, config.input)
     return found, wedge.wedge_findings(wedge.sample_power(few, grid, noise.mean_normalised))
 
 
 def _file_findings(star: Path, options: InputOptions) -> list[Finding]:
     """What can be said about the subtomograms when the set as a whole cannot be read."""
     try:
-        names = [str(name) for name in relion.image_names(read_star(star))]
+        particles = read_star(star)
+        names = [str(name) for name in relion.image_names(particles)]
+        stated = relion.pixel_size(particles)
         locator = Locator(star, options.datadir)
     except UserError:
         return []
@@ -125,7 +129,8 @@ def _file_findings(star: Path, options: InputOptions) -> list[Finding]:
         return []  # nothing to add to the message that says so
     present = [(place[0], name) for place, name in zip(places, names, strict=True) if place is not None]
     survey = headers.survey_headers([path for path, _ in present], [name for _, name in present])
-    return [*headers.missing_findings(names, absent, "subtomograms"), *headers.box_findings(survey)]
+    found = [*headers.missing_findings(names, absent, "subtomograms"), *headers.box_findings(survey)]
+    return [*found, *(headers.pixel_findings(survey, particles, stated[0]) if stated else [])]
 
 
 def _next_step(config: CheckConfig, report: Report) -> str:

@@ -90,8 +90,8 @@ class Report:
         return json.dumps(document, indent=1, allow_nan=False)
 
     def _counts(self) -> str:
-        words = [_plural(self.count(level), level) for level in ("error", "warning", "note")]  # type: ignore[arg-type]
-        return ", ".join(words)
+        levels: tuple[Level, ...] = ("error", "warning", "note")
+        return ", ".join(_plural(self.count(level), level) for level in levels)
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

@@ -140,3 +140,10 @@ def radial(curve: Tensor, size: int) -> Tensor:
     low = r.floor().long()
     high = (low + 1).clamp(max=curve.shape[-1] - 1)
     return torch.lerp(curve[low], curve[high], (r - low).to(curve.dtype))
+
+
+def shell_mean(values: Tensor, size: int) -> Tensor:
+    """Mean of a real band quantity (..., n) over shells; shell 0, which is empty, repeats shell 1."""
+    mean = shell_sum(values, size) / shell_sum(torch.ones_like(values), size).clamp(min=1)
+    mean[..., 0] = mean[..., 1]
+    return mean

@@ -90,8 +90,11 @@ def pixel_findings(survey: Survey, star: StarFile, pixel_size: float) -> list[Fi
 
 
 def _binning(star: StarFile, pixel_size: float) -> list[Finding]:
-    series = relion.constant(star, "rlnTomoTiltSeriesPixelSize")
-    binning = relion.constant(star, "rlnTomoSubtomogramBinning")
+    try:
+        series = relion.constant(star, "rlnTomoTiltSeriesPixelSize")
+        binning = relion.constant(star, "rlnTomoSubtomogramBinning")
+    except UserError:
+        return []  # tilt series of several pixel sizes, each with its own binning: nothing to compare
     if series is None or binning is None or not differ(series * binning, pixel_size):
         return []
     found = f"tilt series {series:g} A x binning {binning:g} = {series * binning:g} A, not {pixel_size:g} A"
@@ -119,7 +122,15 @@ def missing_findings(names: Sequence[str], absent: Sequence[int], what: str) -> 
     if not absent:
         return []
     found = f"{len(absent)} of {len(names)} {what} missing: {listed([f'{names[i]} (row {i + 1})' for i in absent])}"
-    return [Finding("error", "missing files", found, "give their folder with --datadir", {"count": len(absent)})]
+    return [
+        Finding(
+            "error",
+            "missing files",
+            found,
+            "give their folder with --datadir or remove their rows",
+            {"count": len(absent)},
+        )
+    ]
 
 
 def _header(path: Path) -> tuple[MrcHeader | None, str]:

@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from opustomo.config import InputOptions
 from opustomo.data.findings import Finding, listed, span
 from opustomo.data.mrc import read_volume
-from opustomo.data.observe import Noise, estimate_noise
 from opustomo.data.particles import Particles
-from opustomo.errors import UserError
-from opustomo.physics.grid import Grid
-from opustomo.physics.volume import spherical_mask
 
 OUTLIER = 5.0  # median absolute deviations, as standard deviations of a normal distribution
 _REMOVE = "extract it again or remove its row: reading stops at such a box"
@@ -124,60 +117,3 @@ def _cut_off(sample: Sample, where: str) -> list[Finding]:
     found = f"{len(names)} {where} end in constant values: {listed(names)}"
     action = "they reach over the edge of the tomogram; used as they are, better removed"
     return [Finding("warning", "cut off", found, action, {"count": len(names)})]
-
-
-def noise_model(particles: Particles, grid: Grid) -> Noise | UserError:
-    """Contrast, normalisation and noise of these particles as ``train`` would find them without being told."""
-    size = grid.working_box
-    mask = spherical_mask(size, 0.4 * size, 0.08 * size)
-    try:
-        return estimate_noise(particles, grid, mask, contrast="auto", normalisation="auto", sample=len(particles))
-    except UserError as error:
-        return error
-
-
-def noise_findings(noise: Noise, particles: Particles, grid: Grid, options: InputOptions) -> list[Finding]:
-    """Contrast sign, normalisation and how much the consensus explains; n particles were averaged."""
-    seen = "white" if noise.contrast > 0 else "black"
-    looks = "bright" if noise.contrast > 0 else "dark"
-    signal, strongest = _consensus(noise.explained, len(particles), grid)
-    if options.contrast not in ("auto", seen):
-        found = f"protein looks {looks}, but --contrast {options.contrast} was given"
-        contrast = Finding("warning", "contrast", found, "the option is obeyed; leave it out unless you are sure")
-    elif not strongest:
-        found = f"no average stands out to tell; {looks} is the better guess"
-        contrast = Finding("warning", "contrast", found, "look at `opustomo average`, then give --contrast")
-    else:
-        found = f"protein is {looks} in the average of {len(particles)} particles"
-        action = "used as it is" if seen == "white" else "inverted while reading"
-        contrast = Finding("ok", "contrast", found, action, {"contrast": seen})
-    return [contrast, *_normalisation(noise, particles, options), signal]
-
-
-def _normalisation(noise: Noise, particles: Particles, options: InputOptions) -> list[Finding]:
-    if particles.transfer != "tilts":
-        found = "as in the CTF volume" if particles.transfer == "ctf_volume" else "as in the weight volume"
-        action = "noise is estimated per Fourier voxel from the data"
-        return [Finding("ok", "normalisation", found, action)]
-    seen, words = ("mean", "averaged over") if noise.mean_normalised else ("sum", "summed over")
-    if options.normalisation not in ("auto", seen):
-        found = f"noise looks {words} the tilts, but --normalisation {options.normalisation} was given"
-        action = "the option is obeyed; leave it out unless you are sure"
-        return [Finding("warning", "normalisation", found, action)]
-    found = f"{words} the tilts, as the noise across Fourier space shows"
-    return [Finding("ok", "normalisation", found, "weighted accordingly", {"normalisation": seen})]
-
-
-def _consensus(explained: Tensor, count: int, grid: Grid) -> tuple[Finding, bool]:
-    """How far the consensus of ``count`` particles is seen in their own power; averaging noise explains 1/count."""
-    shells = torch.arange(1, len(explained))
-    signal = explained[1:] > 2.0 / count
-    values = {"explained": [round(float(value), 4) for value in explained[1:]]}
-    if not bool(signal.any()):
-        found = f"the average of {count} particles stands out from the noise at no resolution"
-        action = "look at `opustomo average`: poses, CTF or pixel size may be wrong, or the signal is weak"
-        return Finding("warning", "signal", found, action, values), False
-    last = int(shells[signal].max())
-    limit = ", as far as was looked" if last >= len(shells) - 1 else ""
-    found = f"the average of {count} particles is seen to about {grid.extent / last:.0f} A{limit}"
-    return Finding("ok", "signal", found, values=values), True

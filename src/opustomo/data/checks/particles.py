@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from opustomo.data.findings import Finding, listed, span
 from opustomo.data.particles import Particles
 
 CHANCE = 1e-3  # a gap this unlikely for random orientations is no accident
-_FEW_FOR_GAPS, _FEW_FOR_AREA = 20, 192
+_FEW_FOR_GAPS, _FEW_FOR_AREA = 40, 192  # particles
 
 
 def count_findings(particles: Particles) -> list[Finding]:
@@ -101,7 +102,9 @@ def orientation_findings(particles: Particles) -> list[Finding]:
     """Whether the viewing directions fill the sphere or only the asymmetric unit of a point group."""
     rot, tilt = particles.euler[:, 0], particles.euler[:, 1] % 360
     tilt = np.where(tilt > 180, 360 - tilt, tilt)
-    values = {"rot": _ends(rot), "tilt": _ends(particles.euler[:, 1]), "psi": _ends(particles.euler[:, 2])}
+    values: dict[str, Any] = {
+        name: _ends(angles) for name, angles in zip(("rot", "tilt", "psi"), particles.euler.T, strict=True)
+    }
     if not np.ptp(particles.euler, 0).any() and len(particles) > 1:
         found = "all particles have the same Euler angles"
         return [Finding("warning", "orientations", found, "give the STAR file after alignment", values)]
@@ -109,7 +112,9 @@ def orientation_findings(particles: Particles) -> list[Finding]:
         found = "too few particles to tell whether they fill the sphere"
         return [Finding("note", "orientations", found, values=values)]
     symmetry = _rotational_symmetry(rot, tilt)
-    action = "nothing is changed; expand the symmetry first to see what breaks it, or ignore this if views are preferred"
+    action = (
+        "nothing is changed; expand the symmetry first to see what breaks it, or ignore this if views are preferred"
+    )
     if symmetry:
         found = f"the angles fill only the asymmetric unit of {symmetry}: aligned with that symmetry by the look of it"
         return [Finding("warning", "orientations", found, action, {**values, "symmetry": symmetry})]
@@ -150,11 +155,12 @@ def _even(angles: NDArray[np.float64], width: float) -> bool:
     start = angles[(int(gaps.argmax()) + 1) % len(angles)]
     position = np.sort(((angles - start) % 360) / width)
     distance = np.abs(position - np.linspace(0, 1, len(position))).max()
-    return bool(distance < 0.2)
+    # the Kolmogorov-Smirnov bound at about 0.3 %, and some room for angles nudged over the edges
+    return bool(distance < min(0.2, max(0.06, 1.8 / len(position) ** 0.5)))
 
 
 def _filled_fraction(rot: NDArray[np.float64], tilt: NDArray[np.float64]) -> float:
-    """Fraction of equal patches of the sphere that hold a viewing direction (rot, tilt); at least 8 expected in each."""
+    """Fraction of equal patches of the sphere that hold a viewing direction (rot, tilt); 8 are expected in each."""
     count = min(len(rot) // 8, 192)
     index = np.arange(count) + 0.5
     height, turn = 1 - 2 * index / count, np.pi * (1 + 5**0.5) * index  # Fibonacci lattice

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from opustomo.data.findings import Finding, Level, span
 from opustomo.data.particles import TILT_COLUMNS, Particles
 
-_DEFOCUS = (1_000.0, 150_000.0)  # Angstrom; outside lie micrometres (2.5) and nanometres (2500 would pass: 250 does not)
+_DEFOCUS = (
+    1_000.0,
+    150_000.0,
+)  # Angstrom; outside lie micrometres (2.5) and nanometres (2500 would pass: 250 does not)
 _DOSE = 300.0  # e/A^2: more was never put on a cell
 
 

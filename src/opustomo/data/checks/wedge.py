@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,9 @@ Cube = NDArray[np.float64]
 LEAK = 0.1  # power outside the wedge, as a fraction of that inside, from which it is more than the box's own window
 _FIRST_SHELL = 3  # below, the wedge is thinner than a Fourier voxel
 _FLOOR = 0.02  # of a shell's mean power: keeps the logarithm of an empty wedge from ruling the correlation
+_RELATED = 0.3  # correlation below which data and transfer function have nothing to do with each other
+_ALIKE = 0.97  # correlation of a prediction with its mirror image from which the tilts count as symmetric
+_CLEAR = 0.01  # difference of two correlations over thousands of voxels that is no accident
 _COVERED = 0.01  # of a shell's largest value: where a CTF volume is taken to have been measured
 _PLACES = {
     (0, 2, 1): "the tilt axis along x instead of y",
@@ -97,19 +99,30 @@ def _neighbourhood(prediction: Cube, shell: NDArray[np.int64]) -> NDArray[np.boo
 
 def agreement(power: Power, axes: tuple[int, int, int] = (0, 1, 2), mirrored: bool = False) -> Placement:
     """Agreement when the prediction's axes are permuted and, if asked, x is reversed (the tilt sign inverted)."""
+    placed = _placed(power, axes, mirrored)
+    band = _band(power)
+    # the window of the box spreads power by a voxel: next to the wedge nothing can be said
+    outside = band & ~maximum_filter(placed.covered, 3)
+    measured = _flattened(power.measured, power.shell)
+    leak = float(measured[outside].mean() / measured[band & placed.covered].mean()) if outside.any() else float("nan")
+    return Placement(_log_correlation(power.measured, placed.predicted, power), leak)
 
+
+def _placed(power: Power, axes: tuple[int, int, int], mirrored: bool) -> Power:
     def place(cube: NDArray) -> NDArray:
         return (cube[..., ::-1] if mirrored else cube).transpose(axes)
 
-    band = (power.shell >= _FIRST_SHELL) & (power.shell < power.shell.max())
-    # the window of the box spreads power by a voxel: next to the wedge nothing can be said
-    covered = place(power.covered)
-    outside = band & ~maximum_filter(covered, 3)
-    measured, predicted = (_flattened(cube, power.shell) for cube in (power.measured, place(power.predicted)))
-    leak = float(measured[outside].mean() / measured[band & covered].mean()) if outside.any() else float("nan")
-    a, b = np.log(measured[band] + _FLOOR), np.log(predicted[band] + _FLOOR)
-    flat = a.std() == 0 or b.std() == 0
-    return Placement(0.0 if flat else float(np.corrcoef(a, b)[0, 1]), leak)
+    return power._replace(predicted=place(power.predicted), covered=place(power.covered))
+
+
+def _band(power: Power) -> NDArray[np.bool_]:
+    return (power.shell >= _FIRST_SHELL) & (power.shell < power.shell.max())
+
+
+def _log_correlation(one: Cube, other: Cube, power: Power) -> float:
+    """Correlation of two power distributions after division by the mean of each shell; 0 where one is constant."""
+    a, b = (np.log(_flattened(cube, power.shell)[_band(power)] + _FLOOR) for cube in (one, other))
+    return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def _flattened(cube: Cube, shell: NDArray[np.int64]) -> Cube:
@@ -120,23 +133,25 @@ def _flattened(cube: Cube, shell: NDArray[np.int64]) -> Cube:
 
 
 def wedge_findings(power: Power) -> list[Finding]:
-    """Power outside the wedge, agreement of power and prediction, and whether another placement fits better."""
+    """Whether another placement fits better, else power outside the wedge, its agreement with the CTF, tilt sign."""
     if power.shell.max() <= _FIRST_SHELL + 1:
         return [Finding("note", "wedge", "the box is too small to compare power and CTF")]
     given = agreement(power)
-    turned = {axes: agreement(power, axes) for axes in permutations(range(3)) if axes in _PLACES}
+    turned = {axes: agreement(power, axes) for axes in _PLACES}
     best = max(turned, key=lambda axes: turned[axes].correlation)
     values = {"correlation": round(given.correlation, 3), "correlation_turned": round(turned[best].correlation, 3)}
     if not np.isnan(given.leak):
         values["leak"] = round(given.leak, 4)
     better = turned[best].correlation > given.correlation + 0.2
     if better and not turned[best].leak > 0.5 * given.leak:
-        found = (
-            f"the data's power fits the wedge with {_PLACES[best]}: correlation {turned[best].correlation:.2f} "
-            f"against {given.correlation:.2f} as read"
-        )
-        return [Finding("error", "wedge", found, "the volumes or the tilt angles are in another frame: turn one", values)]
-    return [_leak(given, values), _match(given, turned[best], values), _tilt_sign(power, given)]
+        scores = f"correlation {turned[best].correlation:.2f}, as read {given.correlation:.2f}"
+        found = f"the data's power fits the wedge with {_PLACES[best]}: {scores}"
+        action = "volumes and tilt angles are in different frames: turn one of them"
+        return [Finding("error", "wedge", found, action, values)]
+    sign = _tilt_sign(power, given)
+    if any(finding.level == "warning" for finding in sign):
+        return [*sign, _match(given, turned[best], values)]  # power outside the wedge follows from it
+    return [_leak(given, values), _match(given, turned[best], values), *sign]
 
 
 def _leak(given: Placement, values: dict[str, float]) -> Finding:
@@ -150,24 +165,36 @@ def _leak(given: Placement, values: dict[str, float]) -> Finding:
 
 
 def _match(given: Placement, turned: Placement, values: dict[str, float]) -> Finding:
-    found = f"power follows the predicted CTF^2 with correlation {given.correlation:.2f} ({turned.correlation:.2f} turned)"
-    if given.correlation < 0.3:
+    found = (
+        f"power follows the predicted CTF^2 with correlation {given.correlation:.2f} ({turned.correlation:.2f} turned)"
+    )
+    if given.correlation < _RELATED:
         found = f"power does not follow the predicted CTF^2: correlation {given.correlation:.2f}"
         action = "check that these CTFs belong to these subtomograms"
         return Finding("warning", "CTF and power", found, action, values)
     return Finding("ok", "CTF and power", found, values=values)
 
 
-def _tilt_sign(power: Power, given: Placement) -> Finding:
+def _tilt_sign(power: Power, given: Placement) -> list[Finding]:
     """The tilt sign shows only where the tilts are not symmetric about the beam."""
-    mirrored = agreement(power, mirrored=True)
-    alike = np.corrcoef(power.predicted.ravel(), power.predicted[..., ::-1].ravel())[0, 1] > 0.98
-    if alike:
+    mirrored = _placed(power, (0, 1, 2), True)
+    if _log_correlation(power.predicted, mirrored.predicted, power) > _ALIKE:
         found = "the tilts are symmetric: power cannot tell the sign of the tilt angles, nor the hand"
-        return Finding("note", "tilt sign", found, "taken as written; see the hand in the average")
-    values = {"correlation": round(given.correlation, 3), "correlation_mirrored": round(mirrored.correlation, 3)}
-    scores = f"correlation {given.correlation:.2f} as written, {mirrored.correlation:.2f} inverted"
-    if mirrored.correlation > given.correlation + 0.03:
+        return [Finding("note", "tilt sign", found, "taken as written; see the hand in the average")]
+    opposite = agreement(power, mirrored=True)
+    if max(given.correlation, opposite.correlation) < _RELATED:
+        return []
+    gain = opposite.correlation - given.correlation
+    values = {
+        "correlation": round(given.correlation, 3),
+        "correlation_inverted": round(opposite.correlation, 3),
+    }
+    scores = f"correlation {given.correlation:.2f} as written, {opposite.correlation:.2f} inverted"
+    if gain > _CLEAR or (gain > 0 and given.leak > max(LEAK, 2 * opposite.leak)):
+        found = f"the opposite sign of the tilt angles fits the power better: {scores}"
         action = "invert rlnAngleTilt of the tilts, or the volumes are mirrored along z: see the hand in the average"
-        return Finding("warning", "tilt sign", f"the opposite sign fits better: {scores}", action, values)
-    return Finding("ok", "tilt sign", f"fits the power: {scores}", values=values)
+        return [Finding("warning", "tilt sign", found, action, values)]
+    if gain > -_CLEAR:
+        found = f"the tilts are too symmetric to tell their sign from the power: {scores}"
+        return [Finding("note", "tilt sign", found, "taken as written; see the hand in the average", values)]
+    return [Finding("ok", "tilt sign", f"fits the power: {scores}", values=values)]

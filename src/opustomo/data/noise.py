@@ -1,0 +1,185 @@
+"""The noise model of a data set: how much a Fourier voxel is worth, the contrast sign and the normalisation.
+
+Owns: METHOD section 3's ``s`` and ``r``, estimated from a sample of the particles, and the check that nats are counted
+right (``probe_ratio``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from opustomo.data.observe import Noise, is_covered, observe_all, read_band, sample_rows, tilt_rows, transfer_band
+from opustomo.data.particles import Particles
+from opustomo.physics.fourier import (
+    band_frequencies,
+    band_multiplicity,
+    from_band,
+    irfft3,
+    radial,
+    rfft3,
+    shell_sum,
+    to_band,
+)
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import MIN_COVERAGE, insert_tilts, model_band
+from opustomo.physics.volume import centre_crop, centre_pad
+
+SAMPLE = 192  # particles looked at
+
+
+def _prefers_mean(particles: Particles, rows: Iterable[int], grid: Grid) -> bool:
+    """Whether the noise power falls (means over tilts) or rises (sums) with the multiplicity, by likelihood."""
+    k, size = band_frequencies(grid.working_box), grid.working_box
+    count = torch.zeros(size // 2 + 1)
+    power = torch.zeros(2, size // 2 + 1)
+    log_m = 0.0
+    for i in rows:
+        y2 = read_band(particles.image_files[i], grid).abs().square()
+        _, m = insert_tilts(k, tilt_rows(particles, i), grid.extent)
+        seen = (m > 0.05).float()
+        count += shell_sum(seen, size)
+        power += shell_sum(torch.stack([y2 / m.clamp(min=0.05), y2 * m]) * seen, size)
+        log_m += float((m.clamp(min=0.05).log() * seen * band_multiplicity(size)).sum())
+    used = count > 0
+    profile = (count * (power / count.clamp(min=1)).clamp(min=1e-30).log())[:, used].sum(-1)
+    # -log likelihood of noise s m (sum) and s / m (mean), with s profiled out per shell
+    return bool(profile[1] - log_m < profile[0] + log_m)
+
+
+def _smooth(band: Tensor, size: int) -> Tensor:
+    """Gaussian average over neighbouring Fourier voxels (sigma 1), respecting the edge of the band."""
+
+    def blur(values: Tensor) -> np.ndarray:
+        half = from_band(values, size)
+        mirrored = torch.roll(half.flip(0, 1), (1, 1), (0, 1))[..., 1 : size // 2].flip(-1)
+        full = torch.fft.fftshift(torch.cat([half, mirrored], -1))
+        return np.fft.ifftshift(gaussian_filter(full.numpy(), 1.0, mode="constant"))[..., : size // 2 + 1]
+
+    ratio = torch.from_numpy(blur(band) / np.maximum(blur(torch.ones_like(band)), 1e-6))
+    return to_band(ratio)
+
+
+def _power(particles: Particles, i: int, grid: Grid, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What one particle adds to the noise estimate, each (n,) on the band in its own frame.
+
+    Its power (as a sum over tilts), the coverage that this power is proportional to, and the power over coverage.
+    """
+    y2 = read_band(particles.image_files[i], grid).abs().square()
+    if particles.transfer == "tilts":
+        _, coverage = insert_tilts(band_frequencies(grid.working_box), tilt_rows(particles, i), grid.extent)
+        covered = coverage > MIN_COVERAGE
+        y2 = y2 * coverage.square() if mean else y2
+    else:
+        transfer = transfer_band(particles.ctf_files[i], grid)
+        covered = is_covered(transfer)
+        weighted = particles.transfer == "weight_volume"
+        coverage = transfer.clamp(min=MIN_COVERAGE) if weighted else torch.ones_like(transfer)
+    zero = torch.zeros(())
+    return (
+        torch.where(covered, y2, zero),
+        torch.where(covered, coverage, zero),
+        torch.where(covered, y2 / coverage.clamp(min=MIN_COVERAGE), zero),
+    )
+
+
+def estimate_noise(
+    particles: Particles,
+    grid: Grid,
+    mask: Tensor,
+    *,
+    contrast: str,
+    normalisation: str,
+    sample: int = SAMPLE,
+    workers: int = 0,
+) -> Noise:
+    """Noise power, contrast sign and normalisation of a data set, from a sample of its particles.
+
+    mask: (C, C, C) on the working grid.  The consensus that the sample itself supports is subtracted, so that
+    signal is not counted as noise.  contrast: auto, white or black; normalisation: auto, sum or mean.
+    """
+    size, rows = grid.working_box, sample_rows(len(particles), sample).tolist()
+    by_tilts = particles.transfer == "tilts"
+    few = rows[:: max(1, len(rows) // 32)]
+    mean = by_tilts and (normalisation == "mean" or (normalisation == "auto" and _prefers_mean(particles, few, grid)))
+    ones = torch.ones(len(band_frequencies(size)))
+    unit = Noise(ones, 1.0, mean, torch.zeros(size // 2 + 1))
+    numerator, weight = torch.zeros((size,) * 3), torch.zeros_like(ones)
+    power, coverage, ratio = torch.zeros_like(ones), torch.zeros_like(ones), torch.zeros_like(ones)
+    for i, b, w in observe_all(particles, rows, grid, unit, workers, crop=size):
+        numerator, weight = numerator + b, weight + w
+        add = _power(particles, i, grid, mean)
+        power, coverage, ratio = power + add[0], coverage + add[1], ratio + add[2]
+    volume, explained = _consensus_share(numerator, weight, shell_sum(ratio, size), mask, grid)
+    sign = {"white": 1.0, "black": -1.0}.get(contrast, _contrast_sign(volume))
+    if by_tilts:
+        curve = shell_sum(power, size) / shell_sum(coverage, size).clamp(min=1e-6) * (1.0 - explained)
+        curve[0] = curve[1]
+        level = radial(curve, size)
+    else:
+        level = _smooth(power, size) / _smooth(coverage, size).clamp(min=1e-6) * radial(1.0 - explained, size)
+    # noise-free data (tests, simulations) must not divide by zero
+    noise = Noise(level.clamp(min=max(1e-12 * float(level.max()), 1e-30)), sign, mean, explained)
+    return calibrate(particles, grid, mask, noise, rows, workers)
+
+
+def _consensus_share(
+    numerator: Tensor, weight: Tensor, power: Tensor, mask: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """The masked average (C, C, C) and the fraction of each shell's power it explains, in [0, 0.999]."""
+    size = grid.working_box
+    shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
+    b = to_band(rfft3(numerator))
+    raw = b / (weight + 0.05 * radial(shells, size)).clamp(min=1e-12)
+    volume = centre_crop(irfft3(from_band(raw, size)), grid.crop) * mask
+    v = model_band(volume, size)
+    gain = 2.0 * shell_sum((v * b.conj()).real, size) - shell_sum(v.abs().square() * weight, size)
+    return volume, (gain / power.clamp(min=1e-30)).clamp(0.0, 0.999)
+
+
+def _contrast_sign(volume: Tensor) -> float:
+    """+1 if the particle is brighter than its surroundings: k = 0 is absent, so the masked sum tells."""
+    return 1.0 if float(volume.sum()) >= 0.0 else -1.0
+
+
+def probe_ratio(numerators: Tensor, weights: Tensor, mask: Tensor, size: int, seed: int = 0) -> float:
+    """Variance of what random volumes score against residuals, over what their weights promise.
+
+    Random masked volumes v of the upper half of the band, residuals B_i - W_i mean: ``<v, residual>`` has
+    variance ``<v, W v>`` where noise is counted right.  numerators (b, C, C, C), weights (b, n).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    crop = numerators.shape[-1]
+    k = band_frequencies(size).norm(dim=-1)
+    shaped = torch.randn((32, size, size, size), generator=generator)
+    passed = to_band(rfft3(shaped)) * ((k > size / 4) & (k < 0.9 * size / 2))
+    probes = centre_crop(irfft3(from_band(passed, size)), crop) * mask
+    bands = model_band(probes, size)
+    mean_b, mean_w = numerators.mean(0), weights.mean(0)
+    raw = to_band(rfft3(centre_pad(mean_b, size))) / (mean_w + 0.05 * mean_w.mean())
+    mean = centre_crop(irfft3(from_band(raw, size)), crop) * mask
+    multiplicity = band_multiplicity(size)
+    expected = (bands.abs().square() * multiplicity) @ weights.T
+    model = ((bands.conj() * model_band(mean, size)).real * multiplicity) @ weights.T
+    scores = probes.flatten(1) @ numerators.flatten(1).T - model
+    return float(scores.square().sum() / expected.sum())
+
+
+def calibrate(
+    particles: Particles, grid: Grid, mask: Tensor, noise: Noise, rows: Sequence[int], workers: int = 0
+) -> Noise:
+    """Measure ``probe_ratio``; where the multiplicity is unknown (transfer volumes) scale the noise by it.
+
+    Neighbouring Fourier voxels share a slice's noise, and how many do is not in the file: the data tell.
+    """
+    few = rows[:: max(1, len(rows) // 96)]
+    _, numerators, weights = zip(*observe_all(particles, few, grid, noise, workers), strict=True)
+    ratio = probe_ratio(torch.stack(numerators), torch.stack(weights), mask, grid.working_box)
+    if particles.transfer == "tilts":
+        return replace(noise, calibration=ratio)
+    return replace(noise, power=noise.power * ratio, calibration=ratio)

@@ -1,0 +1,223 @@
+"""What training starts from: device and sizes, particles, split, rows, linear stage, network.
+
+Owns: everything between the options and the first step.  ``train`` reads as one script because this is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opustomo import checkpoint
+from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
+from opustomo.config import TrainConfig
+from opustomo.data.dataset import wedge_groups
+from opustomo.data.inputs import Inputs, read_inputs
+from opustomo.data.readers import with_poses
+from opustomo.errors import UserError
+from opustomo.linear import LinearModel, infer, pose_modes
+from opustomo.linear_stage import LinearResult, corrected_poses, fit_linear, write_results
+from opustomo.model.vae import Vae
+from opustomo.physics.fourier import from_band, irfft3, radial, resize_spectrum, shell_mean
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop
+from opustomo.preparation import make_split, rows_of
+from opustomo.reconstruct import Rows
+from opustomo.resume import Continuation
+
+log = logging.getLogger("opustomo")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a step needs besides the network: data, linear posterior and constants; on the device."""
+
+    rows: Rows
+    grid: Grid
+    mean: Tensor  # (P, zdim) of the linear posterior
+    factor: Tensor  # (P, zdim, zdim), lower
+    gain: Tensor  # (P,)
+    precision: Tensor  # (n,) of the encoder's Wiener filter
+    group: np.ndarray  # (P,) wedge orientation
+    device: torch.device
+    autocast: bool
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device, with one line about it; fewer GPUs than asked keep the global batch."""
+    present = torch.cuda.device_count()
+    if config.device == "cuda" and present == 0:
+        raise UserError("--device cuda: this machine shows no GPU; use --device auto, or look at nvidia-smi")
+    use = torch.device("cuda" if present and config.device != "cpu" else "cpu")
+    if config.num_gpus > 1:
+        log.info(
+            "--num-gpus %d: %d GPU(s) present, training in one process on %s with the same global batch of %d",
+            config.num_gpus, present, use.type, global_batch(config),
+        )  # fmt: skip
+    else:
+        log.info("training on %s", torch.cuda.get_device_name(0) if use.type == "cuda" else "the CPU")
+    return use
+
+
+def global_batch(config: TrainConfig) -> int:
+    """Particles per optimiser step before accumulation: b times the GPUs asked for."""
+    return config.batch * (config.num_gpus if config.multigpu else 1)
+
+
+def with_sizes(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Fill in the sizes that depend on the device; refuse those that cannot work."""
+    if config.templateres % 16:
+        raise UserError(f"--templateres {config.templateres}: must be a multiple of 16; the nearest is "
+                        f"{16 * max(1, round(config.templateres / 16))}")  # fmt: skip
+    for name in ("epochs", "batch", "zdim", "accum_step", "checkpoint", "num_gpus"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if not 0.0 <= config.valfrac < 1.0:
+        raise UserError(f"--valfrac {config.valfrac:g}: must lie in [0, 1)")
+    fast = device.type == "cuda"
+    return dataclasses.replace(
+        config,
+        width=config.width or (1.0 if fast else 0.25),
+        encoderres=config.encoderres or (12 if fast else 6),
+    )
+
+
+def select_inputs(config: TrainConfig) -> Inputs:
+    """Particles with the poses and the subset that were asked for."""
+    inputs = read_inputs(config.star, config.input, config.grid, config.templateres)
+    particles = inputs.particles
+    if config.poses is not None:
+        particles = with_poses(particles, *load_poses(config.poses))
+    if config.ind is not None:
+        particles = particles.subset(load_indices(config.ind, len(particles)))
+    for note in particles.notes:
+        log.info("%s", note)
+    return dataclasses.replace(inputs, particles=particles)
+
+
+def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
+    """Rows for training and for validation; an existing split file is read, otherwise one is made in the run."""
+    path = config.output / (config.split.name if config.split is not None else "split.pkl")
+    if config.split is not None and config.split.is_file():
+        order = load_split(config.split, count)
+        path = config.split
+    elif path.is_file():
+        order = load_split(path, count)
+    else:
+        order = make_split(count, config.seed)
+        save_split(path, order)
+    log.info("split: %s", path)
+    train, held = checkpoint.split_rows(order, config.valfrac)
+    return torch.from_numpy(train), torch.from_numpy(held), path
+
+
+def start_from_linear(
+    config: TrainConfig, inputs: Inputs, train: Tensor, held: Tensor, continuation: Continuation | None
+) -> tuple[Inputs, Rows, LinearResult]:
+    """Rows and the linear stage; with --estpose the poses are corrected by it once and the rows made again."""
+    folder = None if config.no_cache else (config.cache or config.output / "cache")
+    if continuation is not None:
+        inputs = _with_stored_poses(inputs, continuation)
+        rows = rows_of(inputs, folder, config.input, config.workers)
+        model = _stored_linear(continuation, inputs.grid, config.bfactor)
+        posterior = infer(model, rows, torch.arange(len(rows)), inputs.grid, continuation.weights["gain"])
+        return inputs, rows, LinearResult(model, posterior, [])
+    rows = rows_of(inputs, folder, config.input, config.workers)
+    linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, 0, 12, config.seed)
+    if linear.model.size > config.zdim:
+        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, config.zdim, 12, config.seed)
+    if config.estpose:
+        rotation, origin, euler = corrected_poses(inputs.particles, linear, inputs.grid)
+        moved = with_poses(inputs.particles, rotation, origin / inputs.grid.box, euler)
+        inputs = dataclasses.replace(inputs, particles=moved)
+        log.info("--estpose: poses corrected by the linear stage; numerators and weights are made again")
+        rows = rows_of(inputs, folder, config.input, config.workers)
+        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, linear.model.size, 12, config.seed)
+    write_results(config.output / "linear", linear, rows, inputs.grid, inputs.mask, 4, config.seed)
+    return inputs, rows, linear
+
+
+def _with_stored_poses(inputs: Inputs, continuation: Continuation) -> Inputs:
+    poses = [continuation.weights[k].numpy() for k in ("rotation", "origin", "euler")]
+    if len(poses[0]) != len(inputs.particles):
+        raise UserError(
+            f"{inputs.particles.source}: {len(inputs.particles)} particles where the checkpoint has {len(poses[0])}; "
+            "give the STAR file (and --ind) of that run"
+        )
+    return dataclasses.replace(inputs, particles=with_poses(inputs.particles, *poses))
+
+
+def _stored_linear(continuation: Continuation, grid: Grid, bfactor: float) -> LinearModel:
+    """The linear model of a checkpoint on this run's grid (its volumes are resampled if the grid has changed)."""
+    state, old = continuation.weights["linear"], Grid(*continuation.weights["grid"])
+    volumes = torch.cat([state["mean"][None], state["components"]])
+    if tuple(old[:4]) != tuple(grid[:4]):
+        band = model_band(volumes, old.working_box)
+        wide = from_band(band, old.working_box)
+        resized = resize_spectrum(wide, grid.working_box) * (grid.working_box / old.working_box) ** 1.5
+        volumes = centre_crop(irfft3(resized), grid.crop)
+    power = torch.ones(grid.working_box // 2 + 1)
+    scale = (state["pose_scale"][0], state["pose_scale"][1] * grid.working_box / old.working_box)
+    return LinearModel(volumes[0], volumes[1:], power, power, scale)
+
+
+def build(
+    config: TrainConfig,
+    inputs: Inputs,
+    rows: Rows,
+    linear: LinearResult,
+    continuation: Continuation | None,
+    device: torch.device,
+) -> tuple[Vae, Context]:
+    """The network, started at the linear stage or at a checkpoint, and what its steps need."""
+    grid, model, post = inputs.grid, linear.model, linear.posterior
+    extra = config.zdim - model.size
+    components = torch.cat([model.components, model.mean.new_zeros((extra, *model.mean.shape))])
+    modes = pose_modes(model.mean, model.pose_scale, grid)
+    network = Vae(
+        inputs.mask, model.mean, components, modes,
+        templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
+    )  # fmt: skip
+    if continuation is not None:
+        learned = {
+            k: v for k, v in continuation.weights["model"].items() if k.startswith(("encoder.", "decoder.", "scale"))
+        }
+        network.load_state_dict(learned, strict=False)
+    # unused dimensions keep their prior
+    mean = torch.cat([post.code, post.code.new_zeros(len(post.code), extra)], 1)
+    factor = torch.diag_embed(torch.ones_like(mean))
+    factor[:, : model.size, : model.size] = torch.linalg.cholesky(post.code_covariance)
+    power = model_band(model.components if model.size else model.mean[None], grid.working_box).abs().square().sum(0)
+    curve = shell_mean(power, grid.working_box)
+    share = float(inputs.mask.square().sum()) / grid.working_box**3
+    precision = share / radial(curve.clamp(min=1e-3 * float(curve.max())), grid.working_box)
+    context = Context(
+        rows=rows,
+        grid=grid,
+        mean=mean.to(device),
+        factor=factor.to(device),
+        gain=post.gain.to(device),
+        precision=precision.to(device),
+        group=wedge_groups(inputs.particles.rotation, global_batch(config))
+        if config.lamb > 0
+        else np.zeros(len(mean), int),
+        device=device,
+        autocast=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+    return network.to(device), context
+
+
+def save_config(config: TrainConfig, inputs: Inputs, split_file: Path) -> None:
+    """config.yaml and config.pkl: the options as typed and the sizes that followed."""
+    values = {"kind": "network", **checkpoint.flatten(config), **inputs.grid._asdict()}
+    for name in ("star", "mask", "datadir", "poses", "ind", "cache"):
+        values[name] = str(Path(values[name]).resolve()) if values[name] else None
+    values |= {"split": str(split_file.resolve()), "particles": len(inputs.particles), "load": None, "latents": None}
+    checkpoint.write_config(config.output, values)

@@ -1,0 +1,114 @@
+"""The architecture's rules, read from the source: who imports whom, sizes, and what is never loaded or written."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import opustomo
+
+ROOT = Path(opustomo.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+PARENT = "opustomo"
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+
+
+def is_in(module: str, layer: str) -> bool:
+    return module == layer or module.startswith(layer + ".")
+
+
+def imports(module: str) -> set[str]:
+    """Our modules that a module imports anywhere (also inside functions and for types), without the package's name."""
+    found: set[str] = set()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found.add(node.module or "")
+            # `from opustomo.data import mrc` imports opustomo.data.mrc
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {name.removeprefix(PARENT + ".") for name in found if name.startswith(PARENT + ".")}
+    return {name for name in ours if name in MODULES}
+
+
+# layer -> what of ours it may import; a layer may always import itself
+ALLOWED = {
+    "physics": (),
+    "model": ("physics",),
+    "objective": ("physics",),
+    "render": ("physics",),
+    "reconstruct": ("physics",),
+    "linear": ("physics", "reconstruct"),
+}
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_lower_layers_import_only_what_is_below_them(layer: str) -> None:
+    for module in filter(lambda name: is_in(name, layer), MODULES):
+        for target in imports(module):
+            assert any(is_in(target, allowed) for allowed in (layer, *ALLOWED[layer])), f"{module} imports {target}"
+
+
+def test_data_knows_no_model_and_nothing_above() -> None:
+    above = ("model", "train", "linear", "reconstruct", "objective", "render", "analysis", "explore", "cli", "compat")
+    for module in filter(lambda name: is_in(name, "data"), MODULES):
+        for target in imports(module):
+            assert not any(is_in(target, layer) for layer in above), f"{module} imports {target}"
+
+
+def test_the_rules_see_what_they_judge() -> None:
+    assert "physics.ctf" in imports("physics.observation")
+    assert "data.mrc" in imports("data.observe")
+    assert len(MODULES) > 20
+
+
+def test_relion_columns_are_named_only_where_files_are_read_and_written() -> None:
+    """A string that is a column's name; sentences to the user may mention one."""
+    for module, tree in MODULES.items():
+        if is_in(module, "data") or is_in(module, "simulate"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.fullmatch(r"_?rln\w+", node.value), f"{module}:{node.lineno} names {node.value}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_longer_than_450_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 450
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_nothing_is_unpickled_without_restriction() -> None:
+    for module, tree in MODULES.items():
+        for call in calls(tree):
+            function = ast.unparse(call.func)
+            keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            if function == "torch.load":
+                assert keywords.get("weights_only") == "True", f"{module}:{call.lineno} torch.load"
+            assert function not in {"pickle.load", "pickle.loads"}, f"{module}:{call.lineno} {function}"
+            if function in {"np.load", "numpy.load"}:
+                assert keywords.get("allow_pickle", "False") == "False", f"{module}:{call.lineno} {function}"
+
+
+def test_physics_has_no_files_no_classes_but_the_grid_and_no_device_literals() -> None:
+    for module in filter(lambda name: is_in(name, "physics"), MODULES):
+        tree = MODULES[module]
+        classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        assert classes <= {"Grid"}, f"{module} defines {classes}"
+        for call in calls(tree):
+            assert ast.unparse(call.func) not in {"open", "Path", "print"}, f"{module}:{call.lineno}"
+            assert not ast.unparse(call.func).endswith(".cuda"), f"{module}:{call.lineno}"
