@@ -15,8 +15,7 @@ import torch
 
 import star_sets
 from opustomo.config import InputOptions
-from opustomo.data import cache as cache_module
-from opustomo.data.cache import Cache, OnTheFly, open_cache, prepare_cache, row_bytes
+from opustomo.data.cache import Cache, OnTheFly, Row, open_cache, prepare_cache, row_bytes
 from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import TILT_COLUMNS, Particles
 from opustomo.data.readers import read_particles
@@ -45,18 +44,19 @@ def noise() -> Noise:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Row numbers observed since the fixture was made."""
+    """Row numbers written since the fixture was made."""
     rows: list[int] = []
+    write = Cache.write
 
-    def counting(particles: Particles, i: int, grid: Grid, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+    def recording(self: Cache, i: int, numerator: torch.Tensor, weight: torch.Tensor) -> None:
         rows.append(i)
-        return observe(particles, i, grid, noise)
+        write(self, i, numerator, weight)
 
-    monkeypatch.setattr(cache_module, "observe", counting)
+    monkeypatch.setattr(Cache, "write", recording)
     return rows
 
 
-def quiet(rows: Iterable[int], total: int) -> Iterable[int]:
+def quiet(rows: Iterable[Row], total: int) -> Iterable[Row]:
     return rows
 
 

@@ -48,7 +48,7 @@ def copied(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "set"))
 
 
-def examine(folder: Path, sample: int = COUNT, **options: object) -> Report:
+def examine(folder: Path, sample: int = 16, **options: object) -> Report:
     grid = GridOptions(folder / "mask.mrc")
     read = InputOptions(**options)  # type: ignore[arg-type]
     return check.examine(CheckConfig(folder / "particles.star", read, grid, sample))
@@ -162,9 +162,9 @@ def test_no_star_file_and_no_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_dark_protein_is_seen_and_a_wrong_option_is_pointed_out(copied: Path) -> None:
     for path in volumes(copied):
         change(path, np.negative)
-    dark = find(examine(copied, 16), "contrast")
+    dark = find(examine(copied, 8), "contrast")
     assert (dark.level, dark.values["contrast"]) == ("ok", "black") and "inverted" in dark.action
-    wrong = examine(copied, 8, contrast="white", normalisation="mean")
+    wrong = examine(copied, 4, contrast="white", normalisation="mean")
     assert find(wrong, "contrast").level == "warning" and "--contrast white" in find(wrong, "contrast").found
     assert find(wrong, "normalisation").level == "warning"
 

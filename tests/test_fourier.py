@@ -49,6 +49,16 @@ def test_resize_up_and_down_is_the_identity() -> None:
     assert torch.allclose(fourier_resize(fourier_resize(volume, 26), 16), volume, atol=1e-12)
 
 
+def test_resizing_drops_the_smaller_nyquist() -> None:
+    """What stays is below both limits, so nothing at Nyquist stands there without its mate."""
+    for size, other in ((16, 10), (10, 16)):
+        spectrum = rfft3(fourier_resize(torch.randn((size,) * 3, dtype=torch.float64), other)).abs()
+        limit = min(size, other) // 2
+        assert float(spectrum[..., limit:].max()) < 1e-12
+        assert float(spectrum[limit : other - limit + 1].max()) < 1e-12
+        assert float(spectrum[..., limit - 1].max()) > 0.1
+
+
 def test_transforms_are_ortho_with_zero_frequency_first() -> None:
     volume = torch.randn((2, 12, 12, 12), dtype=torch.float64)
     expected = np.fft.rfftn(volume.numpy(), axes=(1, 2, 3), norm="ortho")

@@ -47,7 +47,7 @@ class Known(NamedTuple):
     def grid(self) -> Grid:
         return make_grid(self.particles.box, self.particles.pixel_size, 0.75, mask_extent(self.mask))
 
-    def noise(self, sample: int = 256) -> Noise:
+    def noise(self, sample: int = 192) -> Noise:
         grid, mask = self.grid(), working_mask(self.mask, self.grid())
         return estimate_noise(self.particles, grid, mask, contrast="auto", normalisation="auto", sample=sample)
 
@@ -188,8 +188,7 @@ def test_scale_and_sign_of_the_files_do_not_matter(
     known = averaged_of(transfer)
     plain = known.noise(48)
     numerator, weight = observe(known.particles, 3, known.grid(), plain)
-    read = observe_module.read_band
-    monkeypatch.setattr(observe_module, "read_band", lambda path, grid: -2.0 * read(path, grid))
+    monkeypatch.setattr(observe_module, "read_volume", lambda path: (-2 * read_volume(path)[0], 7.5))
     scaled = known.noise(48)
     assert (plain.contrast, scaled.contrast) == (1.0, -1.0)
     assert torch.allclose(scaled.power, 4 * plain.power, rtol=1e-3)

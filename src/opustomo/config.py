@@ -143,6 +143,8 @@ class TrainConfig:
     """Schedule of the KL weight: cyclic annealing or constant 1."""
     beta_control: float = 1.0
     """Strength of the KL term; the likelihood is in nats, so 1 is the evidence lower bound."""
+    prior: float = 30.0
+    """Strength of the spectral prior on what the decoder adds to the linear model (0: none)."""
     lamb: float = 0.0
     """Strength of the structural disentanglement prior (seed's range 0.1-3)."""
     bfactor: float = 0.0

@@ -71,6 +71,15 @@ def kl_divergence(mean: Tensor, factor: Tensor) -> Tensor:
     return 0.5 * (mean.square().sum(-1) + factor.square().sum((-2, -1)) - mean.shape[1]) - log_det
 
 
+def spectral_prior(band: Tensor, precision: Tensor, size: int) -> Tensor:
+    """``1/2 <D, D / tau^2>`` in nats, (b,): the Gaussian prior of a volume with the spectrum ``tau^2``.
+
+    band: (b, n) transform of the decoder's nonlinear part; precision ``1/tau^2``: (n,).  It keeps the decoder from
+    answering noise in shells where the linear stage found no variability.
+    """
+    return 0.5 * (band.abs().square() * (precision * band_multiplicity(size, band.device))).sum(-1)
+
+
 def residual_density(
     numerator: Tensor, weight: Tensor, mean: Tensor, precision: Tensor, mask: Tensor, size: int
 ) -> Tensor:

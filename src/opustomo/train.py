@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from opustomo.objective import (
     learning_rate,
     pose_nuisance,
     residual_density,
+    spectral_prior,
 )
 from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.observation import model_band
@@ -142,31 +144,41 @@ def posterior(model: Vae, context: Context, index: Tensor, numerator: Tensor, we
 
 def log_evidence(
     model: Vae, context: Context, code: Tensor, numerator: Tensor, weight: Tensor, damping: Tensor | None
-) -> Tensor:
-    """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,)."""
+) -> tuple[Tensor, Tensor]:
+    """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,), and D(z) on the band (b, n)."""
     size = context.grid.working_box
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
         nonlinear = model.nonlinear(code)
     nonlinear = nonlinear.float()
+    band = model_band(nonlinear, size)
     if damping is not None:
-        damped = from_band(model_band(nonlinear, size) * damping, size)
-        nonlinear = centre_crop(irfft3(damped), context.grid.crop)
-    volume = model.linear(code) + nonlinear
+        band = band * damping
+        nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)
+    linear = model.linear(code)
     nuisance = pose_nuisance(model.pose_modes, numerator, weight, size)
-    return evidence(volume, model_band(volume, size), numerator, weight, nuisance, size)[0]
+    fit, _ = evidence(linear + nonlinear, model_band(linear, size) + band, numerator, weight, nuisance, size)
+    return fit, band
 
 
-def train_step(
-    model: Vae, context: Context, index: Tensor, beta: float, damping: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One sample of the negative evidence lower bound: loss, nll and KL (b,) in nats, and the codes' means."""
+@dataclass(frozen=True)
+class Step:
+    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and the codes' means."""
+
+    nll: Tensor
+    kl: Tensor
+    prior: Tensor
+    code: Tensor
+
+
+def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, generator: torch.Generator) -> Step:
+    """Forward pass of a batch: encode, sample, decode, compare."""
     numerator, weight = read_batch(context, index)
     mean, factor = posterior(model, context, index, numerator, weight)
     noise = torch.randn(mean.shape, generator=generator).to(context.device)
     code = mean + (factor @ noise[..., None])[..., 0]
-    nll = -log_evidence(model, context, code, numerator, weight, damping)
-    kl = kl_divergence(mean, factor)
-    return nll + beta * kl, nll, kl, mean
+    fit, band = log_evidence(model, context, code, numerator, weight, damping)
+    prior = spectral_prior(band, context.precision, context.grid.working_box)
+    return Step(-fit, kl_divergence(mean, factor), prior, mean)
 
 
 def train_epoch(
@@ -191,16 +203,18 @@ def train_epoch(
         done = (epoch + step / len(batches)) / config.epochs
         beta = beta_weight(config.beta, done) * config.beta_control
         rate = learning_rate(config.lr, done)
-        loss, nll, kl, code = train_step(model, context, index, beta, damping, generator)
+        out = train_step(model, context, index, damping, generator)
+        # the prior belongs to the decoder, not to a particle: each carries its share
+        loss = out.nll + beta * out.kl + config.prior / len(train) * out.prior
         objective = loss.mean()
         if config.lamb > 0:
             objective = (
-                objective + config.lamb * disentanglement(code, bank_sample(bank, context, index, generator)).mean()
+                objective + config.lamb * disentanglement(out.code, bank_sample(bank, context, index, generator)).mean()
             )
         if not torch.isfinite(objective):
             raise UserError(_not_finite(loss, index, epoch))
         (objective / lot).backward()
-        bank[index.to(context.device)] = code.detach()
+        bank[index.to(context.device)] = out.code.detach()
         pending += 1
         if pending == lot or step + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -209,7 +223,7 @@ def train_epoch(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             pending = 0
-        window.add(len(index), float(objective.detach()), float(nll.mean().detach()), float(kl.mean().detach()))
+        window.add(len(index), float(objective.detach()), float(out.nll.mean().detach()), float(out.kl.mean().detach()))
         if config.log_interval and window.count >= config.log_interval:
             window.write(beta, rate)
             if config.plot:
@@ -262,7 +276,7 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
             noise = torch.randn(mean.shape, generator=generator).to(context.device)
             spread = (factor @ noise[..., None])[..., 0]
             for code in (mean + spread, mean - spread):
-                fit = log_evidence(model, context, code, numerator, weight, damping)
+                fit, _ = log_evidence(model, context, code, numerator, weight, damping)
                 nll_sum -= float(fit.sum()) / (2 * EVALUATION_PAIRS)
     nll, kl = nll_sum / len(index), kl_sum / len(index)
     return {"val_nll": nll, "val_kl": kl, "val_elbo": -nll - kl}

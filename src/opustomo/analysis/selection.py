@@ -11,10 +11,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from opustomo import __version__
-from opustomo.compat.legacy_files import load_labels
+from opustomo.compat.legacy_files import load_indices, load_labels
 from opustomo.config import SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import write_subset
@@ -28,29 +29,44 @@ def main(config: SelectConfig) -> int:
     """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
     labels_file, epoch = find_labels(config.run, config.epoch, config.kmeans)
     labels = load_labels(labels_file)
+    star = read_star(config.star)
+    rows = trained_rows(config.run, len(star.particles))
     if config.classes:
-        paths = [_write_union(read_star(config.star), labels, config.classes, config.output)]
+        paths = [_write_union(star, labels, config.classes, config.output, rows)]
     else:
-        paths = write_classes(config.star, labels, config.output)
+        paths = write_classes(config.star, labels, config.output, rows)
     _write_manifest(config, epoch, labels, paths)
     for path in paths:
         log.info("wrote %s", path)
     return 0
 
 
-def write_classes(star: Path, labels: NDArray[np.integer], outdir: Path) -> list[Path]:
+def write_classes(
+    star: Path, labels: NDArray[np.integer], outdir: Path, rows: NDArray[np.int64] | None = None
+) -> list[Path]:
     """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
 
-    labels: (P,) 0-based class of every row of ``star``.  UserError: row count differs, ambiguous identities.
+    labels: (P,) 0-based class of every row of ``star``, or of its ``rows``.  UserError: counts differ, ambiguous
+    identities.
     """
     table = read_star(star)
-    _same_length(table, labels)
+    rows = _rows_of(table, labels, rows)
     paths = []
     for label in np.unique(labels):
         path = outdir / f"pre{label}.star"
-        write_subset(table, np.flatnonzero(labels == label), path)
+        write_subset(table, rows[labels == label], path)
         paths.append(path)
     return paths
+
+
+def trained_rows(run: Path, particles: int) -> NDArray[np.int64] | None:
+    """Rows of the STAR file that a run was trained on (``--ind``), None for all of them.
+
+    particles: rows of the STAR file.  UserError: the file given with ``--ind`` is gone or does not fit.
+    """
+    config = run / "config.yaml"
+    values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return load_indices(Path(values["ind"]), particles) if values.get("ind") else None
 
 
 def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
@@ -70,27 +86,35 @@ def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
     return found[chosen], chosen
 
 
-def _write_union(star: StarFile, labels: NDArray[np.int64], classes: tuple[int, ...], outdir: Path) -> Path:
-    _same_length(star, labels)
+def _write_union(
+    star: StarFile,
+    labels: NDArray[np.int64],
+    classes: tuple[int, ...],
+    outdir: Path,
+    rows: NDArray[np.int64] | None,
+) -> Path:
+    rows = _rows_of(star, labels, rows)
     absent = sorted(set(classes) - set(labels.tolist()))
     if absent:
         raise UserError(
             f"--classes {absent[0]}: no particle has this class (classes are {labels.min()} .. {labels.max()}, "
             "as reference0.mrc ...); give existing ones"
         )
-    rows = np.flatnonzero(np.isin(labels, classes))
+    chosen = np.isin(labels, classes)
     path = outdir / "selected.star"
-    write_subset(star, rows, path, labels[rows])
+    write_subset(star, rows[chosen], path, labels[chosen])
     return path
 
 
-def _same_length(star: StarFile, labels: NDArray[np.integer]) -> None:
-    rows = len(star.particles)
-    if rows != len(labels):
+def _rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Row of ``star`` that each label speaks of."""
+    rows = np.arange(len(star.particles)) if rows is None else rows
+    if len(rows) != len(labels):
         raise UserError(
-            f"{star.path}: has {rows} particles but there are {len(labels)} labels; "
+            f"{star.path}: has {len(rows)} particles but there are {len(labels)} labels; "
             "give the STAR file the run was trained on"
         )
+    return rows
 
 
 def _write_manifest(config: SelectConfig, epoch: int, labels: NDArray[np.int64], paths: list[Path]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -123,12 +124,28 @@ def note(command: str, message: str) -> None:
     print(f"{command}: note: {message}", file=sys.stderr)
 
 
+def epoch_number(text: str) -> int:
+    """An epoch as in weights.EPOCH.pkl, for argparse: 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no epoch: they are counted from 0, as in weights.EPOCH.pkl")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A number of things, for argparse: 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
+    return int(text)
+
+
 def box_and_pixel(box: float, angpix: float, names: tuple[str, str]) -> None:
     """Refuse a box and pixel size that cannot be true, before any file is opened.
 
     ``names`` is how the command calls them.  Raises ``UserError``, also when the two look swapped.
     """
     both = f"{names[0]} {box:g}, {names[1]} {angpix:g}"
+    if not (math.isfinite(box) and math.isfinite(angpix)):
+        raise UserError(f"{both}: both must be numbers")
     if angpix == int(angpix) and angpix >= 16 and (box != int(box) or 0 < box < 16):
         fix = f"give {names[0]} {angpix:g} and {names[1]} {box:g}"
         raise UserError(f"{both}: it looks like {names[0]} and {names[1]} are swapped; {fix}")

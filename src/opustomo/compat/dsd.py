@@ -20,6 +20,7 @@ from opustomo.errors import UserError
 
 NATIVE = TrainConfig(star=Path(), output=Path())
 NATIVE_GRID = GridOptions()
+PLOT_INTERVAL = 1000  # particles between pictures where --plot is given alone
 # Arguments of the seed that name the one way this program works: the accepted value, and the flag.
 ONLY_MODE = {"lazy_single": True, "pe_type": "vanilla", "encode_mode": "grad", "template_type": "conv"}
 
@@ -90,7 +91,7 @@ def schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lamb", type=float, default=NATIVE.lamb, help="strength of the structural disentanglement prior, 0.1-3")
     add("--bfactor", type=float, default=NATIVE.bfactor, help="decaying envelope on the reconstruction, 3-5")
     add("--valfrac", type=float, default=NATIVE.valfrac, help="fraction of subtomograms held out for validation")
-    add("--split", type=Path, metavar="PKL", help="file of the train/validation split (read when it exists)")
+    add("--split", type=Path, metavar="PKL", help="train/validation split (read when it exists, else made in DIR)")
     add("--seed", type=int, default=NATIVE.seed, help="random seed")
     add("--num-gpus", type=int, default=NATIVE.num_gpus, help="GPUs asked for; fewer present: those are used")
     add("--multigpu", action="store_true", help="use several GPUs")
@@ -114,9 +115,12 @@ def network_arguments(parser: argparse.ArgumentParser) -> None:
 
 def output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--plot", action="store_true", help="write the picture rows at every log interval, into the run folder")
+    add("--plot", action="store_true", help="write picture rows into the run folder at every log interval")
     add("--tmp-prefix", default=NATIVE.tmp_prefix, help="prefix of the running reconstruction in the run folder")
-    add("--log-interval", type=int, default=NATIVE.log_interval, help="particles between log lines (0: once per epoch)")
+    add(
+        "--log-interval", type=int, metavar="N",
+        help=f"particles between lines of metrics (default: once per epoch; with --plot {PLOT_INTERVAL})",
+    )  # fmt: skip
     add("--checkpoint", type=int, default=NATIVE.checkpoint, help="epochs between two checkpoints")
     add("--verbose", action="store_true", help="more lines in the log")
 
@@ -139,6 +143,11 @@ def train_config(arguments: argparse.Namespace, given: Given) -> tuple[TrainConf
         note("dsd train_tomo", f"{', '.join(typed)}: this is the only mode, nothing to choose")
     if arguments.zaffinedim:
         note("dsd train_tomo", f"--zaffinedim {arguments.zaffinedim}: without bodies no conformation code is trained")
+    if arguments.multigpu != (arguments.num_gpus > 1):
+        alone, other = ("--multigpu", "--num-gpus N") if arguments.multigpu else ("--num-gpus", "--multigpu")
+        note("dsd train_tomo", f"{alone} without {other}: one GPU, and -b {arguments.batch} in all for a step")
+    if arguments.log_interval is None:
+        values = values | {"log_interval": PLOT_INTERVAL if arguments.plot else NATIVE.log_interval}
     fields = given - {*ONLY_MODE, "zaffinedim"}
     return to_config(TrainConfig, values), fields
 

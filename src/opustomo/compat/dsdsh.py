@@ -6,12 +6,13 @@ Owns: the positional argument forms of ``dsdsh prepare``, ``analyze``, ``eval_vo
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from opustomo import cli
-from opustomo.compat.arguments import Command, Given, box_and_pixel
+from opustomo.compat.arguments import Command, Given, box_and_pixel, count, epoch_number
 from opustomo.compat.arguments import main as run_command
 from opustomo.config import AnalyzeConfig, InputOptions, VolumesConfig
 from opustomo.errors import UserError
@@ -35,7 +36,30 @@ def input_options(arguments: argparse.Namespace) -> InputOptions:
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="OUT", type=Path, help="output folder of the training")
-    parser.add_argument("epoch", metavar="EPOCH", type=int, help="epoch, counted from 0 as in weights.EPOCH.pkl")
+    parser.add_argument(
+        "epoch", metavar="EPOCH", type=epoch_number, help="epoch, counted from 0 as in weights.EPOCH.pkl"
+    )
+
+
+def analysis_folder(arguments: argparse.Namespace) -> Path:
+    """OUT/analyze.EPOCH."""
+    return Path(arguments.run) / f"analyze.{arguments.epoch}"
+
+
+def epochs_of(run: Path) -> list[int]:
+    """Epochs of the weights in OUT, ascending; read from the names alone, without loading torch."""
+    found = (re.fullmatch(r"weights\.(\d+)\.pkl", path.name) for path in run.glob("weights.*.pkl"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def not_analysed(arguments: argparse.Namespace, path: Path, pcs: int, clusters: int) -> UserError:
+    """What to say when ``path`` of an analysis is not there: the epochs there are, or the command that makes it."""
+    epochs = epochs_of(arguments.run)
+    if epochs and arguments.epoch not in epochs:
+        present = ", ".join(map(str, epochs))
+        return UserError(f"{arguments.run}: no epoch {arguments.epoch}; present are {present} (counted from 0)")
+    command = f"dsdsh analyze {arguments.run} {arguments.epoch} {pcs} {clusters}"
+    return UserError(f"{path}: no such file; make it with: {command}")
 
 
 def prepare(arguments: argparse.Namespace, given: Given) -> None:
@@ -48,8 +72,8 @@ def prepare(arguments: argparse.Namespace, given: Given) -> None:
 
 def analyze_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments(parser)
-    parser.add_argument("pcs", metavar="NPC", type=int, help="number of principal components to traverse")
-    parser.add_argument("clusters", metavar="K", type=int, help="number of k-means clusters")
+    parser.add_argument("pcs", metavar="NPC", type=count, help="number of principal components to traverse")
+    parser.add_argument("clusters", metavar="K", type=count, help="number of k-means clusters")
     parser.add_argument("--skip-umap", action="store_true", help="do not embed again; a stored umap.pkl is read")
 
 
@@ -68,18 +92,24 @@ def analyze(arguments: argparse.Namespace, given: Given) -> int:
 def volume_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments(parser)
     parser.add_argument("kind", metavar="kmeans|pc", choices=("kmeans", "pc"), help="cluster centres or a traversal")
-    parser.add_argument("number", metavar="K", type=int, help="number of clusters (kmeans), or of the component (pc)")
+    parser.add_argument("number", metavar="K", type=count, help="number of clusters (kmeans), or of the component (pc)")
     parser.add_argument("angpix", metavar="APIX", type=float, help="pixel size of the volumes written")
     parser.add_argument("--flip", action="store_true", help="mirror the volumes (other hand)")
 
 
 def eval_vol(arguments: argparse.Namespace, given: Given) -> int:
     """Translate to ``VolumesConfig``: volumes go into the folder of that analysis."""
+    kind, number = arguments.kind, arguments.number
+    codes = Path(f"{kind}{number}") / ("centers.txt" if kind == "kmeans" else "z_pc.txt")
+    path = analysis_folder(arguments) / codes
+    if not path.is_file() and arguments.epoch in epochs_of(arguments.run):
+        pcs, clusters = (4, number) if kind == "kmeans" else (number, 16)
+        raise not_analysed(arguments, path, pcs, clusters)
     config = VolumesConfig(
         run=arguments.run,
         epoch=arguments.epoch,
-        kmeans=arguments.number if arguments.kind == "kmeans" else 0,
-        pc=arguments.number if arguments.kind == "pc" else 0,
+        kmeans=number if kind == "kmeans" else 0,
+        pc=number if kind == "pc" else 0,
         angpix=arguments.angpix,
         flip=arguments.flip,
     )
@@ -89,7 +119,7 @@ def eval_vol(arguments: argparse.Namespace, given: Given) -> int:
 def selection_arguments(parser: argparse.ArgumentParser) -> None:
     star_arguments(parser)
     run_arguments(parser)
-    parser.add_argument("clusters", metavar="K", type=int, help="K of the k-means analysis")
+    parser.add_argument("clusters", metavar="K", type=count, help="K of the k-means analysis")
 
 
 def parse_pose(arguments: argparse.Namespace, given: Given) -> None:
@@ -97,13 +127,12 @@ def parse_pose(arguments: argparse.Namespace, given: Given) -> None:
     from opustomo.compat import poses
 
     options = input_options(arguments)
-    folder = arguments.run / f"analyze.{arguments.epoch}" / f"kmeans{arguments.clusters}"
+    folder = analysis_folder(arguments) / f"kmeans{arguments.clusters}"
     labels = folder / "labels.pkl"
     if not labels.is_file():
-        command = f"dsdsh analyze {arguments.run} {arguments.epoch} 4 {arguments.clusters}"
-        raise UserError(f"{labels}: no such file; make it with: {command}")
+        raise not_analysed(arguments, labels, 4, arguments.clusters)
     star, _, _ = poses.checked_star(arguments.star, options, STAR_NAMES)
-    poses.write_label_stars(star, labels, folder)
+    poses.write_label_stars(star, labels, folder, arguments.run)
 
 
 COMMANDS = {

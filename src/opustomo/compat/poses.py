@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from opustomo.analysis.selection import write_classes
+from opustomo.analysis.selection import trained_rows, write_classes
 from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
 from opustomo.data.readers import relion, sampling
@@ -67,7 +67,8 @@ def write_poses(star: StarFile, box: int, angpix: float, path: Path) -> None:
     print(f"{len(euler)} poses written to {path}")
 
 
-def write_label_stars(star: StarFile, labels: Path, outdir: Path) -> None:
-    """``outdir``/preI.star for every class I of ``labels``."""
-    paths = write_classes(star.path, load_labels(labels), outdir)
+def write_label_stars(star: StarFile, labels: Path, outdir: Path, run: Path | None = None) -> None:
+    """``outdir``/preI.star for every class I of ``labels``; ``run`` knows the rows it was trained on (``--ind``)."""
+    rows = None if run is None else trained_rows(run, len(star.particles))
+    paths = write_classes(star.path, load_labels(labels), outdir, rows)
     print(f"{len(paths)} STAR files written: {paths[0]} ... {paths[-1].name}")

@@ -8,18 +8,15 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from opustomo.config import CheckConfig, InputOptions
 from opustomo.data.checks import crop, headers, images, signal, transfer, wedge
 from opustomo.data.checks import particles as table
 from opustomo.data.findings import Finding, Report
-from opustomo.data.observe import sample_rows
+from opustomo.data.observe import one_thread_each, sample_rows
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles, relion
 from opustomo.data.readers.files import Locator
@@ -55,7 +52,7 @@ def examine(config: CheckConfig) -> Report:
     start = time.monotonic()
     failure = None
     try:
-        with _one_thread():
+        with one_thread_each():
             sections = _sections(config, read_particles(config.star, config.input))
     except UserError as error:
         failure, sections = str(error), {"files": _file_findings(config.star, config.input)}
@@ -144,14 +141,3 @@ def _next_step(config: CheckConfig, report: Report) -> str:
 def _width() -> int | None:
     """Columns of the terminal; None when the report goes to a file or a pipe, one line per finding."""
     return min(shutil.get_terminal_size().columns, 130) if sys.stdout.isatty() else None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: its transforms here are too small to split, and waiting threads cost seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

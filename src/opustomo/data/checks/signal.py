@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,7 @@ from torch import Tensor
 from opustomo.config import InputOptions
 from opustomo.data.findings import Finding
 from opustomo.data.noise import estimate_noise
-from opustomo.data.observe import Noise, observe
+from opustomo.data.observe import Noise, observe_all
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
 from opustomo.physics.fourier import from_band, irfft3, radial, rfft3, shell_sum, to_band
@@ -45,11 +43,11 @@ def half_correlation(particles: Particles, grid: Grid, noise: Noise) -> Tensor:
     return fourier_shell_correlation(*volumes)
 
 
-def _average(particles: Particles, rows: Iterable[int], grid: Grid, noise: Noise) -> Tensor:
+def _average(particles: Particles, rows: Sequence[int], grid: Grid, noise: Noise) -> Tensor:
     size = grid.working_box
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        pairs = list(pool.map(lambda i: observe(particles, i, grid, noise, crop=size), rows))
-    numerator, weight = (torch.stack(list(part)).sum(0) for part in zip(*pairs, strict=True))
+    numerator, weight = torch.zeros((size,) * 3), torch.zeros_like(noise.power)
+    for _, b, w in observe_all(particles, rows, grid, noise, crop=size):
+        numerator, weight = numerator + b, weight + w
     shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
     band = to_band(rfft3(numerator)) / (weight + 0.1 * radial(shells, size)).clamp(min=1e-12)
     return irfft3(from_band(band, size)) * spherical_mask(size, 0.35 * size, 0.1 * size)

@@ -1,0 +1,114 @@
+"""The network: it starts as the linear stage, has the published sizes, and every part of it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opustomo.model.decoder import Decoder
+from opustomo.model.encoder import Encoder
+from opustomo.model.vae import Vae
+from opustomo.physics.volume import spherical_mask
+
+CROP = 10
+
+
+def vae(zdim: int = 3, templateres: int = 16, width: float = 0.1, crop: int = CROP) -> Vae:
+    mask = spherical_mask(crop, 0.3 * crop, 2.0)
+    mean, components, modes = torch.randn(crop, crop, crop), torch.randn(zdim, crop, crop, crop), torch.zeros(6, 1)
+    return Vae(
+        mask, mean * mask, components * mask, modes, templateres=templateres, width=width, encoderres=6
+    )  # fmt: skip
+
+
+def linear_posterior(batch: int, zdim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    factor = 0.3 * torch.tril(torch.randn(batch, zdim, zdim), -1) + torch.diag_embed(0.2 + torch.rand(batch, zdim))
+    return torch.randn(batch, zdim), factor
+
+
+@pytest.mark.parametrize("zdim", [1, 3])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_untrained_network_is_the_linear_stage(zdim: int, batch: int) -> None:
+    model = vae(zdim)
+    mean, factor = linear_posterior(batch, zdim)
+    encoded = model.encode(torch.randn(batch, CROP, CROP, CROP), mean, factor)
+    assert torch.equal(encoded[0], mean) and torch.equal(encoded[1], factor)
+    assert torch.equal(model.nonlinear(mean), torch.zeros(batch, CROP, CROP, CROP))
+    expected = model.mean + sum(mean[:, k, None, None, None] * model.components[k] for k in range(zdim))
+    assert torch.allclose(model.linear(mean), expected, atol=1e-5)
+
+
+def test_every_parameter_learns_after_the_first_step() -> None:
+    """The last layers start at zero, so the first step moves only them; from the second on everything moves."""
+    model = vae()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    density, target = torch.randn(4, CROP, CROP, CROP), torch.randn(4, CROP, CROP, CROP)
+    mean, factor = linear_posterior(4, 3)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        code, spread = model.encode(density, mean, factor)
+        sample = code + spread.sum(-1)
+        loss = (model.linear(sample) + model.nonlinear(sample) - target).square().mean() + spread.square().mean()
+        loss.backward()
+        optimizer.step()
+    still = [name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0.0]
+    assert still == []
+
+
+def test_nonlinear_part_stays_inside_the_mask() -> None:
+    model = vae()
+    torch.nn.init.normal_(model.decoder.rise[-1].weight)  # type: ignore[arg-type]
+    volume = model.nonlinear(torch.randn(2, 3)).detach()
+    assert float(volume.abs().max()) > 0
+    assert float(volume[:, model.mask == 0].abs().max()) == 0.0
+
+
+def test_posterior_width_cannot_run_away() -> None:
+    """Whatever a bad batch does to the encoder, a standard deviation changes by at most e^3 either way."""
+    model = vae()
+    torch.nn.init.constant_(model.encoder.head.bias, 1e4)
+    mean, factor = linear_posterior(2, 3)
+    spread = model.encode(torch.randn(2, CROP, CROP, CROP), mean, factor)[1].detach()
+    assert float((spread / factor).nan_to_num().max()) == pytest.approx(20.0855, rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.25])
+@pytest.mark.parametrize("templateres", [16, 32, 48, 64, 128, 160])
+def test_decoder_makes_any_template_size(templateres: int, width: float) -> None:
+    with torch.device("meta"):
+        decoder = Decoder(2, templateres, width)
+        assert decoder(torch.zeros(3, 2)).shape == (3, templateres, templateres, templateres)
+
+
+def test_sizes_at_width_one_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        decoder, encoder = Decoder(12, 192, 1.0), Encoder(12, 1.0, 12)
+    layers = [*decoder.trunk, *decoder.rise]
+    assert [decoder.first.out_features, decoder.second.out_features] == [512, 2048]
+    assert [layer.weight.shape[0] for layer in layers] == [2048, 1024, 512, 256, 128, 64, 32, 16]
+    assert layers[-1].weight.shape[1] == 1
+    assert decoder.resized == 192 // 16
+    convolutions = [*encoder.stem, *encoder.body]
+    assert [layer.weight.shape[0] for layer in convolutions] == [32, 64, 128, 256, 512, 512]
+    assert encoder.head.out_features == 24
+
+
+@pytest.mark.parametrize("crop", [8, 12, 22])
+def test_any_crop_can_be_encoded_and_decoded(crop: int) -> None:
+    """8 is the smallest working box; the crop need not divide the template."""
+    model = vae(zdim=1, crop=crop)
+    mean, factor = linear_posterior(1, 1)
+    code, _ = model.encode(torch.randn(1, crop, crop, crop), mean, factor)
+    assert model.nonlinear(code).shape == (1, crop, crop, crop)
+
+
+def test_decoded_density_follows_the_datas_units() -> None:
+    """A map in units a thousand times larger gets a correction a thousand times larger from the same weights."""
+    small = vae()
+    torch.nn.init.normal_(small.decoder.rise[-1].weight)  # type: ignore[arg-type]
+    large = Vae(
+        small.mask, 1e3 * small.mean, 1e3 * small.components, small.pose_modes, templateres=16, width=0.1, encoderres=6
+    )
+    large.decoder.load_state_dict(small.decoder.state_dict())
+    code = torch.randn(1, 3)
+    assert torch.allclose(large.nonlinear(code), 1e3 * small.nonlinear(code), rtol=1e-4)

@@ -1,0 +1,177 @@
+"""The masked least-squares solve against dense algebra, spectra of masked fields, class maps made from the data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from opustomo.physics.fourier import band_frequencies, band_shell, from_band, irfft3, rfft3, to_band
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop, centre_pad, spherical_mask
+from opustomo.reconstruct import batches, reconstruct, shell_power, solve_masked, totals, unpack, upper
+from small_set import even_weights, gaussians, observed
+
+GRID = Grid(8, 4.0, 8, 6, 16)
+
+
+def operator(kernel: torch.Tensor) -> np.ndarray:
+    """(C^3, C^3): pad, transform, multiply by ``kernel`` (n,) on the band, transform back, crop."""
+    unit = torch.eye(GRID.crop**3).view(-1, *(GRID.crop,) * 3)
+    image = irfft3(from_band(model_band(unit, GRID.working_box) * kernel, GRID.working_box))
+    return centre_crop(image, GRID.crop).flatten(1).T.double().numpy()
+
+
+def band_limited(count: int) -> torch.Tensor:
+    """(count, C, C, C) crops of noise on the band, as numerators are."""
+    noise = torch.randn((count, *(GRID.working_box,) * 3), generator=torch.Generator().manual_seed(3))
+    return centre_crop(irfft3(from_band(to_band(rfft3(noise)), GRID.working_box)), GRID.crop)
+
+
+class Problem:
+    """Two volumes at once, coupled by a symmetric positive system, in a soft mask; and the same as dense matrices."""
+
+    def __init__(self, radius: float, edge: float) -> None:
+        n, self.k = len(band_frequencies(8)), 2
+        factors = even_weights(6, 8, 1).T.reshape(n, 3, self.k)
+        self.system = torch.einsum("nja,njb->nab", factors, factors) * 30
+        self.precision = torch.stack([torch.full((n,), 0.5), 0.1 + band_shell(8) / 4.0])
+        self.mask = spherical_mask(6, radius, edge)
+        self.right = band_limited(self.k)
+        full = self.system + torch.diag_embed(self.precision.T)
+        self.dense = np.block([[operator(full[:, a, b]) for b in range(self.k)] for a in range(self.k)])
+
+    def solve(self, iterations: int, start: torch.Tensor | None = None) -> torch.Tensor:
+        start = torch.zeros_like(self.right) if start is None else start
+        return solve_masked(self.system, self.right, self.precision, self.mask, GRID, start, iterations)
+
+    def energy(self, volumes: torch.Tensor) -> float:
+        v, right = volumes.double().flatten().numpy(), self.right.double().flatten().numpy()
+        return float(0.5 * v @ self.dense @ v - v @ right)
+
+
+def test_solve_agrees_with_dense_algebra() -> None:
+    problem = Problem(radius=1.5, edge=0.0)
+    inside = np.flatnonzero(np.tile(problem.mask.flatten().numpy(), problem.k))
+    expected = np.zeros(problem.k * GRID.crop**3)
+    right = problem.right.double().flatten().numpy()
+    expected[inside] = np.linalg.solve(problem.dense[np.ix_(inside, inside)], right[inside])
+    found = problem.solve(200).flatten().numpy()
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    assert not found[np.setdiff1d(np.arange(len(found)), inside)].any()
+
+
+def test_every_iteration_in_a_soft_mask_improves_the_fit() -> None:
+    problem = Problem(radius=1.5, edge=1.5)
+    energies = [problem.energy(problem.solve(count)) for count in range(6)]
+    assert energies[0] == 0.0 and energies == sorted(energies, reverse=True)
+    halfway = problem.solve(3)
+    assert problem.energy(problem.solve(3, start=halfway)) < problem.energy(halfway)
+
+
+def test_unpacked_triangles_are_symmetric_matrices() -> None:
+    matrix = torch.randn(4, 3, 3)
+    matrix = matrix + matrix.mT
+    rows, cols = upper(3)
+    assert torch.equal(unpack(matrix[:, rows, cols], 3), matrix)
+
+
+def test_batches_cover_every_row_once() -> None:
+    parts = list(batches(torch.arange(10), 4))
+    assert [len(part) for part in parts] == [4, 4, 2] and torch.equal(torch.cat(parts), torch.arange(10))
+
+
+def test_spectrum_of_a_masked_field_is_that_of_the_field() -> None:
+    """White fields of variance 4 have spectrum 4 in every shell, whatever share of the box the mask keeps."""
+    size = 16
+    grid = Grid(size, 4.0, size, size, 16)
+    mask = spherical_mask(size, 4.0, 2.0)
+    field = 2.0 * torch.randn((40, size, size, size), generator=torch.Generator().manual_seed(0)) * mask
+    n = len(band_frequencies(size))
+    power = shell_power(field, torch.full((40, n), 1e9), torch.ones(40, n), mask, grid).mean(0)
+    assert power[1:-1].numpy() == pytest.approx(4.0, rel=0.25)
+    known = shell_power(torch.zeros_like(field[:1]), torch.full((1, n), 3.0), torch.ones(1, n), mask, grid)
+    assert known[0, 1:].numpy() == pytest.approx(0.25, rel=1e-4)  # only the posterior variance 1 / (3 + 1)
+
+
+def two_states() -> tuple[torch.Tensor, torch.Tensor]:
+    size = 12
+    body = gaussians(size, np.array([[0.0, 0, 0], [1.5, 1, 0]]), 1.3)
+    return body, body + gaussians(size, np.array([[-2.0, 0, 1.5]]), 1.1)
+
+
+def test_class_map_comes_from_the_particles_of_the_class_alone() -> None:
+    size = 12
+    grid, mask = Grid(size, 4.0, size, size, 16), spherical_mask(size, 4.5, 1.5)
+    states = torch.stack(two_states())
+    label = torch.arange(80) % 2
+    rows = observed(states[label], even_weights(80, size, 1, 400.0), size, seed=2)
+    maps = [reconstruct(rows, (label == s).float(), grid, mask) for s in (0, 1)]
+
+    extra = (maps[1] - maps[0])[mask > 0.5]
+    truth = (states[1] - states[0])[mask > 0.5]
+    assert float(torch.corrcoef(torch.stack([extra, truth]))[0, 1]) > 0.95
+    assert float((extra * truth).sum() / truth.square().sum()) == pytest.approx(1.0, abs=0.15)
+    assert float(maps[0][mask == 0].abs().max()) == 0.0
+
+    class Blind:
+        """Rows of which those outside the class cannot be read."""
+
+        def __len__(self) -> int:
+            return 80
+
+        def numerator(self, index: torch.Tensor) -> torch.Tensor:
+            assert bool((label[index] == 1).all())
+            return rows.numerator(index)
+
+        def weight(self, index: torch.Tensor) -> torch.Tensor:
+            return rows.weight(index)
+
+    assert torch.equal(reconstruct(Blind(), label.float(), grid, mask), maps[1])
+
+
+def test_totals_are_weighted_sums() -> None:
+    size = 12
+    grid = Grid(size, 4.0, size, size, 16)
+    rows = observed(two_states()[0].expand(5, -1, -1, -1), even_weights(5, size, 1), size, seed=2)
+    index, share = torch.tensor([3, 0, 4]), torch.tensor([0.5, 2.0, 1.0])
+    weight, numerator = totals(rows, index, share, grid)
+    assert torch.allclose(weight, share @ rows.weights[index], atol=1e-6)
+    assert torch.allclose(numerator, (share[:, None, None, None] * rows.numerators[index]).sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_average_does_not_depend_on_the_units_of_the_files(unit: float) -> None:
+    """Densities u times larger: B / u, W / u^2, so the map is u times larger and nothing else changes."""
+    size = 12
+    grid, mask = Grid(size, 4.0, size, size, 16), spherical_mask(size, 4.5, 1.5)
+    rows = observed(two_states()[1].expand(20, -1, -1, -1), even_weights(20, size, 1, 4.0), size, seed=2)
+    plain = reconstruct(rows, torch.ones(20), grid, mask)
+    rows.numerators, rows.weights = rows.numerators / unit, rows.weights / unit**2
+    scaled = reconstruct(rows, torch.ones(20), grid, mask)
+    assert torch.allclose(scaled / unit, plain, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_numerator_is_cropped_without_loss_where_the_mask_is_zero() -> None:
+    """Only what lies inside the mask of B matters: a crop that holds the mask gives the map of the whole box."""
+    size, crop = 16, 12
+    mask = spherical_mask(size, 3.0, 2.0)
+    body = gaussians(size, np.array([[0.5, 0, 1.0]]), 1.3)
+    rows = observed(body.expand(20, -1, -1, -1), even_weights(20, size, 1, 4.0), size, seed=2)
+    whole = reconstruct(rows, torch.ones(20), Grid(size, 4.0, size, size, 16), mask)
+    rows.numerators = centre_crop(rows.numerators, crop)
+    cropped = reconstruct(rows, torch.ones(20), Grid(size, 4.0, size, crop, 16), centre_crop(mask, crop))
+    assert torch.allclose(centre_pad(cropped, size), whole, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_one_particle_alone_has_a_map() -> None:
+    """A class of one: its missing wedge is filled by nothing but what the mask spreads, and never amplified."""
+    size = 12
+    grid, mask = Grid(size, 4.0, size, size, 16), spherical_mask(size, 4.5, 1.5)
+    weights = even_weights(1, size, 1, 4.0)
+    rows = observed(two_states()[1][None], weights, size, seed=2)
+    volume = reconstruct(rows, torch.ones(1), grid, mask)
+    power = to_band(rfft3(volume)).abs().square()
+    assert torch.isfinite(volume).all()
+    assert float(power[weights[0] == 0].mean()) < float(power[weights[0] > 0].mean())
