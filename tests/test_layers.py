@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from jaxtyping import TypeCheckError
 
 import opustomo
+from opustomo.physics.geometry import euler_to_matrix
 
 ROOT = Path(opustomo.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
@@ -112,3 +114,9 @@ def test_physics_has_no_files_no_classes_but_the_grid_and_no_device_literals() -
         for call in calls(tree):
             assert ast.unparse(call.func) not in {"open", "Path", "print"}, f"{module}:{call.lineno}"
             assert not ast.unparse(call.func).endswith(".cuda"), f"{module}:{call.lineno}"
+
+
+def test_physics_is_type_checked_while_it_is_tested() -> None:
+    """The import hook of conftest is alive: a list is not a tensor."""
+    with pytest.raises(TypeCheckError):
+        euler_to_matrix([0.0, 0.0, 0.0])  # type: ignore[arg-type]

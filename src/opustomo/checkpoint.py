@@ -227,7 +227,10 @@ def open_run(path: Path, epoch: int = -1) -> Run:
     chosen = present[-1] if epoch < 0 else epoch
     codes = load_tensors(path / f"z.{chosen}.pkl")
     poses = load_poses(path / f"pose.{chosen}.pkl")
-    grid = Grid(*(config[k] for k in ("box", "pixel_size", "working_box", "crop", "templateres")))
+    weights = load_tensors(path / f"weights.{chosen}.pkl")
+    # a warm start may have changed the sizes: config.yaml tells those of the later epochs
+    sizes = ("box", "pixel_size", "working_box", "crop", "templateres")
+    grid = Grid(*weights.get("grid", [config[name] for name in sizes]))
     sigma = codes.get("sigma")
     return Run(
         path=path,
@@ -240,7 +243,7 @@ def open_run(path: Path, epoch: int = -1) -> Run:
         rotation=np.asarray(poses.rotation, float),
         origin=np.asarray(poses.origin, float) * grid.box,
         euler=np.asarray(poses.euler, float),
-        weights=load_tensors(path / f"weights.{chosen}.pkl"),
+        weights=weights,
     )
 
 

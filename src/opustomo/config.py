@@ -103,8 +103,8 @@ class LinearConfig:
     grid: GridOptions = GridOptions()
     components: int = 0
     """Number of components K (0: chosen by held-out likelihood)."""
-    iterations: int = 16
-    """EM iterations."""
+    iterations: int = 8
+    """EM iterations for every added component."""
     clusters: int = 4
     """Number of clusters whose volumes are written."""
     seed: int = 0

@@ -38,7 +38,7 @@ log = logging.getLogger("opustomo")
 
 HELD_OUT = 0.1  # fraction of particles that choose the number of components
 MAX_COMPONENTS = 12
-GROWTH_ITERATIONS = 8  # EM steps per added component
+EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def fit_linear(
         raise UserError(f"{len(train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac")
     probe = held if len(held) else train
     limit = components or min(MAX_COMPONENTS, max(1, len(train) // 4))
-    model, trail = choose_components(rows, train, probe, grid, mask, limit, GROWTH_ITERATIONS, seed, bool(components))
-    model = fit(model, rows, train, grid, mask, max(0, iterations - GROWTH_ITERATIONS))
+    model, trail = choose_components(rows, train, probe, grid, mask, limit, iterations, seed, bool(components))
     posterior = infer(model, rows, torch.arange(len(rows)), grid)
     rotation, shift = math.degrees(model.pose_scale[0]), model.pose_scale[1] * grid.working_pixel
     log.info(
@@ -103,7 +102,7 @@ def main(config: LinearConfig) -> int:
         rows, torch.from_numpy(train), torch.from_numpy(held), inputs.grid, inputs.mask,
         config.components, config.iterations, config.seed,
     )  # fmt: skip
-    # the number of components is chosen: the last steps use every particle
+    # the number of components is chosen: the last steps use every particle, the held-out ones too
     everyone = torch.arange(len(rows))
     model = fit(result.model, rows, everyone, inputs.grid, inputs.mask, 4)
     result = LinearResult(model, infer(model, rows, everyone, inputs.grid), result.trail)

@@ -174,6 +174,10 @@ class Window:
         self.seen += self.count
         loss, nll, kl = self.sums / self.count
         seconds = time.monotonic() - self.started
+        logging.getLogger("opustomo").debug(
+            "epoch %d, %d particles: loss %.3f, nll %.3f, kl %.3f, beta %.3f, lr %.2e",
+            self.epoch, self.seen, loss, nll, kl, beta, rate,
+        )  # fmt: skip
         self.metrics.append(
             epoch=self.epoch, particles=self.seen, loss=loss, nll=nll, kl=kl, beta=beta, lr=rate, seconds=seconds,
             particles_per_second=self.count / max(seconds, 1e-9),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +21,9 @@ log = logging.getLogger("opustomo")
 
 
 def set_threads(workers: int) -> None:
-    """Use ``workers`` threads (0: all cores)."""
-    torch.set_num_threads(workers or os.cpu_count() or 1)
+    """Use ``workers`` threads (0: torch's choice, the cores this process may use or OMP_NUM_THREADS)."""
+    if workers:
+        torch.set_num_threads(workers)
 
 
 def make_split(count: int, seed: int) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ options that were typed override the stored ones, lists them, and then starts wa
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ from opustomo.checkpoint import epochs_of, flatten, load_tensors, read_config
 from opustomo.config import GridOptions, InputOptions, TrainConfig
 from opustomo.errors import UserError
 
-log = logging.getLogger("opustomo")
-
 # options that say where and how to run, not what is computed
-_FREE = frozenset({"star", "output", "load", "latents", "workers", "verbose", "plot", "device", "num_gpus", "multigpu"})
-_FIXED = ("zdim", "templateres", "width")
+_FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "device"})
+# sizes of the network, and what the stored poses and codes belong to
+_FIXED = ("zdim", "templateres", "width", "star", "ind", "estpose")
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Continuation:
     weights: dict[str, Any]
     first_epoch: int
     exact: bool
+    new_poses: bool = False  # --poses has changed: those of the checkpoint do not hold
+    notes: tuple[str, ...] = ()  # for the run's log, which is opened later
 
 
 def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainConfig, Continuation | None]:
@@ -51,26 +51,30 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
     changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE and not _same(stored[k], v)}
     for name in _FIXED:
         if changed.get(name):
+            flag = "STAR file" if name == "star" else f"--{name}"
             raise UserError(
-                f"--{name} {changed[name]} where {folder} was trained with {stored[name]}; leave --{name} out, or "
-                "start a new run without --load"
+                f"{flag} {changed[name]} where {folder} was trained with {stored[name]}; give what it was trained "
+                "with, or start a new run without --load"
             )
-    if config.load == "latest" and changed:
+    if config.load == "latest" and changed.keys() - {"epochs"}:
         listing = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored[k]})" for k, v in changed.items())
         raise UserError(f"--load latest continues exactly, but options changed: {listing}; leave them out, or use "
                         f"--load {folder}/weights.{epoch}.pkl to start warm")  # fmt: skip
     weights = load_tensors(folder / f"weights.{epoch}.pkl")
-    if config.latents is not None:
-        _check_codes(config.latents, folder, epoch)
+    notes = [] if config.latents is None else _check_codes(config.latents, folder, epoch)
     merged = _merge(config, stored, typed)
-    if changed:
-        listing = ", ".join(f"{k} {stored[k]} -> {v}" for k, v in changed.items())
-        log.info("warm start, not an exact continuation, from epoch %d of %s: %s", epoch, folder, listing)
+    exact = not changed.keys() - {"epochs"}
+    how = "exact continuation" if exact else "warm start, not an exact continuation,"
+    listing = ", ".join(f"{k} {stored[k]} -> {v}" for k, v in changed.items())
+    notes.append(f"{how} from epoch {epoch} of {folder}" + (f": {listing}" if listing else ""))
+    old = [e for e in epochs_of(config.output) if e >= merged.epochs]
+    if old:
+        notes.append(f"epochs {old[0]} to {old[-1]} in {config.output} are of the former run and remain")
     if epoch + 1 >= merged.epochs:
         raise UserError(
             f"-n {merged.epochs}: epoch {epoch} of {folder} is the last already; give a larger -n (the total)"
         )
-    return merged, Continuation(weights, epoch + 1, exact=not changed)
+    return merged, Continuation(weights, epoch + 1, exact, "poses" in changed, tuple(notes))
 
 
 def _source(config: TrainConfig) -> tuple[Path, int]:
@@ -102,17 +106,18 @@ def _same(stored: Any, value: Any) -> bool:
     return bool(stored == value)
 
 
-def _check_codes(latents: Path, folder: Path, epoch: int) -> None:
+def _check_codes(latents: Path, folder: Path, epoch: int) -> list[str]:
     """The codes given with --latents must be those of the checkpoint: the posterior is computed from its weights."""
-    path = latents
+    path, notes = latents, []
     if not path.is_file() and (folder / latents.name).is_file():
-        log.info("%s is not there; %s of the checkpoint's folder is used", latents, folder / latents.name)
         path = folder / latents.name
+        notes.append(f"{latents} is not there; {path} of the checkpoint's folder is used")
     codes, own = load_tensors(path).get("mu"), load_tensors(folder / f"z.{epoch}.pkl")["mu"]
-    if not isinstance(codes, torch.Tensor) or codes.shape != own.shape:
+    if not isinstance(codes, torch.Tensor) or not torch.equal(codes, own):
         raise UserError(
             f"{path}: its codes do not belong to {folder}/weights.{epoch}.pkl; give z.{epoch}.pkl of that run"
         )
+    return notes
 
 
 def _merge(config: TrainConfig, stored: dict[str, Any], typed: dict[str, Any]) -> TrainConfig:

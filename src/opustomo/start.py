@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from opustomo.data.dataset import wedge_groups
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.readers import with_poses
 from opustomo.errors import UserError
-from opustomo.linear import LinearModel, infer, pose_modes
-from opustomo.linear_stage import LinearResult, corrected_poses, fit_linear, write_results
+from opustomo.latent_stage import Statistics, reduce_statistics, train_latent
+from opustomo.linear import LinearModel, columns, infer, pose_modes, statistics
+from opustomo.linear_stage import EM_STEPS, LinearResult, corrected_poses, fit_linear, write_results
 from opustomo.model.vae import Vae
 from opustomo.physics.fourier import from_band, irfft3, radial, resize_spectrum, shell_mean
 from opustomo.physics.grid import Grid
@@ -44,6 +46,8 @@ class Context:
     mean: Tensor  # (P, zdim) of the linear posterior
     factor: Tensor  # (P, zdim, zdim), lower
     gain: Tensor  # (P,)
+    statistics: Statistics  # of the linear columns, on the CPU
+    evidence: Tensor  # (P,) of the linear stage, in nats
     precision: Tensor  # (n,) of the encoder's Wiener filter
     group: np.ndarray  # (P,) wedge orientation
     device: torch.device
@@ -79,8 +83,13 @@ def with_sizes(config: TrainConfig, device: torch.device) -> TrainConfig:
     for name in ("epochs", "batch", "zdim", "accum_step", "checkpoint", "num_gpus"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for name in ("lr", "wd", "beta_control", "prior", "lamb", "bfactor", "width", "encoderres", "log_interval"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be a number of 0 or more")
     if not 0.0 <= config.valfrac < 1.0:
         raise UserError(f"--valfrac {config.valfrac:g}: must lie in [0, 1)")
+    if Path(config.tmp_prefix).name != config.tmp_prefix:
+        raise UserError(f"--tmp-prefix {config.tmp_prefix}: is a name, not a path; the files are written into -o")
     fast = device.type == "cuda"
     return dataclasses.replace(
         config,
@@ -124,22 +133,22 @@ def start_from_linear(
     """Rows and the linear stage; with --estpose the poses are corrected by it once and the rows made again."""
     folder = None if config.no_cache else (config.cache or config.output / "cache")
     if continuation is not None:
-        inputs = _with_stored_poses(inputs, continuation)
+        inputs = inputs if continuation.new_poses else _with_stored_poses(inputs, continuation)
         rows = rows_of(inputs, folder, config.input, config.workers)
         model = _stored_linear(continuation, inputs.grid, config.bfactor)
         posterior = infer(model, rows, torch.arange(len(rows)), inputs.grid, continuation.weights["gain"])
         return inputs, rows, LinearResult(model, posterior, [])
     rows = rows_of(inputs, folder, config.input, config.workers)
-    linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, 0, 12, config.seed)
+    linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, 0, EM_STEPS, config.seed)
     if linear.model.size > config.zdim:
-        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, config.zdim, 12, config.seed)
+        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, config.zdim, EM_STEPS, config.seed)
     if config.estpose:
         rotation, origin, euler = corrected_poses(inputs.particles, linear, inputs.grid)
         moved = with_poses(inputs.particles, rotation, origin / inputs.grid.box, euler)
         inputs = dataclasses.replace(inputs, particles=moved)
         log.info("--estpose: poses corrected by the linear stage; numerators and weights are made again")
         rows = rows_of(inputs, folder, config.input, config.workers)
-        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, linear.model.size, 12, config.seed)
+        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, linear.model.size, EM_STEPS, config.seed)
     write_results(config.output / "linear", linear, rows, inputs.grid, inputs.mask, 4, config.seed)
     return inputs, rows, linear
 
@@ -173,10 +182,11 @@ def build(
     inputs: Inputs,
     rows: Rows,
     linear: LinearResult,
+    train: Tensor,
     continuation: Continuation | None,
     device: torch.device,
 ) -> tuple[Vae, Context]:
-    """The network, started at the linear stage or at a checkpoint, and what its steps need."""
+    """The network, started at the latent stage or at a checkpoint, and what its steps need."""
     grid, model, post = inputs.grid, linear.model, linear.posterior
     extra = config.zdim - model.size
     components = torch.cat([model.components, model.mean.new_zeros((extra, *model.mean.shape))])
@@ -185,33 +195,47 @@ def build(
         inputs.mask, model.mean, components, modes,
         templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
     )  # fmt: skip
-    if continuation is not None:
-        learned = {
-            k: v for k, v in continuation.weights["model"].items() if k.startswith(("encoder.", "decoder.", "scale"))
-        }
-        network.load_state_dict(learned, strict=False)
     # unused dimensions keep their prior
     mean = torch.cat([post.code, post.code.new_zeros(len(post.code), extra)], 1)
     factor = torch.diag_embed(torch.ones_like(mean))
     factor[:, : model.size, : model.size] = torch.linalg.cholesky(post.code_covariance)
-    power = model_band(model.components if model.size else model.mean[None], grid.working_box).abs().square().sum(0)
-    curve = shell_mean(power, grid.working_box)
-    share = float(inputs.mask.square().sum()) / grid.working_box**3
-    precision = share / radial(curve.clamp(min=1e-3 * float(curve.max())), grid.working_box)
+    everyone = torch.arange(len(rows))
+    moments = statistics(columns(model, grid), rows, everyone, grid)
+    reduced = reduce_statistics(*moments, post.gain, config.zdim)
+    if continuation is not None:
+        learned = {k: v for k, v in continuation.weights["model"].items() if k.split(".")[0] in _LEARNED}
+        network.load_state_dict(learned, strict=False)
+    else:
+        train_latent(network, reduced, mean, factor, train, config.seed)
+    lamb_groups = wedge_groups(inputs.particles.rotation, global_batch(config))
     context = Context(
         rows=rows,
         grid=grid,
         mean=mean.to(device),
         factor=factor.to(device),
         gain=post.gain.to(device),
-        precision=precision.to(device),
-        group=wedge_groups(inputs.particles.rotation, global_batch(config))
-        if config.lamb > 0
-        else np.zeros(len(mean), int),
+        statistics=reduced,
+        evidence=post.evidence,
+        precision=residual_precision(model, inputs.mask, grid).to(device),
+        group=lamb_groups if config.lamb > 0 else np.zeros(len(mean), np.int64),
         device=device,
         autocast=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
     return network.to(device), context
+
+
+_LEARNED = frozenset({"encoder", "decoder", "warp", "refine", "scale"})
+
+
+def residual_precision(model: LinearModel, mask: Tensor, grid: Grid) -> Tensor:
+    """``1/tau^2`` on the band, (n,), of what is not the mean: the spectrum of the components together.
+
+    The spectrum of masked volumes is divided by the mask's share of the box (see ``reconstruct.shell_power``).
+    """
+    volumes = model.components if model.size else model.mean[None]
+    curve = shell_mean(model_band(volumes, grid.working_box).abs().square().sum(0), grid.working_box)
+    share = float(mask.square().sum()) / grid.working_box**3
+    return share / radial(curve.clamp(min=1e-3 * float(curve.max())), grid.working_box)
 
 
 def save_config(config: TrainConfig, inputs: Inputs, split_file: Path) -> None:

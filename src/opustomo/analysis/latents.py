@@ -91,7 +91,9 @@ def analyze(
     folder = folder or analysis_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     components = principal_components(codes)
-    _write_components(components, min(pcs, codes.shape[1]), folder)
+    if pcs > len(components.axes):
+        log.warning("%d components instead of %d: the codes have no more", len(components.axes), pcs)
+    _write_components(components, pcs, folder)
     labels, centre_index = cluster(codes, clusters, seed)
     embedding = _stored_umap(folder, len(codes)) if skip_umap else embed(codes, seed)
     if embedding is not None and not skip_umap:

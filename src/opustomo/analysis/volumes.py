@@ -50,6 +50,8 @@ def main(config: VolumesConfig) -> None:
         raise UserError(
             f"volumes: give one of --kmeans K, --pc I or --zfile FILE, not {' and '.join(chosen) or 'none'}"
         )
+    if Path(config.prefix).name != config.prefix:
+        raise UserError(f"--prefix {config.prefix}: is a name, not a path; -o chooses the folder")
     run = open_run(config.run, config.epoch)
     source = _source(run, config)
     codes = read_codes(source, run.codes.shape[1])

@@ -1,4 +1,4 @@
-"""The variational autoencoder around the linear model: ``V(z) = mask (mean + U z + D(z))``.
+"""The variational autoencoder around the linear model: ``V(z) = mask (mean + U w(z) + D(z))``.
 
 Owns: how encoder, decoder and linear model join.  An untrained network is exactly the linear stage: its decoder adds
 nothing and its posterior is the linear one, so whatever training changes is the network's own doing.
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opustomo.model.decoder import Decoder
 from opustomo.model.encoder import Encoder
+from opustomo.model.warp import Refine, Warp
 from opustomo.physics.fourier import fourier_resize
 
 MAX_LOG_SCALE = 3.0  # bound of the learned log scale, so that a bad batch cannot overflow
@@ -43,6 +44,8 @@ class Vae(nn.Module):
         zdim = components.shape[0]
         self.encoder = Encoder(zdim, width, encoderres)
         self.decoder = Decoder(zdim, templateres, width)
+        self.warp = Warp(zdim)
+        self.refine = Refine(zdim)
         for name, tensor in (("mask", mask), ("mean", mean), ("components", components), ("pose_modes", pose_modes)):
             self.register_buffer(name, tensor)
         # the decoder speaks in units of the components' density, the encoder hears its input in those of the mean
@@ -56,15 +59,18 @@ class Vae(nn.Module):
         """Dimension of the code."""
         return self.components.shape[0]
 
+    def refined(self, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The linear posterior, mean (b, zdim) and lower factor (b, zdim, zdim), corrected for the warp."""
+        return _corrected(mean, factor, self.refine(mean, factor.square().sum(-1).sqrt()))
+
     def encode(self, density: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of the code: mean (b, zdim) and lower factor L (b, zdim, zdim) with covariance ``L L^T``.
 
         density: (b, C, C, C) residual; mean, factor: the linear posterior, which the network corrects.
         """
         spread = factor.square().sum(-1).sqrt()
-        shift, log_scale = self.encoder(density / self.scale[1], torch.cat([mean, spread], 1))
-        widen = (MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)).exp()
-        return mean + shift, factor * widen[:, None, :]
+        seen = self.encoder(density / self.scale[1], torch.cat([mean, spread], 1))
+        return _corrected(*self.refined(mean, factor), seen)
 
     def nonlinear(self, code: Tensor) -> Tensor:
         """``mask D(z)``: (b, zdim) to (b, C, C, C)."""
@@ -72,5 +78,11 @@ class Vae(nn.Module):
         return volume * (self.scale[0] * self.mask)
 
     def linear(self, code: Tensor) -> Tensor:
-        """``mean + U z``: (b, zdim) to (b, C, C, C); mean and components are masked already."""
-        return self.mean + torch.einsum("bk,kzyx->bzyx", code, self.components)
+        """``mean + U w(z)``: (b, zdim) to (b, C, C, C); mean and components are masked already."""
+        return self.mean + torch.einsum("bk,kzyx->bzyx", self.warp(code), self.components)
+
+
+def _corrected(mean: Tensor, factor: Tensor, correction: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    shift, log_scale = correction
+    widen = (MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)).exp()
+    return mean + shift, factor * widen[:, None, :]

@@ -1,0 +1,198 @@
+"""The documents are true: their command lines parse, their links lead somewhere, what they name is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from opustomo import cli, config
+from opustomo.compat import arguments, dsd, dsdsh
+from opustomo.errors import UserError
+from opustomo.options import options_of
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAMS: dict[str, ModuleType] = {"dsd": dsd, "dsdsh": dsdsh}
+FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
+LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+# Options of other programs, and those that the documents say do not exist yet
+FOREIGN = {"--name", "--masks"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Words of every line in a fenced block that starts with one of our programs; comments are cut off."""
+    for block in FENCED.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.split(" ")[0] in {"opustomo", *PROGRAMS}:
+                yield shlex.split(line, comments=True)
+
+
+def parse(words: list[str]) -> None:
+    """Read a command line as its program would, without running it; UserError when it does not fit."""
+    program, *rest = words
+    if rest in (["--version"], ["--help"], ["-h"]):
+        return
+    if program == "opustomo":
+        cli.parse_verb(rest)
+        return
+    command = PROGRAMS[program].COMMANDS[rest[0]]
+    found, given = arguments.Parser(f"{program} {rest[0]}", command).read(rest[1:])
+    if rest[0] == "train_tomo":
+        dsd.train_config(found, given)
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """Every long option of every command."""
+    native = {flag for verb in cli.VERBS.values() for o in options_of(getattr(config, verb.config)) for flag in o.flags}
+    forms = (arguments.Parser("", c) for module in PROGRAMS.values() for c in module.COMMANDS.values())
+    seeds = {flag for form in forms for flag in form._option_string_actions}
+    return frozenset({*native, *seeds, "--resume", "--help", "--version"})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_command_lines_can_be_typed(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("star: particles.star\n")  # for --resume run
+    for words in command_lines(path.read_text()):
+        try:
+            parse(words)
+        except UserError as error:
+            pytest.fail(f"{shlex.join(words)}: {error}")
+
+
+def test_the_readme_goes_the_whole_way() -> None:
+    """Each verb of the path stands there as a line that can be copied, and so do the earlier program's commands."""
+    typed = {tuple(words[:2]) for words in command_lines((ROOT / "README.md").read_text())}
+    path = ("check", "average", "train", "analyze", "volumes", "select", "report")
+    assert typed >= {("opustomo", verb) for verb in path} | {("dsdsh", name) for name in dsdsh.COMMANDS}
+
+
+def test_a_wrong_line_would_be_seen() -> None:
+    text = (
+        "```\nopustomo train a.star -o run --epoch 3   # comment\ndsd train_tomo a.star \\\n  -o run --nonsense\n```\n"
+    )
+    lines = list(command_lines(text))
+    assert [len(words) for words in lines] == [7, 6]
+    for words in lines:
+        with pytest.raises(UserError):
+            parse(words)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_options_named_in_the_text_exist(path: Path) -> None:
+    prose = FENCED.sub("", path.read_text())
+    named = {
+        flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code)
+    }
+    assert named - FOREIGN <= known_options()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_relative_links_resolve(path: Path) -> None:
+    for picture, target in LINK.findall(path.read_text()):
+        file, _, anchor = target.partition("#")
+        if "://" in file or picture:
+            continue
+        reached = (path.parent / file).resolve() if file else path
+        assert reached.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in anchors(reached), f"{target} has no such heading"
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_pictures_are_there() -> None:
+    for path in DOCUMENTS:
+        for picture, target in LINK.findall(path.read_text()):
+            assert not picture or (path.parent / target).is_file(), f"{name_of(path)}: {target} is missing"
+
+
+def tree_paths(text: str) -> list[str]:
+    """Paths of the README's tree: names before the comment (two blanks apart), folders by indentation."""
+    block = next(block for block in FENCED.findall(text) if block.startswith("src/"))
+    folders: dict[int, str] = {}
+    found = []
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        parent = next((folders[i] for i in sorted(folders, reverse=True) if i < indent), "")
+        names = []
+        for word in line.split():
+            if not re.fullmatch(r"[\w/]+(/|\.\w+)|Makefile", word):
+                break
+            names.append(parent + word)
+        assert names, f"no path in {line!r}"
+        found += names
+        if names[0].endswith("/"):
+            folders = {i: folder for i, folder in folders.items() if i < indent} | {indent: names[0]}
+    return found
+
+
+def test_the_tree_in_the_readme_is_there() -> None:
+    paths = tree_paths((ROOT / "README.md").read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_module_at_the_top_is_in_the_tree() -> None:
+    paths = tree_paths((ROOT / "README.md").read_text())
+    package = ROOT / "src" / "opustomo"
+    top = [p.name + "/" * p.is_dir() for p in package.iterdir() if not p.name.startswith("_") and p.suffix != ".typed"]
+    assert sorted(set(top) - {path.removeprefix("src/opustomo/") for path in paths}) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_files_of_the_package_named_in_the_text_exist(path: Path) -> None:
+    prose = FENCED.sub("", path.read_text())
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", prose))
+    # table rows that begin with "no": said not to be there yet
+    absent = {name for row in re.findall(r"^\| no ([^|]*)\|", prose, re.M) for name in re.findall(r"[\w/]+\.py", row)}
+    places = (ROOT, ROOT / "src" / "opustomo", ROOT / "tests")
+    assert {name for name in named - absent if not any((place / name).exists() for place in places)} == set()
+    assert {name for name in absent if (places[1] / name).exists()} == set(), "there by now: mend the text"
+
+
+def test_tests_named_in_the_documents_exist() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", text))
+    assert len(named) > 40
+    for file, test in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+
+
+def test_every_column_and_file_is_documented() -> None:
+    from opustomo.data.cache import _files
+    from opustomo.data.readers.ctf_star import _COLUMNS
+    from opustomo.monitor import METRIC_COLUMNS
+    from opustomo.physics.grid import Grid
+
+    inputs, outputs = ((ROOT / "docs" / name).read_text() for name in ("inputs.md", "outputs.md"))
+    cache_files = [path.name for path, _, _ in _files(Path(), Grid(16, 1.0, 8, 8, 16), 1).values()]
+    assert [name for name in _COLUMNS if f"`{name}`" not in inputs] == []
+    assert [name for name in (*METRIC_COLUMNS, *cache_files) if f"`{name}`" not in outputs] == []
+    assert [f.name for f in fields(config.InputOptions) if f"--{f.name}" not in inputs] == []
+
+
+def test_defaults_in_the_option_table_are_the_programs() -> None:
+    table = re.findall(r"^\| ([^|]*`--[^|]*) \| ([\d.]+)[^|]* \|", (ROOT / "docs" / "inputs.md").read_text(), re.M)
+    train, grid = config.TrainConfig(Path(), Path()), config.GridOptions()
+    assert len(table) >= 8
+    for flags, value in table:
+        name = re.findall(r"--([\w-]+)", flags)[-1].replace("-", "_")
+        owner = train if hasattr(train, name) else grid
+        assert float(value) == float(getattr(owner, name)), flags
