@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -11,8 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from scipy.spatial.transform import Rotation
+
 from opustomo.compat import dsd, dsdsh
-from opustomo.config import SimulateConfig
+from opustomo.config import InputOptions, SimulateConfig
+from opustomo.data.readers import read_particles
 from opustomo.data.star import read_star
 from opustomo.simulate.dataset import main as simulate
 
@@ -96,3 +101,29 @@ def make_place(root: Path) -> Place:
     assert call(f"dsdsh prepare {found.work}/ribo.star {BOX} {APIX}") == 0
     shutil.move(found.work / "ribo_pose_euler.pkl", found.cwd)
     return found
+
+
+def poses_of(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A pose pickle after a check of its layout: three float32 arrays, matrices that are those of the angles."""
+    with path.open("rb") as file:
+        found = pickle.load(file)
+    assert type(found) is tuple and [type(value) for value in found] == [np.ndarray] * 3
+    rotation, origin, euler = found
+    assert [value.dtype for value in found] == [np.float32] * 3
+    assert (rotation.shape, origin.shape, euler.shape) == ((COUNT, 3, 3), (COUNT, 3), (COUNT, 3))
+    expected = Rotation.from_euler("ZYZ", euler, degrees=True).as_matrix().swapaxes(1, 2)
+    np.testing.assert_allclose(rotation, expected, atol=2e-5)
+    return rotation, origin, euler
+
+
+def check_classes(folder: Path, star: Path, rows: np.ndarray, labels: np.ndarray) -> None:
+    """preI.star of every class: together the ``rows`` of ``star``, each readable, with the poses it had."""
+    whole = read_particles(star, InputOptions())
+    assert {path.name for path in folder.glob("*.star")} == {f"pre{label}.star" for label in labels}
+    for label in np.unique(labels):
+        part = read_particles(folder / f"pre{label}.star", InputOptions(datadir=star.parent))
+        members = rows[labels == label]
+        assert (part.dialect, part.pixel_size) == (whole.dialect, APIX)
+        assert list(part.names) == [whole.names[i] for i in members]
+        np.testing.assert_allclose(part.origin, whole.origin[members], atol=1e-5)
+        assert list(part.star.particles.columns) == list(whole.star.particles.columns)

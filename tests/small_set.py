@@ -56,7 +56,9 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
 def finished_run(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs with the options SMALL; read only, its cache serves the other runs (``--cache RUN/cache``)."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert train(small_set, folder, "-n", str(EPOCHS)) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("opustomo.latent_stage.STEPS", 20)
+        assert train(small_set, folder, "-n", str(EPOCHS)) == 0
     return folder
 
 
@@ -90,9 +92,12 @@ def copy_run(run: Path, to: Path, epoch: int) -> Path:
     return to
 
 
-def skip_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs whose pictures nobody looks at take half the time; the files are there, empty."""
+def hurry(monkeypatch: pytest.MonkeyPatch, latent_steps: int = 20) -> None:
+    """A latent stage of a few steps, and pictures that nobody looks at as empty files: half the time of a run."""
+    from opustomo import latent_stage
     from opustomo.analysis import plots
+
+    monkeypatch.setattr(latent_stage, "STEPS", latent_steps)
 
     for name in ("montage", "picture_rows", "scatter"):
         monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)

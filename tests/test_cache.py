@@ -140,6 +140,7 @@ def test_interrupted_cache_is_finished(tmp_path: Path, particles: Particles, noi
         "numerator.f16",
         "weight.f16",
         pytest.param("scale.f32", marks=pytest.mark.xfail(strict=True, reason="the checksum leaves the scales out")),
+        pytest.param("scale.f32", marks=pytest.mark.xfail(strict=True, reason="the checksum leaves the scales out")),
     ],
 )
 def test_one_wrong_byte_is_found_and_mended(

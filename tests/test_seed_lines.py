@@ -1,6 +1,7 @@
 """The command lines printed in the seed's README, run on a small RELION 3.0 set and its 3.1 twin, and what they leave.
 
-The lines stand in seed_set.py as they are printed; ``typed`` exchanges paths, box, pixel size, epochs and sizes, nothing else.
+The lines stand in seed_set.py as they are printed; ``typed`` exchanges paths, box, pixel size, epochs and sizes,
+nothing else.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.transform import Rotation
 
 from opustomo import train
 from opustomo.checkpoint import open_run
-from opustomo.compat.legacy_files import load_pickle, save_pickle
-from opustomo.config import InputOptions
+from opustomo.compat.legacy_files import load_pickle, load_split, save_pickle
 from opustomo.data.mrc import header_of, read_volume
-from opustomo.data.readers import read_particles
 from opustomo.data.star import read_star
+from opustomo.errors import UserError
 from seed_set import (
     ANALYZE,
     APIX,
@@ -47,7 +46,9 @@ from seed_set import (
     WORKING,
     Place,
     call,
+    check_classes,
     make_place,
+    poses_of,
     process,
 )
 
@@ -106,32 +107,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert len(lines) == 1
     return lines[0]
-
-
-def poses_of(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A pose pickle after a check of its layout: three float32 arrays, matrices that are those of the angles."""
-    with path.open("rb") as file:
-        found = pickle.load(file)
-    assert type(found) is tuple and [type(value) for value in found] == [np.ndarray] * 3
-    rotation, origin, euler = found
-    assert [value.dtype for value in found] == [np.float32] * 3
-    assert (rotation.shape, origin.shape, euler.shape) == ((COUNT, 3, 3), (COUNT, 3), (COUNT, 3))
-    expected = Rotation.from_euler("ZYZ", euler, degrees=True).as_matrix().swapaxes(1, 2)
-    np.testing.assert_allclose(rotation, expected, atol=2e-5)
-    return rotation, origin, euler
-
-
-def check_classes(folder: Path, star: Path, rows: np.ndarray, labels: np.ndarray) -> None:
-    """preI.star of every class: together the ``rows`` of ``star``, each readable, with the poses it had."""
-    whole = read_particles(star, InputOptions())
-    assert {path.name for path in folder.glob("*.star")} == {f"pre{label}.star" for label in labels}
-    for label in np.unique(labels):
-        part = read_particles(folder / f"pre{label}.star", InputOptions(datadir=star.parent))
-        members = rows[labels == label]
-        assert (part.dialect, part.pixel_size) == (whole.dialect, APIX)
-        assert list(part.names) == [whole.names[i] for i in members]
-        np.testing.assert_allclose(part.origin, whole.origin[members], atol=1e-5)
-        assert list(part.star.particles.columns) == list(whole.star.particles.columns)
 
 
 def test_the_lines_are_those_of_the_readme() -> None:
@@ -258,6 +233,26 @@ def test_a_checkpoint_of_something_else_is_refused(
     load = f"--load {place.run}/weights.0.pkl {options.format(z=other)}"
     assert call(f"dsd train_tomo {place.work}/ribo.star -o {tmp_path}/out {load}") == 2
     assert words in one_line(capsys) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_can_move(trained: tuple[Place, Any], tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(trained[0].run, moved)
+    there = f"split: {trained[0].run}/"
+    text = (moved / "config.yaml").read_text()
+    assert there in text
+    (moved / "config.yaml").write_text(text.replace(there, "split: /gone/"))
+    for found, expected in zip(open_run(moved).split, open_run(trained[0].run).split, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_split_of_the_earlier_program_is_read(tmp_path: Path) -> None:
+    torch.save(torch.randperm(COUNT), tmp_path / "split.pkl")
+    np.testing.assert_array_equal(np.sort(load_split(tmp_path / "split.pkl", COUNT)), np.arange(COUNT))
+    (tmp_path / "cut.pkl").write_bytes((tmp_path / "split.pkl").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut.pkl: cannot be read"):
+        load_split(tmp_path / "cut.pkl", COUNT)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from opustomo import __version__
@@ -127,7 +128,17 @@ def save_epoch(
     """
     save_tensors(folder / f"weights.{epoch}.pkl", weights)
     save_poses(folder / f"pose.{epoch}.pkl", *poses)
-    save_tensors(folder / f"z.{epoch}.pkl", {"mu": code.float().clone(), "sigma": sigma.float().clone()})
+    save_tensors(
+        folder / f"z.{epoch}.pkl", {"mu": code.float().clone(), "sigma": sigma.float().clone(), "nn": neighbours(code)}
+    )
+
+
+def neighbours(code: Tensor, count: int = 8) -> Tensor:
+    """Rows of the nearest codes of every particle, nearest first, (P, at most ``count``) int64."""
+    values = code.double().numpy()
+    wanted = min(count + 1, len(values))
+    near = np.asarray(cKDTree(values).query(values, wanted)[1]).reshape(len(values), wanted)
+    return torch.from_numpy(near[:, 1:].astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,9 @@ class Run:
     @property
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row numbers for training and for validation."""
-        order = load_split(Path(self.config["split"]), len(self.codes))
+        stored = Path(self.config["split"])
+        here = self.path / stored.name  # also after the folder has moved
+        order = load_split(stored if stored.is_file() else here, len(self.codes))
         return split_rows(order, float(self.config["valfrac"]))
 
     @cached_property
@@ -190,7 +203,8 @@ class Run:
             size = self.grid.working_box
             gain = 1.0 / envelope(strength, self.epoch, size, self.grid.extent)
             sharp = irfft3(from_band(model_band(linear, size) * gain, size))
-            linear = centre_crop(sharp, self.grid.crop) * self.mask
+            # where the mask ends, not times the mask: the components are masked already
+            linear = centre_crop(sharp, self.grid.crop) * (self.mask > 0)
         return linear + nonlinear
 
 

@@ -160,7 +160,9 @@ def infer(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, gain: Tenso
         return _single(posterior(linear, quadratic, gain.double()))
     post = posterior(linear, quadratic, torch.ones(len(index), dtype=torch.float64))
     for _ in range(3):
-        post = posterior(linear, quadratic, particle_gain(linear, quadratic, post.mean))
+        # at the precision of a checkpoint, so that a resumed run finds the same posterior to the last bit
+        gain = particle_gain(linear, quadratic, post.mean).float()
+        post = posterior(linear, quadratic, gain.double())
     return _single(post)
 
 

@@ -154,13 +154,14 @@ def start_from_linear(
 
 
 def _with_stored_poses(inputs: Inputs, continuation: Continuation) -> Inputs:
-    poses = [continuation.weights[k].numpy() for k in ("rotation", "origin", "euler")]
-    if len(poses[0]) != len(inputs.particles):
+    particles, count = inputs.particles, len(continuation.weights["euler"])
+    if count != len(particles):
         raise UserError(
-            f"{inputs.particles.source}: {len(inputs.particles)} particles where the checkpoint has {len(poses[0])}; "
+            f"{particles.source}: {len(particles)} particles where the checkpoint has {count}; "
             "give the STAR file (and --ind) of that run"
         )
-    return dataclasses.replace(inputs, particles=with_poses(inputs.particles, *poses))
+    poses = {k: continuation.weights[k].numpy() for k in ("rotation", "origin", "euler")}
+    return dataclasses.replace(inputs, particles=dataclasses.replace(particles, **poses))
 
 
 def _stored_linear(continuation: Continuation, grid: Grid, bfactor: float) -> LinearModel:
@@ -207,7 +208,6 @@ def build(
         network.load_state_dict(learned, strict=False)
     else:
         train_latent(network, reduced, mean, factor, train, config.seed)
-    lamb_groups = wedge_groups(inputs.particles.rotation, global_batch(config))
     context = Context(
         rows=rows,
         grid=grid,
@@ -217,7 +217,7 @@ def build(
         statistics=reduced,
         evidence=post.evidence,
         precision=residual_precision(model, inputs.mask, grid).to(device),
-        group=lamb_groups if config.lamb > 0 else np.zeros(len(mean), np.int64),
+        group=_orientation_groups(config, inputs.particles.rotation),
         device=device,
         autocast=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
@@ -236,6 +236,19 @@ def residual_precision(model: LinearModel, mask: Tensor, grid: Grid) -> Tensor:
     curve = shell_mean(model_band(volumes, grid.working_box).abs().square().sum(0), grid.working_box)
     share = float(mask.square().sum()) / grid.working_box**3
     return share / radial(curve.clamp(min=1e-3 * float(curve.max())), grid.working_box)
+
+
+def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray:
+    """Wedge orientation of each particle (P,) for --lamb; one group without it."""
+    if config.lamb == 0:
+        return np.zeros(len(rotation), np.int64)
+    group = wedge_groups(rotation, global_batch(config))
+    if not group.any():
+        log.warning(
+            "--lamb %g has no effect: %d particles in batches of %d are too few for groups of one wedge orientation; "
+            "a smaller -b makes groups possible", config.lamb, len(rotation), global_batch(config),
+        )  # fmt: skip
+    return group
 
 
 def save_config(config: TrainConfig, inputs: Inputs, split_file: Path) -> None:

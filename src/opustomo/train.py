@@ -226,7 +226,9 @@ def train_epoch(
             optimizer.zero_grad(set_to_none=True)
             pending = 0
         window.add(len(index), float(objective.detach()), float(out.nll.mean().detach()), float(out.kl.mean().detach()))
-        if config.log_interval and window.count >= config.log_interval:
+        # --plot without an interval of its own: eight pictures an epoch
+        interval = config.log_interval or (len(train) // 8 if config.plot else 0)
+        if interval and window.count >= interval:
             window.write(beta, rate)
             if config.plot:
                 preview(config, model, context, index, epoch)
@@ -330,10 +332,8 @@ def save(
         "gain": context.gain.cpu(),
         "grid": list(grid),
         "linear": {"mean": linear.mean, "components": linear.components, "pose_scale": list(linear.pose_scale)},
-        **{
-            k: torch.from_numpy(np.ascontiguousarray(v))
-            for k, v in zip(("rotation", "origin", "euler"), poses, strict=True)
-        },
+        # origins in pixels: a resumed run has the very same poses, so that its cache is still good
+        **{k: torch.from_numpy(np.ascontiguousarray(getattr(particles, k))) for k in ("rotation", "origin", "euler")},
     }
     checkpoint.save_epoch(config.output, epoch, weights, code, sigma, poses)
 

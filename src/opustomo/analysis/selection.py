@@ -66,7 +66,8 @@ def trained_rows(run: Path, particles: int) -> NDArray[np.int64] | None:
     """
     config = run / "config.yaml"
     values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return load_indices(Path(values["ind"]), particles) if values.get("ind") else None
+    ind = values.get("ind") if isinstance(values, dict) else None
+    return load_indices(Path(ind), particles) if ind else None
 
 
 def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:

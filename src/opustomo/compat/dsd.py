@@ -122,7 +122,7 @@ def output_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"particles between lines of metrics (default: once per epoch; with --plot {PLOT_INTERVAL})",
     )  # fmt: skip
     add("--checkpoint", type=int, default=NATIVE.checkpoint, help="epochs between two checkpoints")
-    add("--verbose", action="store_true", help="more lines in the log")
+    add("-v", "--verbose", action="store_true", help="more lines in the log")
 
 
 def train_tomo(arguments: argparse.Namespace, given: Given) -> int:

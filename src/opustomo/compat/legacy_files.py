@@ -62,6 +62,23 @@ def load_pickle(path: Path) -> Any:
     return load_pickles(path, 1)[0]
 
 
+def _load_tensor(path: Path) -> Any:
+    """A tensor as ``torch.save`` writes it (the earlier program's split) as an array; otherwise as ``load_pickle``."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return load_pickle(path)
+    except OSError:
+        return load_pickle(path)
+    import torch  # here: labels and poses are read without it
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); write it again") from None
+    return found.numpy() if isinstance(found, torch.Tensor) else found
+
+
 def load_pickles(path: Path, count: int) -> list[Any]:
     """The first ``count`` objects pickled one after another into a file (``config.pkl`` has two)."""
     try:
@@ -123,7 +140,7 @@ def save_split(path: Path, permutation: NDArray[Any]) -> None:
 
 def load_split(path: Path, particles: int) -> NDArray[np.int64]:
     """Read a split: a permutation of 0 .. ``particles`` - 1; UserError when it is none."""
-    split = _integers(load_pickle(path), path, "a split")
+    split = _integers(_load_tensor(path), path, "a split")
     if not np.array_equal(np.sort(split), np.arange(particles)):
         raise UserError(
             f"{path}: is not a permutation of the {particles} particles ({split.size} entries); "

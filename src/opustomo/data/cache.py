@@ -83,7 +83,10 @@ class Cache:
         return bool(self._checksum[i, 0] == 1 and self._checksum[i, 1] == self._sum(i))
 
     def _sum(self, i: int) -> int:
-        return zlib.crc32(self._weight[i].tobytes(), zlib.crc32(self._numerator[i].tobytes()))
+        sums = 0
+        for part in (self._numerator[i], self._weight[i], self._scale[i]):
+            sums = zlib.crc32(part.tobytes(), sums)
+        return sums
 
     def write(self, i: int, numerator: Tensor, weight: Tensor) -> None:
         """Store row i (numerator (C, C, C), weight (n,)) with its checksum, the checksum last."""
@@ -208,16 +211,15 @@ def prepare_cache(
     normalisation: str,
     workers: int,
     progress: Progress,
-    noise: Noise | None = None,
 ) -> Cache:
     """Open the cache if it is current; finish it if it is incomplete; make it anew if it is stale.
 
-    mask: (C, C, C) on the working grid.  ``noise`` skips the estimate (rows of moved particles made again).
+    mask: (C, C, C) on the working grid.
     """
     mark = fingerprint(particles, grid, mask, (contrast, normalisation))
     manifest = read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != mark:
-        noise = noise or estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
+        noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers)
         _create(folder, particles, grid, noise, mark)
     else:
         noise = _load_noise(folder, manifest)
@@ -232,8 +234,8 @@ def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: 
             raise UserError(f"{folder}: not empty and not a cache; choose another folder with --cache")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    _save_noise(folder, noise)  # first: it marks the folder as a cache, should the next step be killed
     _allocate(folder, grid, len(particles))
-    _save_noise(folder, noise)
     manifest = {
         "format": FORMAT,
         "fingerprint": mark,

@@ -67,6 +67,8 @@ def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tenso
     band: (n,) real; matrix: (3, 3); k: (n, 3) frequencies of the consensus frame.
     """
     half = from_band(band, size)
+    # k = 0 is outside the band, but its neighbours are read by interpolation
+    half[0, 0, 0] = (half[1, 0, 0] + half[0, 1, 0] + half[0, 0, 1]) / 3.0
     # full centred volume from the even half transform: F(-k) = F(k)
     full = torch.zeros((size, size, size), dtype=band.dtype, device=band.device)
     full[..., : size // 2 + 1] = half

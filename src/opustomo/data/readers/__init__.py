@@ -44,6 +44,11 @@ def read_particles(star: Path, options: InputOptions) -> Particles:
     euler = relion.eulers(table)
     origin, origin_note = relion.origins(table, pixel_size)
     transfer = find_transfer(table, images, locator, box)
+    if transfer.transfer == "tilts" and relion.premultiplied(table):
+        raise UserError(
+            f"{star}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: the CTF would "
+            "be applied twice; give the weight volumes in rlnCtfImage (move the CTF STAR files away), or set it to 0"
+        )
     return Particles(
         source=star.absolute(),
         dialect=dialect,

@@ -1,0 +1,242 @@
+"""Going on with a run: bit for bit after an interruption, warm with other options, refused where it cannot fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opustomo import checkpoint, cli
+from opustomo import train as training
+from small_set import (
+    EPOCHS,
+    SmallSet,
+    copy_run,
+    hurry,
+    metrics_of,
+    tensors,
+    train,
+    train_line,
+)
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+@pytest.fixture
+def cached(finished_run: Path) -> tuple[str, str]:
+    """The options that use the rows of the finished run."""
+    return "--cache", f"{finished_run}/cache"
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """The same tensors and numbers, to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict) and isinstance(b, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_epoch(a: Path, b: Path, epoch: int) -> None:
+    for kind in ("z", "weights"):
+        assert_equal(tensors(a / f"{kind}.{epoch}.pkl"), tensors(b / f"{kind}.{epoch}.pkl"), kind)
+    assert (a / f"pose.{epoch}.pkl").read_bytes() == (b / f"pose.{epoch}.pkl").read_bytes()
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Ctrl-C at the end of ``epoch``, before its checkpoint."""
+    evaluate = training.evaluate
+
+    def at(*arguments: object) -> dict[str, float]:
+        if arguments[-1] == epoch:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "evaluate", at)
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ exactly
+
+
+def test_interrupted_run_ends_as_the_uninterrupted_one(
+    small_set: SmallSet, finished_run: Path, cached: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        assert train(small_set, run, "-n", str(EPOCHS), *cached) == 130
+    assert checkpoint.epochs_of(run) == [0]
+    assert any(row["epoch"] == "1" for row in metrics_of(run))  # begun, to be dropped
+
+    made: list[int] = []
+    monkeypatch.setattr("opustomo.data.cache.observe_all", lambda particles, rows, *_: made.extend(rows) or iter(()))
+    assert cli.main(["train", "--resume", str(run), "--workers", "1", "--device", "cpu"]) == 0
+    assert made == []  # the cache is still good
+    for epoch in range(EPOCHS):
+        assert_same_epoch(run, finished_run, epoch)
+    assert metrics_of(run) == metrics_of(finished_run)
+    assert "exact continuation" in (run / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_memory_bank_gains_and_corrected_poses_go_on_too(
+    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What --lamb remembers of every particle, the estimated contrasts and the poses of --estpose are in the file."""
+    options = ("-n", "2", "--lamb", "1", "-b", "1", "--estpose", "--valfrac", "0.5")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(small_set, whole, *options) == 0
+    copy_run(whole, cut, 0)
+    assert train(small_set, cut, *options, "--load", "latest") == 0
+    assert_same_epoch(cut, whole, 1)
+
+
+def test_more_epochs_go_on_from_the_last(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, cached: tuple[str, str]
+) -> None:
+    run = copy_run(finished_run, tmp_path / "run", EPOCHS - 1)
+    (run / "cache").symlink_to(finished_run / "cache")
+    assert train(small_set, run, "-n", str(EPOCHS + 1), "--load", "latest") == 0
+    assert checkpoint.epochs_of(run) == list(range(EPOCHS + 1))
+    assert metrics_of(run)[: len(metrics_of(finished_run))] == metrics_of(finished_run)
+
+
+# ------------------------------------------------------------------------------------------------ warm
+
+
+def test_weights_of_another_run_start_warm_with_other_options(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, cached: tuple[str, str]
+) -> None:
+    run = tmp_path / "run"
+    options = ("--load", f"{finished_run}/weights.0.pkl", "--latents", f"{finished_run}/z.0.pkl", "--lr", "1e-3")
+    assert train(small_set, run, "-n", "2", *cached, *options) == 0
+    log = (run / "run.log").read_text()
+    assert "warm start" in log and "lr 0.0005 -> 0.001" in log
+    assert checkpoint.epochs_of(run) == [1]  # epoch 0 was the other run's
+    opened = checkpoint.open_run(run)
+    assert opened.config["lr"] == 1e-3 and opened.decode(opened.codes[:1]).shape == (1, 16, 16, 16)
+    cold = tensors(finished_run / "weights.1.pkl")["model"]["decoder.first.weight"]
+    assert not torch.equal(opened.weights["model"]["decoder.first.weight"], cold)
+
+
+def test_warm_start_on_a_finer_grid_keeps_what_was_learned(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path
+) -> None:
+    """Coarse to fine: the same density at another sampling; at learning rate 0 the decoded maps agree."""
+    run = tmp_path / "run"
+    options = ("--load", f"{finished_run}/weights.{EPOCHS - 1}.pkl", "--downfrac", "0.84", "--lr", "0")
+    assert train(small_set, run, "-n", str(EPOCHS + 1), "--cache", f"{tmp_path}/cache", *options) == 0
+    fine, coarse = checkpoint.open_run(run), checkpoint.open_run(finished_run)
+    assert fine.grid.working_box == 20 and fine.grid.templateres == coarse.grid.templateres
+    code = coarse.codes[:1]
+    a, b = (torch.from_numpy(opened.decode(code))[0] for opened in (fine, coarse))
+    from opustomo.physics.fourier import fourier_resize
+    from opustomo.physics.volume import centre_pad
+
+    resized = fourier_resize(centre_pad(b, 16), 20)
+    inside = fine.mask > 0.9
+    assert float(torch.corrcoef(torch.stack([a[inside], resized[inside]]))[0, 1]) > 0.98
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lr", "1e-3"), "--lr 0.001 (was 0.0005)"),
+        (("--seed", "4"), "--seed 4 (was 0)"),
+        (("--bfactor", "4"), "--bfactor 4"),
+        (("--downfrac", "0.9"), "--downfrac 0.9"),
+        (("--zdim", "5"), "--zdim 5"),
+        (("--templateres", "32"), "--templateres 32"),
+        (("-n", "3"), "larger -n"),
+    ],
+    ids=lambda value: "",
+)
+def test_exact_continuation_refuses_other_options_by_name(
+    options: tuple[str, ...],
+    words: str,
+    small_set: SmallSet,
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = copy_run(finished_run, tmp_path / "run", EPOCHS - 1)
+    before = sorted((path.name, path.read_bytes()) for path in run.glob("*.*"))
+    assert train(small_set, run, "-n", "4", *options, "--load", "latest") == 2
+    assert words in error_of(capsys)
+    assert sorted((path.name, path.read_bytes()) for path in run.glob("*.*")) == before
+
+
+def test_codes_of_another_epoch_are_refused(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--load", f"{finished_run}/weights.0.pkl", "--latents", f"{finished_run}/z.2.pkl")
+    assert train(small_set, tmp_path / "run", *options) == 2
+    message = error_of(capsys)
+    assert "z.2.pkl" in message and "give z.0.pkl" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_codes_without_weights_have_no_effect_and_are_refused(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(small_set, tmp_path / "run", "--latents", f"{finished_run}/z.0.pkl") == 2
+    assert "--load" in error_of(capsys)
+
+
+@pytest.mark.parametrize("name", ["weights.9.pkl", "z.0.pkl", "nowhere"])
+def test_what_is_no_checkpoint_is_refused(
+    name: str, small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(small_set, tmp_path / "run", "--load", f"{finished_run}/{name}") == 2
+    assert name in error_of(capsys)
+
+
+def test_nothing_to_resume(small_set: SmallSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(small_set, tmp_path / "run", "--load", "latest") == 2
+    assert "no finished epoch" in error_of(capsys)
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 2
+
+
+def test_truncated_weights_are_named(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(finished_run, tmp_path / "run", 1)
+    weights = run / "weights.1.pkl"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert train(small_set, run, "-n", str(EPOCHS), "--load", "latest") == 2
+    message = error_of(capsys)
+    assert str(weights) in message and "another epoch" in message
+
+
+def test_weights_for_another_set_are_refused(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.star"
+    lines = small_set.star.read_text().splitlines()
+    other.write_text("\n".join(line for line in lines if "p00007" not in line) + "\n")
+    line = train_line(small_set, tmp_path / "run", "--load", f"{finished_run}/weights.0.pkl")
+    line[1] = str(other)
+    assert cli.main([*line, "--datadir", str(small_set.folder)]) == 2
+    assert "other.star" in error_of(capsys)
+    assert not list((tmp_path / "run").glob("*.pkl"))
