@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mrcfile
@@ -12,7 +13,7 @@ import torch
 from scipy import ndimage
 
 from opustomo import cli
-from opustomo.average import half_maps, half_sets, propose_mask, resolution
+from opustomo.average import half_maps, half_sets, half_totals, propose_mask, resolution
 from opustomo.config import InputOptions
 from opustomo.data.mrc import header_of, read_volume
 from opustomo.data.readers import read_particles
@@ -21,6 +22,7 @@ from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
 from small_set import PARTICLES, SmallSet, gaussians
 
+Row = tuple[int, torch.Tensor, torch.Tensor]
 FILES = {"average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "average.png", "fsc.png", "fsc.csv", "run.log"}
 
 
@@ -93,6 +95,22 @@ def test_half_sets_are_those_of_the_file_or_alternate(small_set: SmallSet) -> No
     assert half_sets(particles).tolist() == [0] * 25 + [1] * 35
     particles.half[:] = 1  # a file of one half set has none to compare
     assert set(half_sets(particles)) == {0, 1}
+
+
+def test_no_particle_is_in_both_halves(small_set: SmallSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Particle i says 2^i in its numerator and 3^i in its weight: the sums tell who is in which half."""
+    particles, size = read_particles(small_set.star, InputOptions()).subset(np.arange(8)), 16
+    particles.half[:] = [1, 2, 2, 1, 2, 1, 1, 2]
+    grid, n = Grid(24, 15.0, size, size, 16), len(band_frequencies(size))
+
+    def rows(_: object, index: Iterable[int], *rest: object, crop: int) -> Iterator[Row]:
+        return ((i, torch.full((crop,) * 3, 2.0**i), torch.full((n,), 3.0**i)) for i in index)
+
+    monkeypatch.setattr("opustomo.average.observe_all", rows)
+    numerator, weight = half_totals(particles, grid, spherical_mask(size, 5.0, 2.0), "white", "sum", 1)
+    first, second = [0, 3, 5, 6], [1, 2, 4, 7]
+    assert numerator[:, 0, 0, 0].tolist() == [sum(2.0**i for i in first), sum(2.0**i for i in second)]
+    assert weight[:, 0].tolist() == [sum(3.0**i for i in first), sum(3.0**i for i in second)]
 
 
 def test_half_maps_of_noise_do_not_agree() -> None:

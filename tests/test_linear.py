@@ -188,6 +188,42 @@ def test_independent_components_separate_two_states_from_a_motion() -> None:
     assert np.allclose(turned @ mixing.T, code - code.mean(0), atol=1e-2)
 
 
+def test_normal_equations_are_the_expected_sums(planted: Planted, fitted: LinearModel) -> None:
+    """``sum_i E(z~ z~^T) g^2 W_i(k)`` with the posterior's variance in it, and ``sum_i E(z~) g B_i``."""
+    few = torch.tensor([3, 50, 120])
+    post = linear.infer(fitted, planted.rows, few, GRID)
+    system, right = linear.accumulate(planted.rows, few, GRID, post)
+    q = 1 + post.mean.shape[1]
+    by_hand, by_hand_right = torch.zeros_like(system), torch.zeros_like(right)
+    for i, row in enumerate(few.tolist()):
+        z = torch.cat([torch.ones(1), post.mean[i]])
+        second = torch.outer(z, z)
+        second[1:, 1:] += post.covariance[i]
+        by_hand += planted.rows.weights[row][:, None, None] * second * post.gain[i] ** 2
+        by_hand_right += z[:, None, None, None] * planted.rows.numerators[row] * post.gain[i]
+    assert system.shape == (planted.rows.weights.shape[1], q, q)
+    assert torch.allclose(system, by_hand, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(right, by_hand_right, rtol=1e-3, atol=1e-2)
+
+
+def test_known_pose_errors_do_not_smear_the_mean(planted: Planted) -> None:
+    """Every particle is moved alike and its posterior says so: the new mean is the density before the move."""
+    scale = (0.05, 0.4)
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), scale)
+    move = linear.pose_modes(planted.mean, scale, GRID).sum(0)
+    weights = even_weights(40, SIZE, 1, 100.0)
+    rows = observed((planted.mean + move).expand(40, -1, -1, -1), weights, SIZE, seed=None)
+    certain = linear.Posterior(
+        torch.tensor([0.0, 0.0] + [1.0] * 6).expand(40, -1), 1e-6 * torch.eye(8).expand(40, -1, -1),
+        torch.ones(40), torch.zeros(40),
+    )  # fmt: skip
+    model = replace(model, mean_power=1e3 * torch.ones(7))
+    after = linear.maximise(model, rows, torch.arange(40), GRID, MASK, certain).mean
+    inside = MASK > 0.5
+    error, unmoved = (after - planted.mean)[inside].norm(), move[inside].norm()
+    assert float(error) < 0.2 * float(unmoved)
+
+
 # ------------------------------------------------------------------------------------------------ poses
 
 

@@ -104,6 +104,15 @@ def test_kl_is_that_of_torch() -> None:
     assert float(same) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_spectral_prior_is_a_gaussian_of_the_whole_transform() -> None:
+    """``1/2 sum |D(k)|^2 / tau^2`` over every voxel of the full transform, both halves."""
+    volumes = blobs(3, 1, SIZE) - blobs(3, 1, SIZE).mean((1, 2, 3), keepdim=True)
+    band = model_band(volumes, SIZE)
+    flat = objective.spectral_prior(band, torch.full((band.shape[1],), 0.25), SIZE)
+    inside = irfft3(from_band(band, SIZE))  # Parseval: ortho transforms
+    assert torch.allclose(flat, 0.125 * inside.square().sum((1, 2, 3)), rtol=1e-4)
+
+
 def test_encoder_sees_nothing_of_the_consensus() -> None:
     mean = 5 * blobs(1, 1, SIZE)[0]
     weights = even_weights(3, SIZE, 0, 20.0)
@@ -149,7 +158,7 @@ def test_kl_weight_goes_through_four_cycles() -> None:
 
 def test_learning_rate_warms_up_and_decays_to_a_twentieth() -> None:
     rates = [objective.learning_rate(1e-3, i / 1000) for i in range(1001)]
-    assert rates[0] == 0.0 and rates[10] == pytest.approx(5e-4)
+    assert rates[0] == pytest.approx(5e-5) and rates[10] == pytest.approx(5e-4)
     assert max(rates) == rates[20] == pytest.approx(1e-3)
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[-1] == pytest.approx(5e-5)

@@ -8,7 +8,6 @@ import torch
 
 from opustomo.physics.fourier import band_frequencies, band_shell, from_band, irfft3, rfft3, to_band
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop, centre_pad, spherical_mask
 from opustomo.reconstruct import batches, reconstruct, shell_power, solve_masked, totals, unpack, upper
 from small_set import even_weights, gaussians, observed
@@ -16,10 +15,13 @@ from small_set import even_weights, gaussians, observed
 GRID = Grid(8, 4.0, 8, 6, 16)
 
 
-def operator(kernel: torch.Tensor) -> np.ndarray:
-    """(C^3, C^3): pad, transform, multiply by ``kernel`` (n,) on the band, transform back, crop."""
+def operator(kernel: torch.Tensor, beyond: float) -> np.ndarray:
+    """(C^3, C^3): pad, transform, multiply by ``kernel`` (n,) on the band and ``beyond`` outside, back, crop."""
     unit = torch.eye(GRID.crop**3).view(-1, *(GRID.crop,) * 3)
-    image = irfft3(from_band(model_band(unit, GRID.working_box) * kernel, GRID.working_box))
+    full = from_band(kernel, GRID.working_box)
+    outside = from_band(torch.ones_like(kernel), GRID.working_box) == 0
+    outside[0, 0, 0] = False
+    image = irfft3(rfft3(centre_pad(unit, GRID.working_box)) * torch.where(outside, beyond, full))
     return centre_crop(image, GRID.crop).flatten(1).T.double().numpy()
 
 
@@ -40,7 +42,9 @@ class Problem:
         self.mask = spherical_mask(6, radius, edge)
         self.right = band_limited(self.k)
         full = self.system + torch.diag_embed(self.precision.T)
-        self.dense = np.block([[operator(full[:, a, b]) for b in range(self.k)] for a in range(self.k)])
+        # no data beyond the band: the precision of the weakest shell, and nothing between volumes
+        beyond = torch.diag(self.precision.amax(1)).tolist()
+        self.dense = np.block([[operator(full[:, a, b], beyond[a][b]) for b in range(self.k)] for a in range(self.k)])
 
     def solve(self, iterations: int, start: torch.Tensor | None = None) -> torch.Tensor:
         start = torch.zeros_like(self.right) if start is None else start

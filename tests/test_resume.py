@@ -126,13 +126,13 @@ def test_weights_of_another_run_start_warm_with_other_options(
     small_set: SmallSet, finished_run: Path, tmp_path: Path, cached: tuple[str, str]
 ) -> None:
     run = tmp_path / "run"
-    options = ("--load", f"{finished_run}/weights.0.pkl", "--latents", f"{finished_run}/z.0.pkl", "--lr", "1e-3")
+    options = ("--load", f"{finished_run}/weights.0.pkl", "--latents", f"{finished_run}/z.0.pkl", "--lr", "2e-3")
     assert train(small_set, run, "-n", "2", *cached, *options) == 0
     log = (run / "run.log").read_text()
-    assert "warm start" in log and "lr 0.0005 -> 0.001" in log
+    assert "warm start" in log and "lr 0.001 -> 0.002" in log
     assert checkpoint.epochs_of(run) == [1]  # epoch 0 was the other run's
     opened = checkpoint.open_run(run)
-    assert opened.config["lr"] == 1e-3 and opened.decode(opened.codes[:1]).shape == (1, 16, 16, 16)
+    assert opened.config["lr"] == 2e-3 and opened.decode(opened.codes[:1]).shape == (1, 16, 16, 16)
     cold = tensors(finished_run / "weights.1.pkl")["model"]["decoder.first.weight"]
     assert not torch.equal(opened.weights["model"]["decoder.first.weight"], cold)
 
@@ -162,7 +162,7 @@ def test_warm_start_on_a_finer_grid_keeps_what_was_learned(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--lr", "1e-3"), "--lr 0.001 (was 0.0005)"),
+        (("--lr", "2e-3"), "--lr 0.002 (was 0.001)"),
         (("--seed", "4"), "--seed 4 (was 0)"),
         (("--bfactor", "4"), "--bfactor 4"),
         (("--downfrac", "0.9"), "--downfrac 0.9"),

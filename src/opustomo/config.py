@@ -133,7 +133,7 @@ class TrainConfig:
     """Particles per step on each GPU."""
     zdim: int = 12
     """Dimension of the composition code."""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """Initial learning rate of AdamW."""
     wd: float = 0.0
     """Weight decay."""
@@ -143,7 +143,7 @@ class TrainConfig:
     """Schedule of the KL weight: cyclic annealing or constant 1."""
     beta_control: float = 1.0
     """Strength of the KL term; the likelihood is in nats, so 1 is the evidence lower bound."""
-    prior: float = 30.0
+    prior: float = 10.0
     """Strength of the spectral prior on what the decoder adds to the linear model (0: none)."""
     lamb: float = 0.0
     """Strength of the structural disentanglement prior (seed's range 0.1-3)."""

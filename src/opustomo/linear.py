@@ -273,6 +273,11 @@ def fit(
     return principal_axes(model)
 
 
+def _significant(gain: Tensor) -> bool:
+    """Whether paired gains of particles exceed their own standard error on average."""
+    return float(gain.mean()) > float(gain.std(correction=0)) / max(1, len(gain) - 1) ** 0.5
+
+
 def choose_components(
     rows: Rows,
     train: Tensor,
@@ -284,20 +289,21 @@ def choose_components(
     seed: int,
     exactly: bool = False,
 ) -> tuple[LinearModel, list[tuple[int, float]]]:
-    """Grow K while the evidence of held-out particles rises; returns the best model and (K, evidence) pairs.
+    """Grow K while the evidence of held-out particles rises by more than its error; the best model, (K, evidence) pairs.
 
     ``exactly``: go to ``limit`` components whatever the evidence says.
     """
     model = fit(average(rows, train, grid, mask), rows, train, grid, mask, 3)
-    best, trail = model, [(0, float(infer(model, rows, held, grid).evidence.mean()))]
-    failures = 0
+    top = infer(model, rows, held, grid).evidence
+    best, trail, failures = model, [(0, float(top.mean()))], 0
     for k in range(1, limit + 1):
         model = add_components(model, 1, grid, mask, seed + k)
         model = fit(model, rows, train, grid, mask, iterations)
-        trail.append((k, float(infer(model, rows, held, grid).evidence.mean())))
+        reached = infer(model, rows, held, grid).evidence
+        trail.append((k, float(reached.mean())))
         log.info("linear stage: K = %d, held-out evidence %.2f nats per particle", *trail[-1])
-        if exactly or trail[-1][1] > max(score for _, score in trail[:-1]):
-            best, failures = model, 0
+        if exactly or _significant(reached - top):
+            best, top, failures = model, reached, 0
         else:
             failures += 1
         if failures == 2:

@@ -56,9 +56,11 @@ def fit_linear(
     """Linear model of the training rows and the posterior of all rows; K by held-out evidence unless given."""
     if len(train) < 2:
         raise UserError(f"{len(train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac")
-    probe = held if len(held) else train
+    # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
+    probe = held if len(held) else train[:: round(1 / HELD_OUT)]
+    fitted = train if len(held) or components else train[~torch.isin(train, probe)]
     limit = components or min(MAX_COMPONENTS, max(1, len(train) // 4))
-    model, trail = choose_components(rows, train, probe, grid, mask, limit, iterations, seed, bool(components))
+    model, trail = choose_components(rows, fitted, probe, grid, mask, limit, iterations, seed, bool(components))
     posterior = infer(model, rows, torch.arange(len(rows)), grid)
     rotation, shift = math.degrees(model.pose_scale[0]), model.pose_scale[1] * grid.working_pixel
     log.info(

@@ -117,7 +117,7 @@ def beta_weight(schedule: str, progress: float) -> float:
 def learning_rate(peak: float, progress: float, warmup: float = 0.02) -> float:
     """Cosine decay to a twentieth of the peak after a linear warm-up over the first ``warmup`` of the run."""
     if progress < warmup:
-        return peak * (progress / warmup)
+        return peak * max(0.05, progress / warmup)
     phase = (progress - warmup) / (1.0 - warmup)
     return peak * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * phase)))
 

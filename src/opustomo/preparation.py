@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
-from opustomo.data.cache import OnTheFly, Row, prepare_cache
+from opustomo.data.cache import Cache, OnTheFly, Row, prepare_cache, rows_without_disk
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
 from opustomo.monitor import progress
@@ -32,28 +32,28 @@ def make_split(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def rows_of(inputs: Inputs, folder: Path | None, options: InputOptions, workers: int) -> Rows:
-    """Numerators and weights of a data set: the cache in ``folder``, made or finished if need be; None: on the fly."""
+    """Numerators and weights of a data set: the cache in ``folder``, made or finished if need be; None: no disk."""
     particles, grid, mask = inputs.particles, inputs.grid, inputs.mask
-    if folder is None:
-        return OnTheFly(
-            particles,
-            grid,
-            estimate_noise(particles, grid, mask, contrast=options.contrast, normalisation=options.normalisation),
-        )
+    contrast, normalisation = options.contrast, options.normalisation
 
     def bar(items: Iterable[Row], total: int) -> Iterable[Row]:
         return progress(items, total, "cache")
 
-    cache = prepare_cache(
-        folder,
-        particles,
-        grid,
-        mask,
-        contrast=options.contrast,
-        normalisation=options.normalisation,
-        workers=workers,
-        progress=bar,
-    )
+    cache: Cache | OnTheFly
+    if folder is None:
+        found = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers)
+        cache = rows_without_disk(particles, grid, found, workers, bar)
+    else:
+        cache = prepare_cache(
+            folder,
+            particles,
+            grid,
+            mask,
+            contrast=contrast,
+            normalisation=normalisation,
+            workers=workers,
+            progress=bar,
+        )
     noise = cache.noise
     log.info(
         "%d particles on a working box of %d (%.2f A), crop %d; protein is %s, tilts %s, noise calibration %.2f",

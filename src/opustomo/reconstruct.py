@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opustomo.physics.fourier import from_band, irfft3, radial, shell_sum
+from opustomo.physics.fourier import band_index, irfft3, radial, rfft3, shell_sum
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
-from opustomo.physics.volume import centre_crop
+from opustomo.physics.volume import centre_crop, centre_pad
 
 
 class Rows(Protocol):
@@ -64,30 +64,37 @@ def solve_masked(
     """Volumes V = mask x that minimise ``1/2 <V, (S + precision) V> - <V, right>``, by conjugate gradients.
 
     system: (n, k, k) symmetric matrix S at each band voxel; precision: (k, n), the prior; right, start:
-    (k, C, C, C).  Masking makes a cropped right side exact: only its part inside the mask matters.
+    (k, C, C, C).  Masking makes a cropped right side exact: only its part inside the mask matters.  Beyond the band,
+    where no data are, each volume has the precision of its weakest shell: the mask would carry noise there.
     """
     size = grid.working_box
+    inside = band_index(size)
     matrix = system + torch.diag_embed(precision.T)
     inverse = torch.linalg.inv(matrix)
+    beyond = precision.amax(1)
 
-    def through(kernel: Tensor, x: Tensor) -> Tensor:
-        band = model_band(x * mask, size)
-        mixed = torch.einsum("nab,bn->an", kernel.to(band.dtype), band)
-        return mask * centre_crop(irfft3(from_band(mixed, size)), grid.crop)
+    def through(kernel: Tensor, outside: Tensor, x: Tensor) -> Tensor:
+        spectrum = rfft3(centre_pad(x * mask, size))
+        flat = spectrum.flatten(-3)
+        mixed = torch.einsum("nab,bn->an", kernel.to(flat.dtype), flat[:, inside])
+        flat = flat * outside[:, None]
+        flat[:, inside] = mixed
+        flat[:, 0] = 0.0  # k = 0 is neither observed nor penalised
+        return mask * centre_crop(irfft3(flat.unflatten(-1, spectrum.shape[-3:])), grid.crop)
 
     x = torch.where(mask > 1e-3, start / mask.clamp(min=1e-3), 0.0)
-    residual = mask * right - through(matrix, x)
-    direction = through(inverse, residual)
+    residual = mask * right - through(matrix, beyond, x)
+    direction = through(inverse, 1.0 / beyond, residual)
     rho = (residual * direction).sum()
     tolerance = 1e-8 * (mask * right).square().sum()
     for _ in range(iterations):
-        image = through(matrix, direction)
+        image = through(matrix, beyond, direction)
         step = rho / (direction * image).sum().clamp(min=1e-30)
         x = x + step * direction
         residual = residual - step * image
         if residual.square().sum() <= tolerance:
             break
-        conditioned = through(inverse, residual)
+        conditioned = through(inverse, 1.0 / beyond, residual)
         rho, previous = (residual * conditioned).sum(), rho
         direction = conditioned + (rho / previous.clamp(min=1e-30)) * direction
     return mask * x

@@ -20,6 +20,8 @@ from opustomo.errors import UserError
 
 # options that say where and how to run, not what is computed
 _FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "device"})
+# stored unless typed, and free to change: they do not touch what is computed
+_HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "log_interval", "tmp_prefix"})
 # sizes of the network, and what the stored poses and codes belong to
 _FIXED = ("zdim", "templateres", "width", "star", "ind", "estpose")
 
@@ -48,7 +50,7 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
     folder, epoch = _source(config)
     stored = read_config(folder)
     typed = _typed(config, given)
-    changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE and not _same(stored[k], v)}
+    changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE | _HARMLESS and not _same(stored[k], v)}
     for name in _FIXED:
         if changed.get(name):
             flag = "STAR file" if name == "star" else f"--{name}"

@@ -135,7 +135,7 @@ def start_from_linear(
     if continuation is not None:
         inputs = inputs if continuation.new_poses else _with_stored_poses(inputs, continuation)
         rows = rows_of(inputs, folder, config.input, config.workers)
-        model = _stored_linear(continuation, inputs.grid, config.bfactor)
+        model = _stored_linear(continuation, inputs.grid, inputs.mask)
         posterior = infer(model, rows, torch.arange(len(rows)), inputs.grid, continuation.weights["gain"])
         return inputs, rows, LinearResult(model, posterior, [])
     rows = rows_of(inputs, folder, config.input, config.workers)
@@ -164,7 +164,7 @@ def _with_stored_poses(inputs: Inputs, continuation: Continuation) -> Inputs:
     return dataclasses.replace(inputs, particles=dataclasses.replace(particles, **poses))
 
 
-def _stored_linear(continuation: Continuation, grid: Grid, bfactor: float) -> LinearModel:
+def _stored_linear(continuation: Continuation, grid: Grid, mask: Tensor) -> LinearModel:
     """The linear model of a checkpoint on this run's grid (its volumes are resampled if the grid has changed)."""
     state, old = continuation.weights["linear"], Grid(*continuation.weights["grid"])
     volumes = torch.cat([state["mean"][None], state["components"]])
@@ -173,6 +173,7 @@ def _stored_linear(continuation: Continuation, grid: Grid, bfactor: float) -> Li
         wide = from_band(band, old.working_box)
         resized = resize_spectrum(wide, grid.working_box) * (grid.working_box / old.working_box) ** 1.5
         volumes = centre_crop(irfft3(resized), grid.crop)
+    volumes = volumes * (mask > 0)  # the mask may have shrunk
     power = torch.ones(grid.working_box // 2 + 1)
     scale = (state["pose_scale"][0], state["pose_scale"][1] * grid.working_box / old.working_box)
     return LinearModel(volumes[0], volumes[1:], power, power, scale)

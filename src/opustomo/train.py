@@ -115,7 +115,10 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
 
 def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | None) -> None:
     """A finished run is never overwritten by a new one."""
-    if continuation is None and checkpoint.epochs_of(config.output):
+    own = continuation is not None and (
+        config.load == "latest" or Path(str(config.load)).resolve().parent == config.output.resolve()
+    )
+    if not own and checkpoint.epochs_of(config.output):
         raise UserError(
             f"-o {config.output}: holds a run already; continue it with --load latest, or choose another folder"
         )

@@ -42,7 +42,7 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     states = 1 if known.state is None else len(np.unique(known.state[rows]))
     scores: dict[str, Any] = {}
     if known.state is not None and states > 1:
-        scores["composition"] = score_codes.composition(codes, known.state[rows])
+        scores["composition"] = score_codes.composition(score_codes.active(codes), known.state[rows])
     scores["conformation"] = _conformation(run, known)
     # k-means: the classes that analyze shows and volumes decodes
     scores["volumes"] = score_maps.volumes(run, known, rows, score_codes.kmeans_classes(codes, states))
@@ -50,7 +50,7 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     scores["invariance"] = score_codes.invariance(codes, _nuisances(known, rows))
     scores |= _metrics(run)
     if known.junk.any():
-        scores["junk"] = {"outlier_auc": score_codes.outlier_auc(run.codes, known.junk)}
+        scores["junk"] = {"outlier_auc": score_codes.outlier_auc(score_codes.active(run.codes), known.junk)}
     return {"run": _identity(run), **{name: section for name, section in scores.items() if section}}
 
 
@@ -64,7 +64,7 @@ def _conformation(run: Run, truth: Truth) -> dict[str, Any]:
     for name, value in truth.coordinates.items():
         rows = np.flatnonzero(np.isfinite(value) & ~truth.junk)
         if len(rows) >= FEWEST and np.ptp(value[rows]) > 0:
-            scores[name] = score_codes.conformation(run.codes[rows], value[rows])
+            scores[name] = score_codes.conformation(score_codes.active(run.codes)[rows], value[rows])
     return scores
 
 

@@ -32,6 +32,15 @@ NEIGHBOURS = 20
 ACTIVE = 1e-4  # components with less than this fraction of the largest variance are collapsed
 
 
+def active(codes: Codes) -> Codes:
+    """The dimensions in use, at least one: those whose codes vary more than a tenth of the widest (Burda et al. 2016).
+
+    A collapsed dimension carries the prior; mixtures and independent components would sort by its noise.
+    """
+    spread = codes.std(0)
+    return codes[:, spread >= 0.1 * spread.max()]
+
+
 def composition(codes: Codes, state: NDArray[np.int64], seed: int = 0) -> Scores:
     """Linear-probe AUC, label-free ARI of k-means and GMM, AUC of single independent components.
 

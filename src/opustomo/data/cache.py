@@ -54,10 +54,10 @@ class Cache:
     grid: Grid
     noise: Noise
     fingerprint: str
-    _numerator: np.memmap
-    _weight: np.memmap
-    _scale: np.memmap
-    _checksum: np.memmap
+    _numerator: np.ndarray
+    _weight: np.ndarray
+    _scale: np.ndarray
+    _checksum: np.ndarray
 
     def __len__(self) -> int:
         return len(self._scale)
@@ -70,7 +70,7 @@ class Cache:
         """(b, n) float32 weights of the rows at ``index``, on the band."""
         return self._read(self._weight, 1, index)
 
-    def _read(self, rows: np.memmap, which: int, index: Tensor) -> Tensor:
+    def _read(self, rows: np.ndarray, which: int, index: Tensor) -> Tensor:
         where = index.numpy()
         values = torch.from_numpy(np.asarray(rows[where])).float()
         return values * torch.from_numpy(np.asarray(self._scale[where, which]))[:, None]
@@ -100,12 +100,13 @@ class Cache:
     def flush(self) -> None:
         """Push every row to the disk."""
         for array in (self._numerator, self._weight, self._scale, self._checksum):
-            array.flush()
+            if isinstance(array, np.memmap):
+                array.flush()
 
 
 @dataclass(frozen=True)
 class OnTheFly:
-    """``Rows`` made from the subtomograms at every read (``--no-cache``): no disk space, much slower."""
+    """``Rows`` made from the subtomograms at every read: neither disk nor memory, very slow."""
 
     particles: Particles
     grid: Grid
@@ -225,6 +226,21 @@ def prepare_cache(
         noise = _load_noise(folder, manifest)
     cache = _open(folder, grid, len(particles), noise, mark, "r+")
     _fill(cache, particles, cache.missing(), workers, progress)
+    return cache
+
+
+def rows_without_disk(
+    particles: Particles, grid: Grid, noise: Noise, workers: int, progress: Progress
+) -> Cache | OnTheFly:
+    """``--no-cache``: rows kept in memory where they take less than half of what is free, else made at every read."""
+    need = len(particles) * row_bytes(grid)
+    if need > 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return OnTheFly(particles, grid, noise)
+    arrays: list[np.ndarray] = [
+        np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, len(particles)).values()
+    ]
+    cache = Cache(Path(), grid, noise, "", *arrays)
+    _fill(cache, particles, np.arange(len(particles)), workers, progress)
     return cache
 
 

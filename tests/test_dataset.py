@@ -1,0 +1,51 @@
+"""Which particles make a batch: every one once an epoch, of one wedge orientation, in an order that can be repeated."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from opustomo.data.dataset import batch_order, wedge_groups
+
+
+def groups(count: int, kinds: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, kinds, count)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 200])
+@pytest.mark.parametrize("kinds", [1, 5])
+def test_every_particle_once_an_epoch(batch: int, kinds: int) -> None:
+    index = torch.from_numpy(np.random.default_rng(1).permutation(120)[:100])
+    batches = batch_order(index, groups(120, kinds), batch, 0, 3)
+    assert sorted(torch.cat(batches).tolist()) == sorted(index.tolist())
+    assert all(1 <= len(part) <= batch for part in batches)
+
+
+def test_batches_come_from_one_orientation_but_for_the_remainders() -> None:
+    group = groups(200, 4)
+    batches = batch_order(torch.arange(200), group, 8, 0, 0)
+    mixed = [part for part in batches if len(set(group[part.numpy()])) > 1]
+    assert sum(map(len, mixed)) <= 4 * 7
+    assert sum(len(part) < 8 for part in batches) <= 1
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return torch.cat(batch_order(torch.arange(60), groups(60, 3), 8, seed, epoch)).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+
+
+def test_orientations_are_grouped_up_to_the_sign_of_the_beam() -> None:
+    """A particle and the same one upside down share a wedge; four batches a group are left on average."""
+    rng = np.random.default_rng(0)
+    rotation = Rotation.random(300, rng=rng).as_matrix()
+    upside_down = np.diag([1.0, -1.0, -1.0]) @ rotation
+    both = wedge_groups(np.concatenate([rotation, upside_down]), 4)
+    assert np.array_equal(both[:300], both[300:])
+    count = len(np.unique(both))
+    assert count > 1 and 600 / count >= 16
+    assert len(np.unique(wedge_groups(rotation[:10], 8))) == 1
