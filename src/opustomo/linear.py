@@ -289,7 +289,7 @@ def choose_components(
     seed: int,
     exactly: bool = False,
 ) -> tuple[LinearModel, list[tuple[int, float]]]:
-    """Grow K while the evidence of held-out particles rises by more than its error; the best model, (K, evidence) pairs.
+    """Grow K while the evidence of held-out particles rises by more than its error; best model, (K, evidence) pairs.
 
     ``exactly``: go to ``limit`` components whatever the evidence says.
     """

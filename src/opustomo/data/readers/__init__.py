@@ -46,8 +46,8 @@ def read_particles(star: Path, options: InputOptions) -> Particles:
     transfer = find_transfer(table, images, locator, box)
     if transfer.transfer == "tilts" and relion.premultiplied(table):
         raise UserError(
-            f"{star}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it would be "
-            "applied twice; give the weight volumes in rlnCtfImage (move the CTF STAR files away), or set it to 0"
+            f"{star}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it would "
+            "be applied twice; give the weight volumes in rlnCtfImage (move the CTF STAR files away), or set it to 0"
         )
     return Particles(
         source=star.absolute(),
