@@ -18,7 +18,14 @@ from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.linear import LinearModel
-from opustomo.linear_stage import LinearResult, corrected_poses, fit_linear, independent_components, outlier_score
+from opustomo.linear_stage import (
+    LinearResult,
+    corrected_poses,
+    fit_linear,
+    independent_components,
+    outlier_score,
+    typical_particles,
+)
 from opustomo.physics.fourier import band_multiplicity, shell_mean
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
@@ -68,6 +75,26 @@ def principal_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     full = [torch.view_as_real(model_band(v, SIZE) * band_multiplicity(SIZE).sqrt()).flatten(1) for v in (a, b)]
     qa, qb = (torch.linalg.qr(v.T.double())[0] for v in full)
     return torch.linalg.svdvals(qa.T @ qb)
+
+
+def test_bright_objects_take_no_part_in_fits(planted: Planted, caplog: pytest.LogCaptureFixture) -> None:
+    """Two particles of twelve times the contrast: named, left out, and the fit is that of the others."""
+    rows = MemoryRows(planted.rows.numerators.clone(), planted.rows.weights)
+    rows.numerators[[17, 90]] *= 12
+    typical = typical_particles(rows, EVERY, GRID, MASK)
+    assert torch.nonzero(~typical)[:, 0].tolist() == [17, 90]
+    assert "2 particle(s)" in caplog.text and "rows 18, 91" in caplog.text
+    assert bool(typical_particles(planted.rows, EVERY, GRID, MASK).all())
+
+
+def test_one_component_is_kept_where_none_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    """Identical particles: held-out evidence prefers the average, yet there has to be a code; and it is said."""
+    volume = gaussians(CROP, np.array([[0, -1.0, 0]]), 1.3) * MASK
+    rows = observed(volume.expand(60, -1, -1, -1), even_weights(60, SIZE, 1, 30.0), SIZE, seed=4)
+    order = torch.arange(60)
+    model, trail = linear.choose_components(rows, order[20:], order[:20], GRID, MASK, 3, 12, 0)
+    assert model.size == 1 and trail[0][1] > trail[1][1]
+    assert "average alone" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ components

@@ -220,7 +220,7 @@ def test_rows_on_the_fly_give_the_run_of_the_cache(
 @pytest.mark.parametrize(
     "options",
     [
-        ("--lr", "1e-3"),
+        ("--lr", "2e-3"),
         ("--wd", "0.5"),
         ("--beta", "constant"),
         ("--beta-control", "3"),

@@ -293,7 +293,8 @@ def choose_components(
 
     ``exactly``: go to ``limit`` components whatever the evidence says.
     """
-    model = fit(average(rows, train, grid, mask), rows, train, grid, mask, 3)
+    # the pose scale has to settle first, or its progress would pass for that of a component
+    model = fit(average(rows, train, grid, mask), rows, train, grid, mask, 2 * iterations)
     top = infer(model, rows, held, grid).evidence
     best, trail, failures = model, [(0, float(top.mean()))], 0
     for k in range(1, limit + 1):
@@ -302,10 +303,18 @@ def choose_components(
         reached = infer(model, rows, held, grid).evidence
         trail.append((k, float(reached.mean())))
         log.info("linear stage: K = %d, held-out evidence %.2f nats per particle", *trail[-1])
+        if k == 1:
+            single = model
         if exactly or _significant(reached - top):
             best, top, failures = model, reached, 0
         else:
             failures += 1
         if failures == 2:
             break
+    if best.size == 0:
+        log.warning(
+            "held-out particles are explained best by the average alone: one component is kept so that there is a "
+            "code, but take no class for real that the data do not show by themselves (volumes --from-data)"
+        )
+        return single, trail
     return best, trail

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from opustomo.data.atomic import atomic
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
-from opustomo.linear import LinearModel, Posterior, choose_components, fit, infer
+from opustomo.linear import LinearModel, Posterior, average, choose_components, fit, infer
 from opustomo.monitor import setup_log
 from opustomo.physics.geometry import matrix_to_euler, rotation_from_vector, update_pose
 from opustomo.physics.grid import Grid
@@ -36,6 +36,7 @@ from opustomo.reconstruct import Rows, reconstruct
 
 log = logging.getLogger("opustomo")
 
+OUTLIER_LIMIT = 8.0  # robust standard deviations of the evidence above its median
 HELD_OUT = 0.1  # fraction of particles that choose the number of components
 MAX_COMPONENTS = 12
 EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
@@ -48,6 +49,28 @@ class LinearResult:
     model: LinearModel
     posterior: Posterior
     trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
+    typical: Tensor  # (P,) bool: particles that take part in fits
+
+
+def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Tensor:
+    """Which particles may take part in fits, (P,) bool: all but those that the average explains far too well.
+
+    A bright object (gold, ice, an edge) can outweigh a hundred particles and take a component for itself.  It shows
+    in the evidence under the average of the particles at ``index``: robust distance above the median.
+    """
+    everyone = torch.arange(len(rows))
+    evidence = infer(average(rows, index, grid, mask), rows, everyone, grid).evidence
+    centre = evidence.median()
+    spread = 1.4826 * (evidence - centre).abs().median().clamp(min=1.0)
+    typical = evidence <= centre + OUTLIER_LIMIT * spread
+    unusual = torch.nonzero(~typical)[:, 0]
+    if len(unusual):
+        first = ", ".join(str(int(i) + 1) for i in unusual[:8]) + (", ..." if len(unusual) > 8 else "")
+        log.warning(
+            "%d particle(s) are far brighter than the others (rows %s): left out of the fits, they still get codes; "
+            "look at them, and at outlier_score in linear/particles.csv", len(unusual), first,
+        )  # fmt: skip
+    return typical
 
 
 def fit_linear(
@@ -56,6 +79,8 @@ def fit_linear(
     """Linear model of the training rows and the posterior of all rows; K by held-out evidence unless given."""
     if len(train) < 2:
         raise UserError(f"{len(train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac")
+    typical = typical_particles(rows, train, grid, mask)
+    train, held = train[typical[train]], held[typical[held]]
     # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
     probe = held if len(held) else train[:: round(1 / HELD_OUT)]
     fitted = train if len(held) or components else train[~torch.isin(train, probe)]
@@ -68,7 +93,7 @@ def fit_linear(
         "pose errors of %.2f degrees and %.2f A per axis",
         model.size, float(posterior.evidence[probe].mean()), trail[0][1], rotation, shift,
     )  # fmt: skip
-    return LinearResult(model, posterior, trail)
+    return LinearResult(model, posterior, trail, typical)
 
 
 def corrected_poses(
@@ -105,9 +130,8 @@ def main(config: LinearConfig) -> int:
         config.components, config.iterations, config.seed,
     )  # fmt: skip
     # the number of components is chosen: the last steps use every particle, the held-out ones too
-    everyone = torch.arange(len(rows))
-    model = fit(result.model, rows, everyone, inputs.grid, inputs.mask, 4)
-    result = LinearResult(model, infer(model, rows, everyone, inputs.grid), result.trail)
+    model = fit(result.model, rows, torch.nonzero(result.typical)[:, 0], inputs.grid, inputs.mask, 4)
+    result = replace(result, model=model, posterior=infer(model, rows, torch.arange(len(rows)), inputs.grid))
     _write_run(config, inputs, result)
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
     log.info("next: opustomo analyze %s ; opustomo report %s", config.output, config.output)

@@ -48,6 +48,7 @@ class Context:
     gain: Tensor  # (P,)
     statistics: Statistics  # of the linear columns, on the CPU
     evidence: Tensor  # (P,) of the linear stage, in nats
+    typical: Tensor  # (P,) bool: particles that take part in training
     precision: Tensor  # (n,) of the encoder's Wiener filter
     group: np.ndarray  # (P,) wedge orientation
     device: torch.device
@@ -137,7 +138,7 @@ def start_from_linear(
         rows = rows_of(inputs, folder, config.input, config.workers)
         model = _stored_linear(continuation, inputs.grid, inputs.mask)
         posterior = infer(model, rows, torch.arange(len(rows)), inputs.grid, continuation.weights["gain"])
-        return inputs, rows, LinearResult(model, posterior, [])
+        return inputs, rows, LinearResult(model, posterior, [], continuation.weights["typical"])
     rows = rows_of(inputs, folder, config.input, config.workers)
     linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, 0, EM_STEPS, config.seed)
     if linear.model.size > config.zdim:
@@ -217,6 +218,7 @@ def build(
         gain=post.gain.to(device),
         statistics=reduced,
         evidence=post.evidence,
+        typical=linear.typical,
         precision=residual_precision(model, inputs.mask, grid).to(device),
         group=_orientation_groups(config, inputs.particles.rotation),
         device=device,

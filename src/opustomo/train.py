@@ -80,6 +80,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     inputs = select_inputs(config)
     train, held, split_file = split_of(config, len(inputs.particles))
     inputs, rows, linear = start_from_linear(config, inputs, train, held, continuation)
+    train, held = train[linear.typical[train]], held[linear.typical[held]]
     model, context = build(config, inputs, rows, linear, train, continuation, device)
     save_config(config, inputs, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
@@ -333,6 +334,7 @@ def save(
         "optimizer": optimizer.state_dict(),
         "bank": bank.cpu(),
         "gain": context.gain.cpu(),
+        "typical": context.typical,
         "grid": list(grid),
         "linear": {"mean": linear.mean, "components": linear.components, "pose_scale": list(linear.pose_scale)},
         # origins in pixels: a resumed run has the very same poses, so that its cache is still good
