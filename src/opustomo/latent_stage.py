@@ -63,7 +63,7 @@ def bound(model: Vae, statistics: Statistics, index: Tensor, mean: Tensor, facto
     """Evidence lower bound (b,) of the particles at ``index``; noise: (s, b, zdim) standard normal."""
     posterior_mean, posterior_factor = model.refined(mean[index], factor[index])
     code = posterior_mean + torch.einsum("bjk,sbk->sbj", posterior_factor, noise)
-    fit = statistics.evidence(index, model.warp(code)).mean(0)
+    fit = statistics.evidence(index, model.warp(code * model.used)).mean(0)
     return fit - kl_divergence(posterior_mean, posterior_factor)
 
 

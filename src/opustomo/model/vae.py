@@ -28,6 +28,7 @@ class Vae(nn.Module):
     components: Tensor
     pose_modes: Tensor
     scale: Tensor
+    used: Tensor
 
     def __init__(
         self,
@@ -48,6 +49,8 @@ class Vae(nn.Module):
         self.refine = Refine(zdim)
         for name, tensor in (("mask", mask), ("mean", mean), ("components", components), ("pose_modes", pose_modes)):
             self.register_buffer(name, tensor)
+        # a dimension without a component is not used: the encoder would fill it with the wedge, the decoder hear noise
+        self.register_buffer("used", (components.flatten(1).abs().amax(1) > 0).to(mask.dtype))
         # the decoder speaks in units of the components' density, the encoder hears its input in those of the mean
         inside = mask > 0.5
         spread = components.square().sum(0)[inside].mean().sqrt()
@@ -61,7 +64,7 @@ class Vae(nn.Module):
 
     def refined(self, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """The linear posterior, mean (b, zdim) and lower factor (b, zdim, zdim), corrected for the warp."""
-        return _corrected(mean, factor, self.refine(mean, factor.square().sum(-1).sqrt()))
+        return self._corrected(mean, factor, self.refine(mean, factor.square().sum(-1).sqrt()))
 
     def encode(self, density: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of the code: mean (b, zdim) and lower factor L (b, zdim, zdim) with covariance ``L L^T``.
@@ -70,19 +73,18 @@ class Vae(nn.Module):
         """
         spread = factor.square().sum(-1).sqrt()
         seen = self.encoder(density / self.scale[1], torch.cat([mean, spread], 1))
-        return _corrected(*self.refined(mean, factor), seen)
+        return self._corrected(*self.refined(mean, factor), seen)
+
+    def _corrected(self, mean: Tensor, factor: Tensor, correction: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        shift, log_scale = (part * self.used for part in correction)
+        widen = (MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)).exp()
+        return mean + shift, factor * widen[:, None, :]
 
     def nonlinear(self, code: Tensor) -> Tensor:
         """``mask D(z)``: (b, zdim) to (b, C, C, C)."""
-        volume = fourier_resize(self.decoder(code), self.mask.shape[-1])
+        volume = fourier_resize(self.decoder(code * self.used), self.mask.shape[-1])
         return volume * (self.scale[0] * self.mask)
 
     def linear(self, code: Tensor) -> Tensor:
         """``mean + U w(z)``: (b, zdim) to (b, C, C, C); mean and components are masked already."""
-        return self.mean + torch.einsum("bk,kzyx->bzyx", self.warp(code), self.components)
-
-
-def _corrected(mean: Tensor, factor: Tensor, correction: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    shift, log_scale = correction
-    widen = (MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)).exp()
-    return mean + shift, factor * widen[:, None, :]
+        return self.mean + torch.einsum("bk,kzyx->bzyx", self.warp(code * self.used), self.components)
