@@ -41,6 +41,7 @@ TRAIN_OPTIONS = [
     "--accum-step",
     "--beta",
     "--beta-control",
+    "--prior",
     "--lamb",
     "--bfactor",
     "--valfrac",

@@ -273,11 +273,6 @@ def fit(
     return principal_axes(model)
 
 
-def _significant(gain: Tensor) -> bool:
-    """Whether paired gains of particles exceed their own standard error on average."""
-    return float(gain.mean()) > float(gain.std(correction=0)) / max(1, len(gain) - 1) ** 0.5
-
-
 def choose_components(
     rows: Rows,
     train: Tensor,
@@ -289,24 +284,23 @@ def choose_components(
     seed: int,
     exactly: bool = False,
 ) -> tuple[LinearModel, list[tuple[int, float]]]:
-    """Grow K while the evidence of held-out particles rises by more than its error; best model, (K, evidence) pairs.
+    """Grow K while the evidence of held-out particles rises; best model, (K, evidence) pairs.
 
     ``exactly``: go to ``limit`` components whatever the evidence says.
     """
     # the pose scale has to settle first, or its progress would pass for that of a component
     model = fit(average(rows, train, grid, mask), rows, train, grid, mask, 2 * iterations)
-    top = infer(model, rows, held, grid).evidence
-    best, trail, failures = model, [(0, float(top.mean()))], 0
+    top = float(infer(model, rows, held, grid).evidence.mean())
+    best, trail, failures = model, [(0, top)], 0
     for k in range(1, limit + 1):
         model = add_components(model, 1, grid, mask, seed + k)
         model = fit(model, rows, train, grid, mask, iterations)
-        reached = infer(model, rows, held, grid).evidence
-        trail.append((k, float(reached.mean())))
+        trail.append((k, float(infer(model, rows, held, grid).evidence.mean())))
         log.info("linear stage: K = %d, held-out evidence %.2f nats per particle", *trail[-1])
         if k == 1:
             single = model
-        if exactly or _significant(reached - top):
-            best, top, failures = model, reached, 0
+        if exactly or trail[-1][1] > top:
+            best, top, failures = model, trail[-1][1], 0
         else:
             failures += 1
         if failures == 2:

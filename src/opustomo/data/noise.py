@@ -6,7 +6,6 @@ right (``probe_ratio``).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -34,8 +33,6 @@ from opustomo.physics.volume import centre_crop, centre_pad
 SAMPLE = 192  # particles looked at
 # a shell is never taken to be free of noise: one that holds almost no power would get an enormous weight
 MOST_EXPLAINED = 0.95
-
-log = logging.getLogger("opustomo")
 
 
 def _prefers_mean(particles: Particles, rows: Iterable[int], grid: Grid) -> bool:
@@ -116,14 +113,12 @@ def estimate_noise(
     unit = Noise(ones, 1.0, mean, torch.zeros(size // 2 + 1))
     numerator, weight = torch.zeros((size,) * 3), torch.zeros_like(ones)
     power, coverage, ratio = torch.zeros_like(ones), torch.zeros_like(ones), torch.zeros_like(ones)
-    scores, wide = [], centre_pad(mask, size)
     for i, b, w in observe_all(particles, rows, grid, unit, workers, crop=size):
-        scores.append(float((wide * b).sum()))
         numerator, weight = numerator + b, weight + w
         add = _power(particles, i, grid, mean)
         power, coverage, ratio = power + add[0], coverage + add[1], ratio + add[2]
-    explained = _consensus_share(numerator, weight, shell_sum(ratio, size), mask, grid)
-    sign = _contrast_sign(scores) if contrast == "auto" else 1.0 if contrast == "white" else -1.0
+    volume, explained = _consensus_share(numerator, weight, shell_sum(ratio, size), mask, grid)
+    sign = _contrast_sign(volume) if contrast == "auto" else 1.0 if contrast == "white" else -1.0
     if by_tilts:
         curve = shell_sum(power, size) / shell_sum(coverage, size).clamp(min=1e-6) * (1.0 - explained)
         curve[0] = curve[1]
@@ -135,8 +130,10 @@ def estimate_noise(
     return calibrate(particles, grid, mask, noise, rows, workers)
 
 
-def _consensus_share(numerator: Tensor, weight: Tensor, power: Tensor, mask: Tensor, grid: Grid) -> Tensor:
-    """Fraction of each shell's power that the masked average explains, (M//2+1,), in [0, 0.95]."""
+def _consensus_share(
+    numerator: Tensor, weight: Tensor, power: Tensor, mask: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """The masked average (C, C, C) and the fraction of each shell's power it explains, (M//2+1,), in [0, 0.95]."""
     size = grid.working_box
     shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
     b = to_band(rfft3(numerator))
@@ -144,22 +141,12 @@ def _consensus_share(numerator: Tensor, weight: Tensor, power: Tensor, mask: Ten
     volume = centre_crop(irfft3(from_band(raw, size)), grid.crop) * mask
     v = model_band(volume, size)
     gain = 2.0 * shell_sum((v * b.conj()).real, size) - shell_sum(v.abs().square() * weight, size)
-    return (gain / power.clamp(min=1e-30)).clamp(0.0, MOST_EXPLAINED)
+    return volume, (gain / power.clamp(min=1e-30)).clamp(0.0, MOST_EXPLAINED)
 
 
-def _contrast_sign(scores: list[float]) -> float:
-    """+1 if the masked region is brighter than its surroundings, from ``<mask, B_i>`` of each particle.
-
-    k = 0 is absent from B, so brightness is relative to the box.  Warns where the sign is not significant.
-    """
-    values = np.array(scores)
-    mean, error = values.mean(), values.std() / max(1.0, len(values) - 1) ** 0.5
-    if abs(mean) < 3.0 * error:
-        log.warning(
-            "the contrast cannot be told from the data (%.1f sigma): %s protein is assumed; state it with --contrast "
-            "white or --contrast black", abs(mean) / max(error, 1e-30), "bright" if mean >= 0 else "dark",
-        )  # fmt: skip
-    return 1.0 if mean >= 0.0 else -1.0
+def _contrast_sign(volume: Tensor) -> float:
+    """+1 if the masked average is brighter than its surroundings: k = 0 is absent, so its sum tells."""
+    return 1.0 if float(volume.sum()) >= 0.0 else -1.0
 
 
 def probe_ratio(numerators: Tensor, weights: Tensor, mask: Tensor, size: int, seed: int = 0) -> float:
