@@ -93,6 +93,9 @@ def analyze(
     components = principal_components(codes)
     if pcs > len(components.axes):
         log.warning("%d components instead of %d: the codes have no more", len(components.axes), pcs)
+    used = int((components.explained > 1e-9).sum())
+    if used < min(pcs, len(components.axes)):
+        log.warning("the codes vary along %d component(s) only: the traversals after pc%d stand still", used, used)
     _write_components(components, pcs, folder)
     labels, centre_index = cluster(codes, clusters, seed)
     embedding = _stored_umap(folder, len(codes)) if skip_umap else embed(codes, seed)
