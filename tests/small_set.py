@@ -54,12 +54,18 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
 
 @pytest.fixture(scope="session")
 def finished_run(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs with the options SMALL; read only, its cache serves the other runs (``--cache RUN/cache``)."""
+    """Three epochs with the options SMALL; read only.
+
+    Its own cache has the corrected poses; the one at the poses given is ``given_cache``, for other runs to share.
+    """
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("opustomo.latent_stage.STEPS", 20)
-        assert train(small_set, folder, "-n", str(EPOCHS)) == 0
+    assert train(small_set, folder, "-n", str(EPOCHS), "--cache", str(given_cache(folder))) == 0
     return folder
+
+
+def given_cache(run: Path) -> Path:
+    """The cache of the finished run at the poses of the file (``--cache``)."""
+    return run.parent / "given"
 
 
 def train_line(small_set: SmallSet, run: Path, *options: str) -> list[str]:
@@ -92,12 +98,9 @@ def copy_run(run: Path, to: Path, epoch: int) -> Path:
     return to
 
 
-def hurry(monkeypatch: pytest.MonkeyPatch, latent_steps: int = 20) -> None:
-    """A latent stage of a few steps, and pictures that nobody looks at as empty files: half the time of a run."""
-    from opustomo import latent_stage
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that nobody looks at as empty files: half the time of a run."""
     from opustomo.analysis import plots
-
-    monkeypatch.setattr(latent_stage, "STEPS", latent_steps)
 
     for name in ("montage", "picture_rows", "scatter"):
         monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
@@ -119,12 +122,12 @@ def tensors(path: Path) -> dict[str, Any]:
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-@dataclass
 class MemoryRows:
-    """Rows that were made, not read: numerators (P, C, C, C) and weights (P, n)."""
+    """Rows that were made, not read: numerators (P, C, C, C), weights (P, n) and moves (P, 6; None: not moved)."""
 
-    numerators: torch.Tensor
-    weights: torch.Tensor
+    def __init__(self, numerators: torch.Tensor, weights: torch.Tensor, moved: torch.Tensor | None = None) -> None:
+        self.numerators, self.weights = numerators, weights
+        self.moved = torch.zeros(len(numerators), 6) if moved is None else moved
 
     def __len__(self) -> int:
         return len(self.numerators)

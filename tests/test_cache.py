@@ -16,8 +16,10 @@ import torch
 import star_sets
 from opustomo.config import InputOptions
 from opustomo.data.cache import Cache, OnTheFly, Row, open_cache, prepare_cache, row_bytes
+from opustomo.data.inputs import Inputs
 from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import TILT_COLUMNS, Particles
+from opustomo.data.poses import moved_from
 from opustomo.data.readers import read_particles
 from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies
@@ -25,6 +27,8 @@ from opustomo.physics.geometry import euler_to_matrix
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import negative_log_likelihood
 from opustomo.physics.volume import spherical_mask
+from opustomo.preparation import RowMaker
+from opustomo.reconstruct import Rows
 
 GRID = Grid(star_sets.BOX, star_sets.PIXEL, 12, 10, 16)
 MASK = spherical_mask(GRID.crop, 3, 2)
@@ -83,6 +87,10 @@ def prepare(
         )
 
 
+def on_the_fly(particles: Particles, noise: Noise) -> OnTheFly:
+    return OnTheFly(particles, GRID, noise, torch.zeros(COUNT, 6))
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -105,7 +113,7 @@ def test_reopened_cache_holds_the_observations(tmp_path: Path, particles: Partic
 def test_half_precision_keeps_the_likelihood(tmp_path: Path, particles: Particles, noise: Noise) -> None:
     """E of each particle's own best volume (steepest descent, one step) to a thousandth."""
     prepare(tmp_path / "cache", particles, noise)
-    cache, direct = open_cache(tmp_path / "cache"), OnTheFly(particles, GRID, noise)
+    cache, direct = open_cache(tmp_path / "cache"), on_the_fly(particles, noise)
     every = torch.arange(COUNT)
     b, w = direct.numerator(every), direct.weight(every)
     volume = b * MASK
@@ -258,7 +266,7 @@ def test_rows_do_not_depend_on_threads_or_order(tmp_path: Path, particles: Parti
 
 
 def test_on_the_fly_is_the_same_without_a_disk(particles: Particles, noise: Noise) -> None:
-    rows = OnTheFly(particles, GRID, noise)
+    rows = on_the_fly(particles, noise)
     b, w = observe(particles, 3, GRID, noise)
     assert len(rows) == COUNT
     assert torch.equal(rows.numerator(torch.tensor([3]))[0], b)
@@ -273,3 +281,89 @@ def test_size_on_disk_is_as_announced(tmp_path: Path, particles: Particles, nois
     assert rows == COUNT * row_bytes(GRID)
     manifest = json.loads((tmp_path / "cache/cache.json").read_text())
     assert manifest["rows"] == COUNT
+
+
+# ------------------------------------------------------------------------------------------------ moved poses
+
+
+@pytest.fixture
+def estimates(monkeypatch: pytest.MonkeyPatch, noise: Noise) -> list[Particles]:
+    """The particles of every estimate of the noise, each twice as strong as the one before."""
+    asked: list[Particles] = []
+
+    def estimate(particles: Particles, *_: object, **__: object) -> Noise:
+        asked.append(particles)
+        return replace(noise, power=noise.power * 2.0 ** (len(asked) - 1))
+
+    monkeypatch.setattr("opustomo.data.cache.estimate_noise", estimate)
+    monkeypatch.setattr("opustomo.preparation.estimate_noise", estimate)
+    return asked
+
+
+def maker(particles: Particles, folder: Path | None, shared: Path | None = None) -> RowMaker:
+    return RowMaker(Inputs(particles, GRID, MASK), folder, InputOptions(), 1, shared)
+
+
+def assert_rows_of(rows: Rows, particles: Particles, noise: Noise) -> None:
+    every = torch.arange(COUNT)
+    for i in range(COUNT):
+        b, w = observe(particles, i, GRID, noise)
+        assert float((rows.numerator(every)[i] - b).abs().max()) < 1e-3 * float(b.abs().max())
+        assert float((rows.weight(every)[i] - w).abs().max()) < 1e-3 * float(w.abs().max())
+
+
+def test_shared_cache_never_gets_other_poses(
+    tmp_path: Path, particles: Particles, noise: Noise, estimates: list[Particles], made: list[int]
+) -> None:
+    """Rows at moved poses lie in the run's own folder; those at the given poses stay, to the byte, for other runs."""
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    rows_of = maker(particles, own, shared)
+    rows_of(particles)
+    given = everything(shared)
+    written = {path.name: path.stat().st_mtime_ns for path in shared.iterdir()}
+    assert not own.exists() and len(made) == COUNT
+    for change in (shifted, moved):
+        assert_rows_of(rows_of(change(particles)), change(particles), noise)
+    assert open_cache(own).fingerprint != open_cache(shared).fingerprint
+    made.clear()
+    assert_rows_of(rows_of(particles), particles, noise)
+    assert made == [] and everything(shared) == given
+    assert {path.name: path.stat().st_mtime_ns for path in shared.iterdir()} == written
+
+
+def test_rows_say_how_far_they_were_moved(tmp_path: Path, particles: Particles, estimates: list[Particles]) -> None:
+    rows_of = maker(particles, tmp_path / "own")
+    assert torch.equal(rows_of(particles).moved[:, 3:], torch.zeros(COUNT, 3))
+    turned, expected = rows_of(moved(particles)).moved, np.deg2rad(1.0)
+    assert np.allclose(turned[:, :3].norm(dim=1), expected, rtol=1e-4) and float(turned[:, 3:].abs().max()) == 0
+    away = rows_of(shifted(particles)).moved
+    assert np.allclose(away[:, 3:].norm(dim=1), 0.1 * 3**0.5 * 12 / 16, rtol=1e-4)  # working voxels
+    assert torch.equal(away, moved_from(shifted(particles), particles, GRID))
+
+
+@pytest.mark.parametrize("where", ["disk", "shared", "memory", "fly"])
+def test_noise_is_estimated_once_at_the_given_poses(
+    where: str, tmp_path: Path, particles: Particles, noise: Noise, estimates: list[Particles],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Evidences at different poses can be compared only under one noise model."""
+    if where == "fly":
+        monkeypatch.setattr("opustomo.data.cache.os.sysconf", lambda name: 0)  # as if no memory were free
+    folder = None if where in ("memory", "fly") else tmp_path / "own"
+    rows_of = maker(particles, folder, tmp_path / "shared" if where == "shared" else None)
+    for at in (particles, moved(particles), shifted(particles), particles):
+        rows = rows_of(at)
+        assert isinstance(rows, OnTheFly) == (where == "fly")
+        assert_rows_of(rows, at, noise)
+    assert estimates == [particles]
+
+
+def test_lost_cache_is_made_with_the_noise_that_is_known(
+    tmp_path: Path, particles: Particles, noise: Noise, estimates: list[Particles]
+) -> None:
+    """A resumed run whose cache is gone: the noise of its checkpoint, not one estimated at the corrected poses."""
+    rows_of = maker(particles, tmp_path / "own")
+    rows_of.noise = replace(noise, power=3.0 * noise.power)
+    assert_rows_of(rows_of(moved(particles)), moved(particles), rows_of.noise)
+    assert estimates == []
+    assert torch.equal(open_cache(tmp_path / "own").noise.power, 3.0 * noise.power)

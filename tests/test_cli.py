@@ -49,7 +49,7 @@ TRAIN_OPTIONS = [
     "--templateres",
     "--width",
     "--encoderres",
-    "--estpose",
+    "--estpose/--no-estpose",
     "--num-gpus",
     "--multigpu",
     "--cache",
@@ -64,6 +64,24 @@ TRAIN_OPTIONS = [
     "--workers",
     "--device",
     "--verbose",
+]
+LINEAR_OPTIONS = [
+    "STAR",
+    "-o/--output",
+    "--datadir",
+    "--Apix/--angpix",
+    "-D/--box",
+    "--relion31",
+    "--contrast",
+    "--normalisation",
+    "-r/--mask",
+    "--downfrac",
+    "--components",
+    "--iterations",
+    "--estpose/--no-estpose",
+    "--clusters",
+    "--seed",
+    "--workers",
 ]
 
 
@@ -151,14 +169,37 @@ def test_nothing_typed_is_not_a_success() -> None:
     assert cli.main([]) == 2
 
 
-def test_options_of_train_change_only_deliberately() -> None:
-    assert [option.label for option in options.options_of(config.TrainConfig)] == TRAIN_OPTIONS
+@pytest.mark.parametrize(
+    ("options_class", "frozen"), [(config.TrainConfig, TRAIN_OPTIONS), (config.LinearConfig, LINEAR_OPTIONS)]
+)
+def test_options_change_only_deliberately(options_class: type, frozen: list[str]) -> None:
+    assert [option.label for option in options.options_of(options_class)] == frozen
+
+
+@pytest.mark.parametrize("verb", ["train", "linear"])
+def test_poses_are_corrected_unless_told_otherwise(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [verb, "a.star", "-o", "run"]
+    for words, corrected in (([], True), (["--no-estpose"], False), (["--estpose"], True), (["--no_estpose"], False)):
+        chosen, given = cli.parse_verb([*line, *words])
+        assert chosen.estpose is corrected
+        assert ("estpose" in given) == bool(words)
+    assert cli.main([verb, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--estpose, --no-estpose Correct every particle's pose" in text
+
+
+def test_a_switch_that_is_off_has_no_twin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "a.star", "-o", "run", "--no-plot"]) == 2
+    assert "unknown option --no-plot" in capsys.readouterr().err
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--no-plot" not in text and "--no-no-cache" not in text
 
 
 def sample(option: options.Option, default: object) -> list[str]:
     """argv that sets an option to something else than its default."""
-    literal = {"contrast": "black", "normalisation": "sum", "beta": "constant", "device": "cpu"}
-    if default is False:
+    literal = {"contrast": "black", "normalisation": "sum", "beta": "cos", "device": "cpu"}
+    if isinstance(default, bool):
         return [option.flags[-1]]
     if isinstance(default, int | float):
         return [option.flags[-1], str(default + 1)]

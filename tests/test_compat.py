@@ -135,6 +135,17 @@ def test_defaults_that_the_seed_states(calls: list[tuple]) -> None:
     assert given == {"star", "output"}
 
 
+def test_poses_are_corrected_where_the_seeds_flag_is_given(
+    calls: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Natively they are unless told otherwise; a line of the seed means what it says."""
+    line = ["train_tomo", "a.star", "-o", "out"]
+    assert dsd.main(line) == 0 and dsd.main([*line, "--estpose"]) == 0
+    assert [(config.estpose, "estpose" in given) for _, config, given in calls] == [(False, False), (True, True)]
+    assert dsd.main([*line, "--no-estpose"]) == 2
+    assert "unknown option --no-estpose" in one_line(capsys)
+
+
 def test_further_arguments_of_the_seed(calls: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         "train_tomo a.star -o out --ind i.pkl --checkpoint 5 --log-interval 200 --seed 3 --wd 0.1 --accum-step 2 "

@@ -14,25 +14,26 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo import linear
-from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import GridOptions, InputOptions
-from opustomo.data.inputs import Inputs, read_inputs
+from opustomo.data.inputs import read_inputs
 from opustomo.linear import LinearModel
-from opustomo.linear_stage import (
-    LinearResult,
-    corrected_poses,
-    fit_linear,
-    independent_components,
-    outlier_score,
-    typical_particles,
+from opustomo.linear_fit import typical_particles
+from opustomo.linear_stage import independent_components, outlier_score
+from opustomo.mixture import Mixture, condition, reduce_statistics
+from opustomo.physics.fourier import (
+    band_frequencies,
+    band_multiplicity,
+    from_band,
+    irfft3,
+    rfft3,
+    shell_mean,
+    to_band,
 )
-from opustomo.physics.fourier import band_multiplicity, shell_mean
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
-from opustomo.physics.volume import spherical_mask
-from opustomo.preparation import rows_of
-from opustomo.reconstruct import Rows
-from small_set import PIXEL, MemoryRows, SmallSet, even_weights, gaussians, observed
+from opustomo.physics.volume import centre_crop, spherical_mask
+from opustomo.preparation import RowMaker
+from small_set import MemoryRows, SmallSet, even_weights, gaussians, observed
 
 SIZE, CROP = 12, 10
 GRID = Grid(SIZE, 4.0, SIZE, CROP, 16)
@@ -90,9 +91,9 @@ def test_bright_objects_take_no_part_in_fits(planted: Planted, caplog: pytest.Lo
 def test_one_component_is_kept_where_none_is_found(caplog: pytest.LogCaptureFixture) -> None:
     """Identical particles: held-out evidence prefers the average, yet there has to be a code; and it is said."""
     volume = gaussians(CROP, np.array([[0, -1.0, 0]]), 1.3) * MASK
-    rows = observed(volume.expand(60, -1, -1, -1), even_weights(60, SIZE, 1, 30.0), SIZE, seed=4)
-    order = torch.arange(60)
-    model, trail = linear.choose_components(rows, order[20:], order[:20], GRID, MASK, 3, 12, 0)
+    rows = observed(volume.expand(30, -1, -1, -1), even_weights(30, SIZE, 1, 30.0), SIZE, seed=4)
+    order = torch.arange(30)
+    model, trail = linear.choose_components(rows, order[10:], order[:10], GRID, MASK, 3, 12, 0)
     assert model.size == 1 and trail[0][1] > trail[1][1]
     assert "average alone" in caplog.text
 
@@ -164,11 +165,12 @@ def test_rescaling_leaves_a_model_in_scale_alone_and_mends_one_out_of_scale(
     """Parameter expansion: components three times too small come back to scale in one step, their directions kept."""
     small = replace(fitted, components=fitted.components / 3)
     before = linear.infer(small, planted.rows, EVERY, GRID)
-    mended = linear.rescale(small, before)
+    unmoved = torch.zeros(200, 6)
+    mended = linear.rescale(small, before, unmoved)
     after = linear.infer(mended, planted.rows, EVERY, GRID)
     assert float(after.evidence.mean()) > float(before.evidence.mean()) + 0.5
     assert float(principal_cosines(mended.components, fitted.components).min()) > 0.9999
-    still = linear.rescale(fitted, linear.infer(fitted, planted.rows, EVERY, GRID))
+    still = linear.rescale(fitted, linear.infer(fitted, planted.rows, EVERY, GRID), unmoved)
     norms = still.components.flatten(1).norm(dim=1) / fitted.components.flatten(1).norm(dim=1)
     assert norms.numpy() == pytest.approx(1.0, abs=0.1)
 
@@ -270,58 +272,97 @@ def test_pose_modes_are_how_the_density_moves() -> None:
             assert torch.allclose(mode, expected, atol=2e-2 * float(expected.abs().max()))
 
 
-@pytest.fixture(scope="module")
-def small_inputs(small_set: SmallSet) -> tuple[Inputs, Rows]:
-    inputs = read_inputs(small_set.star, InputOptions(), GridOptions(mask=small_set.mask, downfrac=0.7))
-    rows = rows_of(inputs, None, InputOptions(), 1)
-    index = torch.arange(len(rows))
-    return inputs, MemoryRows(rows.numerator(index), rows.weight(index))
+def test_pose_prior_is_where_the_given_poses_are(planted: Planted) -> None:
+    """A prior N(p0, 1) of the pose error is a model at V + D p0 with errors about zero."""
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), (0.05, 0.3))
+    few = torch.arange(20)
+    first, second = linear.statistics(linear.columns(model, GRID), planted.rows, few, GRID)
+    gain = torch.linspace(0.8, 1.2, 20, dtype=torch.float64)
+    prior = torch.randn((20, 6), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = linear.posterior(first, second, gain, prior)
+    # the same, with the mean of every particle moved by hand
+    change = torch.eye(9, dtype=torch.float64).repeat(20, 1, 1)
+    change[:, 0, 3:] = prior
+    moved_first = (change @ first[..., None])[..., 0]
+    moved_second = change @ second @ change.mT
+    expected = linear.posterior(moved_first, moved_second, gain, torch.zeros(20, 6, dtype=torch.float64))
+    assert torch.allclose(found.evidence, expected.evidence, atol=1e-6)
+    assert torch.allclose(found.code, expected.code, atol=1e-8)
+    assert torch.allclose(found.pose, expected.pose + prior, atol=1e-8)
+    assert float((found.evidence - linear.posterior(first, second, gain, 0 * prior).evidence).abs().min()) > 1e-3
 
 
-@pytest.fixture(scope="module")
-def small_result(small_inputs: tuple[Inputs, Rows]) -> LinearResult:
-    inputs, rows = small_inputs
-    return fit_linear(rows, torch.arange(54), torch.arange(54, 60), inputs.grid, inputs.mask, 1, 12, 0)
+def test_posterior_under_a_mixture_is_that_of_its_parts_together(planted: Planted) -> None:
+    """Two Gaussians with the same N(0, I): nothing changes.  Two others: evidence and codes of the closed form."""
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), (0.05, 0.3))
+    few = torch.arange(30)
+    moments = linear.statistics(linear.columns(model, GRID), planted.rows, few, GRID)
+    gain = torch.linspace(0.8, 1.2, 30, dtype=torch.float64)
+    prior = 0.5 * torch.randn((30, 6), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    one = linear.posterior(*moments, gain, prior)
+    unit = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
+    twice = Mixture(torch.tensor([0.3, 0.7]).double(), torch.zeros(2, 2).double(), unit)
+    same = linear.posterior(*moments, gain, prior, twice)
+    for a, b in zip(vars(one).values(), vars(same).values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-8)
+    apart = Mixture(twice.share, torch.tensor([[1.0, 0.2], [-0.6, 0.5]]).double(), 0.2 * unit)
+    found = linear.posterior(*moments, gain, prior, apart)
+    codes = condition(apart, reduce_statistics(*moments, gain, prior))
+    assert torch.allclose(found.evidence, codes.evidence, atol=1e-6)
+    assert torch.allclose(found.code, codes.centre(), atol=1e-7)
+    assert torch.allclose(found.code_covariance, codes.covariance(), atol=1e-7)
+    # the pose goes with the code: poses of the mixture are those of its parts, weighted
+    assert float((found.pose - one.pose).abs().max()) > 0.01
 
 
-def test_two_states_are_told_apart(small_set: SmallSet, small_result: LinearResult) -> None:
-    code = small_result.posterior.code[:, 0].numpy()
-    low, high = (code[small_set.state == s] for s in (0, 1))
-    assert low.max() < high.min() or high.max() < low.min()
-    gap = abs(high.mean() - low.mean())
-    assert gap > 3 * max(low.std(), high.std())
+def seen_at(band: torch.Tensor, weights: torch.Tensor, shift: torch.Tensor) -> MemoryRows:
+    """Rows of numerators ``band`` (P, n) at poses moved by ``shift`` (P, 3), working voxels: ``B(x + shift)``."""
+    phase = torch.exp(2j * math.pi * (shift @ band_frequencies(SIZE).T) / SIZE)
+    moved = torch.cat([torch.zeros_like(shift), shift], 1)
+    return MemoryRows(centre_crop(irfft3(from_band(band * phase, SIZE)), CROP), weights, moved)
 
 
-def test_pose_errors_of_the_set_are_measured(small_result: LinearResult) -> None:
-    """2 degrees about a random axis is 1.15 per axis; 0.3 pixels of 15 A is 4.5 A per axis."""
-    turn, shift = small_result.model.pose_scale
-    assert math.degrees(turn) == pytest.approx(2.0 / math.sqrt(3.0), rel=0.35)
-    assert shift * PIXEL * 24 / 16 == pytest.approx(0.3 * PIXEL, rel=0.25)
+def test_second_look_at_moved_poses_finds_the_same_pose_and_evidence() -> None:
+    """Particles 0.1 voxels off: half of the way moved, the same pose is found in all, and evidence is not gained."""
+    body = gaussians(CROP, np.array([[0.5, -1.0, 0], [0, 1.0, 1.2]]), 1.3) * MASK
+    generator = torch.Generator().manual_seed(6)
+    truth = 0.1 * torch.randn((120, 3), generator=generator)
+    weights = even_weights(120, SIZE, 1, 60.0)
+    phase = torch.exp(-2j * math.pi * (truth @ band_frequencies(SIZE).T) / SIZE)
+    white = to_band(rfft3(torch.randn((120, *(SIZE,) * 3), generator=generator)))
+    band = weights * model_band(body, SIZE) * phase + weights.sqrt() * white
+    rows = seen_at(band, weights, torch.zeros(120, 3))
+    model = LinearModel(body, torch.zeros(0, CROP, CROP, CROP), torch.ones(7), torch.ones(7), (0.005, 0.1))
+    every, gain, scale = torch.arange(120), torch.ones(120), torch.tensor([0.005] * 3 + [0.1] * 3)
+    first = linear.infer(model, rows, every, GRID, gain)
+    pose = first.pose * scale
+    assert float((pose[:, 3:] - truth).square().mean()) < 0.5 * float(truth.square().mean())
+
+    again = seen_at(band, weights, 0.5 * pose[:, 3:])
+    second = linear.infer(model, again, every, GRID, gain)
+    total = again.moved + second.pose * scale
+    assert float((total - pose)[:, 3:].square().mean().sqrt()) < 0.15 * float(pose[:, 3:].square().mean().sqrt())
+    change = second.evidence - first.evidence
+    assert abs(float(change.mean())) < 0.05 and float(change.std()) < 0.4
+
+    forgotten = linear.infer(model, MemoryRows(again.numerators, weights), every, GRID, gain)
+    assert float((forgotten.evidence - second.evidence).mean()) > 0.3
+    further = 0.5 * pose + forgotten.pose * scale  # the same evidence counted twice overshoots
+    assert float((further * pose)[:, 3:].sum() / pose[:, 3:].square().sum()) > 1.02
 
 
-def test_corrected_poses_are_nearer_to_the_truth(
-    small_set: SmallSet, small_inputs: tuple[Inputs, Rows], small_result: LinearResult
-) -> None:
-    inputs, _ = small_inputs
-    given = pose_errors(inputs.particles.rotation, inputs.particles.origin, small_set.rotation, small_set.origin)
-    rotation, origin, euler = corrected_poses(inputs.particles, small_result, inputs.grid)
-    after = pose_errors(rotation, origin, small_set.rotation, small_set.origin)
-    assert after["shift_median"] < 0.4 * given["shift_median"]
-    assert after["shift_p90"] < 0.5 * given["shift_p90"]
-    assert after["angle_p90"] < 0.8 * given["angle_p90"]
-    zyz = Rotation.from_euler("ZYZ", euler, degrees=True).as_matrix().swapaxes(1, 2)
-    assert np.allclose(zyz, rotation, atol=1e-5)
-
-
-def test_corrections_do_not_move_the_map(small_inputs: tuple[Inputs, Rows], small_result: LinearResult) -> None:
-    """A move common to all particles is none: the mean of the corrections in the consensus frame is zero."""
-    inputs, _ = small_inputs
-    rotation, origin, _ = corrected_poses(inputs.particles, small_result, inputs.grid)
-    given = inputs.particles
-    relative = given.rotation.swapaxes(1, 2) @ rotation
-    shift = -np.einsum("pji,pj->pi", given.rotation, origin - given.origin)
-    assert np.abs(Rotation.from_matrix(relative).as_rotvec().mean(0)).max() < 1e-3
-    assert np.abs(shift.mean(0)).max() < 1e-4
+def test_scale_of_the_pose_errors_is_that_of_the_poses_given(planted: Planted) -> None:
+    """Rows at poses moved by all of the error: the scale is still that of the moves, not of what is left."""
+    moved = torch.randn((200, 6), generator=torch.Generator().manual_seed(8)) * torch.tensor([0.04] * 3 + [0.35] * 3)
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), (0.04, 0.35))
+    rows = MemoryRows(planted.rows.numerators, planted.rows.weights, moved)
+    scales = []
+    for _ in range(10):
+        post = linear.infer(model, rows, EVERY, GRID)
+        fresh = linear.rescale(model, post, linear.pose_prior(model, rows, EVERY))
+        model = replace(model, pose_scale=fresh.pose_scale)
+        scales.append(fresh.pose_scale)
+    assert scales[-1] == pytest.approx((0.04, 0.35), rel=0.15)
 
 
 def test_doubling_signal_and_noise_leaves_the_codes(small_set: SmallSet, tmp_path: Path) -> None:
@@ -338,7 +379,7 @@ def test_doubling_signal_and_noise_leaves_the_codes(small_set: SmallSet, tmp_pat
     made = []
     for star in (small_set.star, tmp_path / "particles.star"):
         inputs = read_inputs(star, InputOptions(), GridOptions(mask=small_set.mask, downfrac=0.7))
-        made.append((inputs, rows_of(inputs, None, InputOptions(), 1)))
+        made.append((inputs, RowMaker(inputs, None, InputOptions(), 1)(inputs.particles)))
     few = torch.arange(8)
     b, w = [[rows.numerator(few) for _, rows in made], [rows.weight(few) for _, rows in made]]
     assert torch.allclose(2 * b[1], b[0], atol=1e-4 * float(b[0].abs().max()))

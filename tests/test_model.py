@@ -22,17 +22,17 @@ def vae(zdim: int = 3, templateres: int = 16, width: float = 0.1, crop: int = CR
 
 
 def linear_posterior(batch: int, zdim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    factor = 0.3 * torch.tril(torch.randn(batch, zdim, zdim), -1) + torch.diag_embed(0.2 + torch.rand(batch, zdim))
-    return torch.randn(batch, zdim), factor
+    """Centres and standard deviations (b, K)."""
+    return torch.randn(batch, zdim), 0.2 + torch.rand(batch, zdim)
 
 
 @pytest.mark.parametrize("zdim", [1, 3])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_untrained_network_is_the_linear_stage(zdim: int, batch: int) -> None:
     model = vae(zdim)
-    mean, factor = linear_posterior(batch, zdim)
-    encoded = model.encode(torch.randn(batch, CROP, CROP, CROP), mean, factor)
-    assert torch.equal(encoded[0], mean) and torch.equal(encoded[1], factor)
+    mean, spread = linear_posterior(batch, zdim)
+    for correction in model.encode(torch.randn(batch, CROP, CROP, CROP), mean, spread):
+        assert torch.equal(correction, torch.zeros(batch, zdim))
     assert torch.equal(model.nonlinear(mean), torch.zeros(batch, CROP, CROP, CROP))
     expected = model.mean + sum(mean[:, k, None, None, None] * model.components[k] for k in range(zdim))
     assert torch.allclose(model.linear(mean), expected, atol=1e-5)
@@ -43,12 +43,12 @@ def test_every_parameter_learns_after_the_first_step() -> None:
     model = vae()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     density, target = torch.randn(4, CROP, CROP, CROP), torch.randn(4, CROP, CROP, CROP)
-    mean, factor = linear_posterior(4, 3)
+    mean, spread = linear_posterior(4, 3)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
-        code, spread = model.encode(density, mean, factor)
-        sample = code + spread.sum(-1)
-        loss = (model.linear(sample) + model.nonlinear(sample) - target).square().mean() + spread.square().mean()
+        shift, log_scale = model.encode(density, mean, spread)
+        sample = mean + shift + spread * log_scale.exp()
+        loss = (model.linear(sample) + model.nonlinear(sample) - target).square().mean()
         loss.backward()
         optimizer.step()
     still = [name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0.0]
@@ -66,10 +66,10 @@ def test_nonlinear_part_stays_inside_the_mask() -> None:
 def test_posterior_width_cannot_run_away() -> None:
     """Whatever a bad batch does to the encoder, a standard deviation changes by at most e^3 either way."""
     model = vae()
-    torch.nn.init.constant_(model.encoder.head.bias, 1e4)
-    mean, factor = linear_posterior(2, 3)
-    spread = model.encode(torch.randn(2, CROP, CROP, CROP), mean, factor)[1].detach()
-    assert float((spread / factor).nan_to_num().max()) == pytest.approx(20.0855, rel=1e-4)
+    for sign in (1, -1):
+        torch.nn.init.constant_(model.encoder.head.bias, sign * 1e4)
+        _, log_scale = model.encode(torch.randn(2, CROP, CROP, CROP), *linear_posterior(2, 3))
+        assert log_scale.detach().numpy() == pytest.approx(sign * 3.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.25])
@@ -93,12 +93,27 @@ def test_sizes_at_width_one_are_the_published_ones() -> None:
     assert encoder.head.out_features == 24
 
 
+def test_first_doubling_is_that_of_the_published_layer() -> None:
+    """From one voxel a kernel of 4 (stride 2, padding 1) shows only its inner 2^3: a kernel of 2 is the same layer."""
+    decoder = Decoder(2, 128, 0.05)
+    first, second = decoder.trunk[:2]
+    assert isinstance(first, torch.nn.ConvTranspose3d) and isinstance(second, torch.nn.ConvTranspose3d)
+    assert first.kernel_size == (2, 2, 2) and second.kernel_size == (4, 4, 4)
+    published = torch.nn.ConvTranspose3d(first.in_channels, first.out_channels, 4, 2, 1)
+    with torch.no_grad():
+        published.weight[:, :, 1:3, 1:3, 1:3] = first.weight
+        published.bias.copy_(first.bias)
+        voxel = torch.randn(3, first.in_channels, 1, 1, 1)
+        assert published(voxel).shape == (3, first.out_channels, 2, 2, 2)
+        assert torch.allclose(published(voxel), first(voxel), atol=1e-6)
+    assert all(layer.kernel_size == (4, 4, 4) for layer in Decoder(2, 64, 0.05).trunk)  # begins with 2^3 voxels
+
+
 @pytest.mark.parametrize("crop", [8, 12, 22])
 def test_any_crop_can_be_encoded_and_decoded(crop: int) -> None:
     """8 is the smallest working box; the crop need not divide the template."""
     model = vae(zdim=1, crop=crop)
-    mean, factor = linear_posterior(1, 1)
-    code, _ = model.encode(torch.randn(1, crop, crop, crop), mean, factor)
+    code, _ = model.encode(torch.randn(1, crop, crop, crop), *linear_posterior(1, 1))
     assert model.nonlinear(code).shape == (1, crop, crop, crop)
 
 

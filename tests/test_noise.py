@@ -24,7 +24,7 @@ from fourier_simulator import Microscope, random_poses, two_states
 from opustomo.config import InputOptions
 from opustomo.data import observe as observe_module
 from opustomo.data.mrc import read_volume
-from opustomo.data.noise import calibrate, estimate_noise
+from opustomo.data.noise import calibrate, estimate_noise, probe_ratio
 from opustomo.data.observe import Noise, observe, read_band, sample_rows, working_mask
 from opustomo.data.particles import Particles, Transfer
 from opustomo.data.readers import read_particles
@@ -33,7 +33,8 @@ from opustomo.physics.fourier import band_frequencies, band_multiplicity, fourie
 from opustomo.physics.geometry import matrix_to_euler
 from opustomo.physics.grid import Grid, make_grid, mask_extent
 from opustomo.physics.observation import insert_tilts, model_band
-from opustomo.physics.volume import centre_crop, rotate_volume
+from opustomo.physics.volume import centre_crop, rotate_volume, spherical_mask
+from small_set import even_weights, observed
 from star_sets import put_volume
 
 
@@ -174,7 +175,7 @@ def test_nats_of_averaged_tilts(averaged_of: Callable[[Transfer], Known]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["ctf_volume", "weight_volume"])
 def test_nats_with_transfer_volumes(averaged_of: Callable[[Transfer], Known], transfer: Transfer) -> None:
-    """Measured over 1,300 particles: CTF volumes 0.94, weight volumes 0.86, near the limit."""
+    """Measured over 1,300 particles, variance and mean: CTF volumes 1.03 and 0.95, weight volumes 0.99 and 0.96."""
     known = averaged_of(transfer)
     noise = known.noise()
     assert noise.contrast == 1.0
@@ -204,7 +205,8 @@ def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(averaged_of: C
     wrong = replace(noise, power=3 * noise.power)
     mended = calibrate(known.particles, grid, mask, wrong, sample_rows(200, 48).tolist())
     assert mended.calibration == pytest.approx(1 / 3, rel=0.1)
-    assert torch.allclose(mended.power, noise.power, rtol=0.1)
+    assert torch.allclose(mended.power, noise.power, rtol=0.2)  # every band has its own ratio, from 48 particles
+    assert float((mended.power / noise.power).mean()) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.slow
@@ -223,6 +225,23 @@ def test_scale_and_sign_of_the_files_do_not_matter(
     other_numerator, other_weight = observe(known.particles, 3, known.grid(), scaled)
     assert float((2 * other_numerator - numerator).norm() / numerator.norm()) < 1e-3
     assert float((4 * other_weight - weight).norm() / weight.norm()) < 1e-3
+
+
+def test_probes_measure_the_noise_of_their_own_shells() -> None:
+    """White residuals whose weights promise a third of the noise at low resolution and the right one beyond."""
+    size = 16
+    mask = spherical_mask(size, 5.0, 2.0)
+    k = band_frequencies(size).norm(dim=-1)
+    weights = even_weights(300, size, 0, 4.0)
+    empty = torch.zeros(300, size, size, size)
+    rows = observed(empty, weights, size, seed=1)
+    claimed = torch.where(k < 0.25 * size, 1 / 3, 1.0) * weights
+    low, high, both = (
+        probe_ratio(rows.numerators, claimed, mask, size, shells) for shells in ((0, 3.0), (5.0, 7.2), (0, 7.2))
+    )
+    assert low == pytest.approx(3.0, rel=0.2)
+    assert high == pytest.approx(1.0, rel=0.1)
+    assert high < both < low
 
 
 def test_stated_contrast_and_normalisation_are_taken(averaged_of: Callable[[Transfer], Known]) -> None:

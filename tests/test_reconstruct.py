@@ -122,6 +122,8 @@ def test_class_map_comes_from_the_particles_of_the_class_alone() -> None:
     class Blind:
         """Rows of which those outside the class cannot be read."""
 
+        moved = torch.zeros(80, 6)
+
         def __len__(self) -> int:
             return 80
 

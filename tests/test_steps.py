@@ -15,12 +15,14 @@ from opustomo import cli
 from opustomo import train as training
 from opustomo.config import TrainConfig
 from opustomo.errors import UserError
+from opustomo.mixture import CodePosterior
 from opustomo.model.vae import Vae
 from opustomo.start import Context
 from small_set import (
     PARTICLES,
     MemoryRows,
     SmallSet,
+    given_cache,
     hurry,
     train_line,
 )
@@ -36,6 +38,9 @@ class Prepared:
     def model(self) -> Vae:
         return copy.deepcopy(self.untrained)
 
+    def bank(self) -> torch.Tensor:
+        return torch.zeros(PARTICLES, len(self.untrained.components))
+
 
 class Ready(Exception):
     """Raised in place of the first step."""
@@ -43,7 +48,7 @@ class Ready(Exception):
 
 @pytest.fixture(scope="module")
 def prepared(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Everything that stands before the first step, its latent stage untrained."""
+    """Everything that stands before the first step."""
     made: list[Prepared] = []
 
     def stop(
@@ -52,45 +57,98 @@ def prepared(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.T
         made.append(Prepared(config, model, context, train))
         raise Ready
 
-    line = train_line(small_set, tmp_path_factory.mktemp("prepared") / "run", "--cache", f"{finished_run}/cache")
+    line = train_line(small_set, tmp_path_factory.mktemp("prepared") / "run", "--cache", str(given_cache(finished_run)))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        hurry(monkeypatch, latent_steps=0)
+        hurry(monkeypatch)
         monkeypatch.setattr(training, "train_epoch", stop)
         with pytest.raises(Ready):
             training.main(*cli.parse_verb(line))
     return made[0]
 
 
+def most_likely(posterior: CodePosterior, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of ``training.draw``: no chance."""
+    return posterior.share.argmax(1), torch.zeros_like(posterior.mean[:, 0])
+
+
 def test_accumulated_steps_are_one_larger_batch(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "randn", lambda shape, generator=None: torch.zeros(shape))
+    """Two batches of six, and two of an epoch that ends before the group of three is full."""
+    monkeypatch.setattr(training, "draw", most_likely)
     monkeypatch.setattr(training, "learning_rate", lambda peak, progress: 1e-2)
     monkeypatch.setattr(training, "beta_weight", lambda schedule, progress: 1.0)
     halves = [prepared.train[:6], prepared.train[6:12]]
     moved = []
-    for lot, batches in ((1, [torch.cat(halves)]), (2, halves)):
+    for lot, batches in ((1, [torch.cat(halves)]), (2, halves), (3, halves)):
         monkeypatch.setattr(training, "batch_order", lambda *args, made=batches: made)
         model = prepared.model()
         before = {k: v.clone() for k, v in model.state_dict().items()}
         config = dataclasses.replace(prepared.config, accum_step=lot, log_interval=0)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         metrics = training.Metrics(config.output / "metrics.csv")
-        bank = torch.zeros(PARTICLES, config.zdim)
+        bank = prepared.bank()
         training.train_epoch(config, model, prepared.context, optimizer, prepared.train[:12], bank, 0, metrics)
         moved.append({k: v - before[k] for k, v in model.state_dict().items()})
     largest = max(float(v.abs().max()) for v in moved[0].values())
     assert largest > 0
-    for name, value in moved[0].items():
-        assert torch.allclose(value, moved[1][name], atol=1e-3 * largest), name
+    for other in moved[1:]:
+        for name, value in moved[0].items():
+            assert torch.allclose(value, other[name], atol=1e-3 * largest), name
+
+
+# ------------------------------------------------------------------------------------------------ the start
+
+
+@pytest.mark.parametrize("bfactor", [0.0, 4.0])
+def test_untrained_bound_is_the_evidence_under_the_mixture(prepared: Prepared, bfactor: float) -> None:
+    """Exactly, not on average: whatever is drawn, the network's bound is what the linear stage knows."""
+    index = torch.arange(40)
+    scores = training.evaluate(prepared.model(), prepared.context, index, bfactor, 0)
+    exact = training.known(prepared.context, index).evidence
+    assert float(exact.std()) > 5
+    assert scores["val_elbo"] == pytest.approx(float(exact.mean()), abs=2e-3)
+    assert scores["val_nll"] + scores["val_kl"] == pytest.approx(-scores["val_elbo"], abs=1e-6)
+    assert scores["val_kl"] > 0.5
+
+
+def test_every_sample_of_the_untrained_bound_is_the_evidence(prepared: Prepared) -> None:
+    """And the gradient of the encoder has no noise there: it is zero, that of the decoder is not."""
+    model, index = prepared.model(), prepared.train[:8]
+    exact = training.known(prepared.context, index).evidence.float()
+    losses = []
+    for seed in range(3):
+        step = training.train_step(model, prepared.context, index, None, torch.Generator().manual_seed(seed))
+        assert torch.allclose(-step.nll - step.kl, exact, atol=0.02)
+        losses.append(step.nll.detach())
+    assert float((losses[0] - losses[1]).abs().mean()) > 0.05  # other samples, other codes
+    (step.nll + step.kl).mean().backward()
+    encoder, decoder = model.encoder.head.bias.grad, model.decoder.rise[-1].bias.grad  # type: ignore[union-attr]
+    assert float(encoder.abs().max()) < 5e-3
+    assert float(decoder.abs().max()) > 20 * float(encoder.abs().max())
+
+
+def test_moved_posterior_has_a_lower_bound(prepared: Prepared) -> None:
+    """Any other posterior than the exact one loses its divergence from it: 1/2 shift^2 in units of its width."""
+    model, index = prepared.model(), torch.arange(40)
+    start = training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"]
+    spread = training.known(prepared.context, index).spread()
+    k = spread.shape[1]
+    losses = []
+    for push in (0.5, 1.0):
+        with torch.no_grad():
+            model.encoder.head.bias[:k] = push * spread.mean(0).float()
+        losses.append(start - training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"])
+    assert losses[0] == pytest.approx(k * 0.5 * 0.25, rel=0.5)
+    assert losses[1] == pytest.approx(4 * losses[0], rel=0.35)
 
 
 def test_loss_that_is_not_finite_names_the_particle(prepared: Prepared) -> None:
     rows = prepared.context.rows
     everything = torch.arange(PARTICLES)
-    damaged = MemoryRows(rows.numerator(everything), rows.weight(everything))
+    damaged = MemoryRows(rows.numerator(everything), rows.weight(everything), rows.moved)
     bad = int(prepared.train[5])
     damaged.numerators[bad] = math.nan
     context = dataclasses.replace(prepared.context, rows=damaged)
-    model, bank = prepared.model(), torch.zeros(PARTICLES, 2)
+    model, bank = prepared.model(), prepared.bank()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     metrics = training.Metrics(prepared.config.output / "metrics.csv")
     with pytest.raises(UserError, match=rf"not finite for particle row\(s\) {bad + 1};"):
@@ -102,7 +160,10 @@ def test_training_improves_the_bound_of_the_particles_it_sees(prepared: Prepared
     model, index = prepared.model(), prepared.train[:12]
     config = dataclasses.replace(prepared.config, epochs=20, lr=2e-3, beta="constant")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    metrics, bank = training.Metrics(config.output / "metrics.csv"), torch.zeros(PARTICLES, 2)
+    metrics, bank = (
+        training.Metrics(config.output / "metrics.csv"),
+        torch.zeros(PARTICLES, prepared.untrained.components.shape[0]),
+    )
     before = training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"]
     for epoch in range(config.epochs):
         training.train_epoch(config, model, prepared.context, optimizer, index, bank, epoch, metrics)

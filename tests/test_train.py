@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mrcfile
@@ -16,9 +17,9 @@ import torch
 import yaml
 
 from opustomo import checkpoint, cli
-from opustomo.analysis.score_poses import pose_errors
+from opustomo import train as training
 from opustomo.compat.legacy_files import load_pickle, load_pickles, load_poses, load_split
-from opustomo.config import InputOptions
+from opustomo.config import InputOptions, TrainConfig
 from opustomo.data.mrc import header_of
 from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import Particles
@@ -34,6 +35,7 @@ from small_set import (
     PARTICLES,
     SMALL,
     SmallSet,
+    given_cache,
     held_out,
     hurry,
     metrics_of,
@@ -42,29 +44,38 @@ from small_set import (
 )
 
 Trainer = Callable[..., Path]
+QUICK = ("-n", "1", "--zdim", "1", "--no-estpose")
+
+
+def train_quickly(small_set: SmallSet, finished_run: Path, folder: Path, *options: str) -> Path:
+    """One epoch on the shared cache with the options QUICK, without pictures: a third of the time."""
+    cache = () if {"--cache", "--no-cache"} & set(options) else ("--cache", str(given_cache(finished_run)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        hurry(monkeypatch)
+        assert train(small_set, folder, *QUICK, *cache, *options) == 0
+    return folder
 
 
 @pytest.fixture
-def quick(small_set: SmallSet, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """Train a run of one epoch on the cache of the finished run, without pictures."""
-    hurry(monkeypatch)
+def quick(small_set: SmallSet, finished_run: Path, tmp_path: Path) -> Trainer:
+    """``train_quickly`` into the folder of the test."""
 
     def run(*options: str, name: str = "run") -> Path:
-        cache = () if {"--cache", "--no-cache", "--estpose"} & set(options) else ("--cache", f"{finished_run}/cache")
-        assert train(small_set, tmp_path / name, "-n", "1", *cache, *options) == 0
-        return tmp_path / name
+        return train_quickly(small_set, finished_run, tmp_path / name, *options)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def plain_epoch(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One epoch with nothing but the options SMALL."""
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        hurry(monkeypatch)
-        assert train(small_set, folder, "-n", "1", "--cache", f"{finished_run}/cache") == 0
-    return folder
+    """One epoch with nothing but the options QUICK."""
+    return train_quickly(small_set, finished_run, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Batches of one particle, with the prior of --lamb."""
+    return train_quickly(small_set, finished_run, tmp_path_factory.mktemp("single") / "run", "-b", "1", "--lamb", "0.5")
 
 
 def learned(run: Path, epoch: int = 0) -> dict[str, torch.Tensor]:
@@ -90,6 +101,10 @@ def test_codes_of_every_particle_at_every_epoch(finished_run: Path) -> None:
         codes = tensors(finished_run / f"z.{epoch}.pkl")
         assert codes["mu"].shape == codes["sigma"].shape == (PARTICLES, 2)
         assert torch.isfinite(codes["mu"]).all() and (codes["sigma"] > 0).all()
+        used = len(tensors(finished_run / f"weights.{epoch}.pkl")["model"]["components"])
+        assert 1 <= used <= 2 and codes["mu"][:, :used].std(0).min() > 0.1 and codes["sigma"][:, :used].max() < 1
+        # a dimension without a component says nothing: the prior
+        assert (codes["mu"][:, used:] == 0).all() and (codes["sigma"][:, used:] == 1).all()
     first, last = (tensors(finished_run / f"z.{n}.pkl")["mu"] for n in (0, EPOCHS - 1))
     assert ((first - last).abs().amax(1) > 0).all()  # encoded anew, every one of them
 
@@ -123,11 +138,12 @@ def test_metrics_have_their_columns_and_count_every_particle(finished_run: Path)
         assert float(row["val_elbo"]) == pytest.approx(-float(row["val_nll"]) - float(row["val_kl"]), abs=1e-3)
 
 
-def test_poses_of_the_run_are_those_of_the_star(small_set: SmallSet, finished_run: Path) -> None:
-    given, kept = read_particles(small_set.star, InputOptions()), load_poses(finished_run / f"pose.{EPOCHS - 1}.pkl")
+def test_poses_are_those_of_the_star_on_demand(small_set: SmallSet, plain_epoch: Path) -> None:
+    given, kept = read_particles(small_set.star, InputOptions()), load_poses(plain_epoch / "pose.0.pkl")
     assert np.allclose(kept.rotation, given.rotation, atol=1e-6)
     assert np.allclose(kept.origin * 24, given.origin, atol=1e-5)
     assert np.allclose(kept.euler, given.euler, atol=1e-4)
+    assert not (plain_epoch / "cache").exists()  # nothing was moved: the shared one serves
 
 
 def test_split_is_a_permutation_and_the_run_reads_it(finished_run: Path) -> None:
@@ -144,16 +160,6 @@ def test_preview_is_a_map_that_overlays_the_consensus(finished_run: Path) -> Non
         assert float(preview.header.origin.x) == pytest.approx(12 * 15 - 8 * 22.5)
         assert float(preview.data.std()) > 0
     assert (finished_run / "tmp.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_nothing_is_written_where_the_command_was_typed(
-    quick: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    quick()
-    assert list(here.iterdir()) == []
 
 
 def test_a_finished_run_is_not_overwritten(
@@ -177,20 +183,14 @@ def test_intervals_and_names_of_what_is_written(quick: Trainer) -> None:
 # ------------------------------------------------------------------------------------------------ what is learned
 
 
-def test_untrained_network_has_the_bound_of_the_linear_stage(quick: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opustomo.latent_stage.STEPS", 0)
-    run = quick("--lr", "0", "--valfrac", "0.5")
-    (row,) = [row for row in metrics_of(run) if row["val_elbo"]]
-    assert float(row["val_elbo"]) == pytest.approx(float(row["linear_val_elbo"]), abs=0.02)
-    stored = np.load(run / "linear" / "linear.npz")
-    codes = tensors(run / "z.0.pkl")
-    assert np.allclose(codes["mu"][:, 0], stored["code"][:, 0], atol=1e-5)
-    assert np.allclose(codes["sigma"][:, 0], np.sqrt(stored["covariance"][:, 0, 0]), rtol=1e-4)
-    assert codes["mu"][:, 1].abs().max() == 0 and np.allclose(codes["sigma"][:, 1], 1)  # unused: the prior
-
-
-def test_same_seed_same_run(quick: Trainer, plain_epoch: Path) -> None:
+def test_same_seed_same_run_wherever_it_is_typed(
+    quick: Trainer, plain_epoch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     again = quick()
+    assert list(here.iterdir()) == []
     assert metrics_of(again) == metrics_of(plain_epoch)
     assert not differs(learned(again), learned(plain_epoch))
 
@@ -222,7 +222,7 @@ def test_rows_on_the_fly_give_the_run_of_the_cache(
     [
         ("--lr", "2e-3"),
         ("--wd", "0.5"),
-        ("--beta", "constant"),
+        ("--beta", "cos"),
         ("--beta-control", "3"),
         ("--bfactor", "4"),
         ("--seed", "1"),
@@ -241,17 +241,19 @@ def test_options_act(options: tuple[str, ...], quick: Trainer, plain_epoch: Path
 def test_sizes_of_the_network_act(quick: Trainer) -> None:
     run = quick("--width", "0.15", "--encoderres", "4", "--templateres", "32", "--zdim", "3")
     state, usual = learned(run), ("encoder.stem.2.weight", "decoder.first.weight", "encoder.head.weight")
-    assert [tuple(state[name].shape[:2]) for name in usual] == [(20, 8), (76, 3), (6, 76)]
+    used = len(tensors(run / "weights.0.pkl")["model"]["components"])
+    assert [tuple(state[name].shape[:2]) for name in usual] == [(20, 8), (76, used), (2 * used, 76)]
     opened = checkpoint.open_run(run)
+    assert opened.codes.shape == (PARTICLES, 3)
     assert opened.grid.templateres == 32 and opened.model.encoder.encoderres == 4
     assert opened.decode(opened.codes[:2]).shape == (2, 16, 16, 16)
 
 
 @pytest.mark.slow
-def test_strength_of_the_disentanglement_prior_acts(quick: Trainer) -> None:
+def test_strength_of_the_disentanglement_prior_acts(quick: Trainer, one_by_one: Path) -> None:
     """Batches of one: four batches for each of a dozen wedge orientations need 48 particles, here there are 60."""
-    weak, strong = (quick("-b", "1", "--lamb", lamb, name=lamb) for lamb in ("0.1", "1"))
-    assert differs(learned(weak), learned(strong))
+    strong = quick("-b", "1", "--lamb", "1")
+    assert differs(learned(one_by_one), learned(strong))
     assert "no effect" not in (strong / "run.log").read_text()
 
 
@@ -278,24 +280,12 @@ def test_a_damped_run_writes_sharp_maps(quick: Trainer) -> None:
     assert float(written[run.mask == 0].abs().max()) == 0.0
 
 
-@pytest.mark.slow
-def test_pose_errors_shrink_with_estpose(small_set: SmallSet, quick: Trainer) -> None:
-    given = read_particles(small_set.star, InputOptions())
-    poses = load_poses(quick("--estpose") / "pose.0.pkl")
-    after, before = (
-        pose_errors(np.asarray(r, float), np.asarray(o, float), small_set.rotation, small_set.origin)
-        for r, o in ((poses.rotation, poses.origin * 24), (given.rotation, given.origin))
-    )
-    assert after["shift_median"] < 0.5 * before["shift_median"]
-    assert after["angle_p90"] < 0.8 * before["angle_p90"]
-
-
 def test_subset_of_the_particles(quick: Trainer, tmp_path: Path, small_set: SmallSet) -> None:
     rows = np.arange(3, 43)
     (tmp_path / "rows.txt").write_text("\n".join(map(str, rows)))
     run = quick("--ind", f"{tmp_path}/rows.txt", "--cache", f"{tmp_path}/cache")
     given = read_particles(small_set.star, InputOptions())
-    assert tensors(run / "z.0.pkl")["mu"].shape == (40, 2)
+    assert tensors(run / "z.0.pkl")["mu"].shape == (40, 1)
     assert np.allclose(load_poses(run / "pose.0.pkl").euler, given.euler[rows], atol=1e-4)
     assert len(load_split(run / "split.pkl", 40)) == 40
 
@@ -309,16 +299,15 @@ def test_training_on_everything(quick: Trainer) -> None:
     assert len(trained) == 60 and len(held) == 0
 
 
-def test_batch_of_one(quick: Trainer) -> None:
-    run = quick("-b", "1", "--lamb", "0.5")
-    assert [row["particles"] for row in metrics_of(run) if row["loss"]] == ["54"]
-    assert all(torch.isfinite(value).all() for value in learned(run).values())
+def test_batch_of_one(one_by_one: Path) -> None:
+    assert [row["particles"] for row in metrics_of(one_by_one) if row["loss"]] == ["54"]
+    assert all(torch.isfinite(value).all() for value in learned(one_by_one).values())
 
 
-def test_fewer_gpus_than_asked_keep_the_global_batch(quick: Trainer, small_set: SmallSet) -> None:
-    two, one = quick("--multigpu", "--num-gpus", "2", "-b", "4", name="two"), quick("-b", "8", name="one")
+def test_fewer_gpus_than_asked_keep_the_global_batch(quick: Trainer, plain_epoch: Path) -> None:
+    two = quick("--multigpu", "--num-gpus", "2", "-b", "4")
     assert "--num-gpus 2" in (two / "run.log").read_text()
-    assert not differs(learned(two), learned(one))
+    assert not differs(learned(two), learned(plain_epoch))
 
 
 def test_split_file_of_the_user_is_read_and_kept(quick: Trainer, tmp_path: Path) -> None:
@@ -329,6 +318,33 @@ def test_split_file_of_the_user_is_read_and_kept(quick: Trainer, tmp_path: Path)
     assert not (run / "split.pkl").exists()
     assert sorted(checkpoint.open_run(run).split[1]) == [0, 1, 2, 3, 4, 5]
     assert np.array_equal(load_pickle(tmp_path / "mine.pkl"), order)
+
+
+@pytest.mark.parametrize(("lot", "groups"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (9, [7])])
+def test_every_accumulated_gradient_is_the_mean_of_its_batches(
+    lot: int, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of the last group of an epoch, which may be shorter: 54 particles are six batches of 8 and one of 6."""
+    model, seen = torch.nn.Linear(1, 1, bias=False), []
+    numbers = torch.linspace(-1.0, 1.0, 54)
+
+    def step(model: torch.nn.Linear, context: object, index: torch.Tensor, *_: object) -> training.Step:
+        seen.append(float(numbers[index].mean()))
+        nothing = torch.zeros(len(index))
+        return training.Step(numbers[index] * model.weight[0, 0], nothing, nothing, nothing[:, None])
+
+    taken: list[float] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(optimizer, "step", lambda: taken.append(float(model.weight.grad)))
+    context: Any = SimpleNamespace(device=torch.device("cpu"), group=np.zeros(54, np.int64))
+    metrics: Any = SimpleNamespace(append=lambda **_: None)
+    config = TrainConfig(Path(), Path(), accum_step=lot, bfactor=0.0)
+    training.train_epoch(config, model, context, optimizer, torch.arange(54), torch.zeros(54, 1), 0, metrics)  # type: ignore[arg-type]
+    assert len(seen) == 7
+    starts = np.cumsum([0, *groups[:-1]])
+    expected = [np.mean(seen[a : a + n]) for a, n in zip(starts, groups, strict=True)]
+    assert taken == pytest.approx(expected, rel=1e-5)
 
 
 def test_small_options_are_what_the_fixture_says() -> None:

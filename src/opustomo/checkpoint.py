@@ -185,8 +185,9 @@ class Run:
         """Masked densities (n, C, C, C) of codes (n, zdim) on the working grid; voxel C//2 is the centre."""
         if codes.ndim != 2 or codes.shape[1] != self.codes.shape[1]:
             raise UserError(f"codes of shape {codes.shape} where {self.path} has {self.codes.shape[1]} dimensions")
+        used = len(self.weights["model"]["components"])  # dimensions beyond the components say nothing
         decoded = [
-            self._decode(torch.from_numpy(np.asarray(codes[i : i + batch], np.float32)))
+            self._decode(torch.from_numpy(np.asarray(codes[i : i + batch, :used], np.float32)))
             for i in range(0, len(codes), batch)
         ]
         return torch.cat(decoded).numpy()

@@ -40,7 +40,7 @@ VERBS = {
         "TrainConfig",
         "opustomo train particles.star -r mask.mrc -o run -n 20 -b 8 --zdim 12\n"
         "  opustomo train --resume run                  continue an interrupted run exactly\n"
-        "  opustomo train --resume run -n 40            the same, up to 40 epochs",
+        "  opustomo train --resume run -n 40            go on to 40 epochs, schedules stretched",
     ),
     "analyze": Verb("analysis.latents", "AnalyzeConfig", "opustomo analyze run --pcs 4 --clusters 16"),
     "volumes": Verb(

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 Star = Annotated[Positional[Path], arg(metavar="STAR")]
 Output = Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
 Mask = Annotated[Path | None, arg(aliases=("-r",), metavar="MRC")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
+Switch = Annotated[bool, FlagCreatePairsOff]  # off unless typed; a bool that is on by default has a --no- twin
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class InputOptions:
     """Pixel size in Angstrom; only a cross-check, it is read from the data."""
     box: Annotated[int | None, arg(aliases=("-D",), metavar="N")] = None
     """Box size in voxels; only a cross-check, it is read from the data."""
-    relion31: bool = False
+    relion31: Switch = False
     """State that the STAR file is RELION 3.1 or later; only a cross-check, the version is detected."""
     contrast: Literal["auto", "white", "black"] = "auto"
     """Protein density in the subtomograms: white (bright), black (dark) or detected from the data."""
@@ -56,7 +57,7 @@ class CheckConfig:
     grid: GridOptions = GridOptions()
     sample: int = 64
     """Number of subtomograms read for statistics (all headers are read always)."""
-    json: bool = False
+    json: Switch = False
     """Print the findings as JSON."""
 
 
@@ -105,6 +106,8 @@ class LinearConfig:
     """Number of components K (0: chosen by held-out likelihood)."""
     iterations: int = 8
     """EM iterations for every added component."""
+    estpose: bool = True
+    """Correct every particle's pose (pose.0.pkl); the STAR file is never changed."""
     clusters: int = 4
     """Number of clusters whose volumes are written."""
     seed: int = 0
@@ -139,8 +142,8 @@ class TrainConfig:
     """Weight decay."""
     accum_step: int = 1
     """Steps over which gradients are accumulated."""
-    beta: Literal["cos", "constant"] = "cos"
-    """Schedule of the KL weight: cyclic annealing or constant 1."""
+    beta: Literal["cos", "constant"] = "constant"
+    """Schedule of the KL weight: constant 1 or cyclic annealing."""
     beta_control: float = 1.0
     """Strength of the KL term; the likelihood is in nats, so 1 is the evidence lower bound."""
     prior: float = 10.0
@@ -159,17 +162,17 @@ class TrainConfig:
     """Channel multiplier; 1 is the seed's network (0: 1 on a GPU, 0.25 on CPUs)."""
     encoderres: int = 0
     """Size to which the encoder's features are resized (0: 12, the seed's, on a GPU; 6 on CPUs)."""
-    estpose: bool = False
-    """Learn a small pose correction for every particle."""
+    estpose: bool = True
+    """Correct every particle's pose by what the linear stage finds (pose.N.pkl); the STAR file is never changed."""
     num_gpus: int = 1
     """GPUs asked for; fewer present: those are used and the global batch b * N is kept."""
-    multigpu: bool = False
+    multigpu: Switch = False
     """Use several GPUs."""
     cache: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of the cache (default RUN/cache)."""
-    no_cache: bool = False
+    no_cache: Switch = False
     """Keep no cache on disk: numerators and weights are made on the fly."""
-    plot: bool = False
+    plot: Switch = False
     """Write the picture rows at every log interval instead of once per epoch."""
     tmp_prefix: str = "tmp"
     """Prefix of the running volume and picture in RUN."""
@@ -187,7 +190,7 @@ class TrainConfig:
     """Threads (0: all cores)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    verbose: bool = False
+    verbose: Switch = False
     """More lines in the log."""
 
 
@@ -203,7 +206,7 @@ class AnalyzeConfig:
     """Principal components to sample."""
     clusters: int = 16
     """K of k-means."""
-    skip_umap: bool = False
+    skip_umap: Switch = False
     """Skip the UMAP embedding (a stored umap.pkl is read)."""
     seed: int = 0
     """Random seed."""
@@ -231,9 +234,9 @@ class VolumesConfig:
     """Pixel size of the written volumes (default: the working pixel size)."""
     box: int = 0
     """Pad to this box size at the written pixel size (0: the mask's crop)."""
-    flip: bool = False
+    flip: Switch = False
     """Mirror the volumes along z (other hand)."""
-    from_data: bool = False
+    from_data: Switch = False
     """Also write what the data say at each code, with half-map FSC."""
 
 
@@ -303,7 +306,7 @@ class EvaluateConfig:
     """Folder of the simulated set (labels.npz, gt/)."""
     epoch: int = -1
     """Epoch (0-based; -1: the latest)."""
-    json: bool = False
+    json: Switch = False
     """Print JSON."""
 
 

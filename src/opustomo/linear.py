@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opustomo.mixture import Mixture, single
 from opustomo.physics.fourier import (
     band_multiplicity,
     band_shell,
@@ -43,7 +44,8 @@ log = logging.getLogger("opustomo")
 
 GAIN_VARIANCE = 0.01  # prior variance of a particle's contrast: 10 %
 POSE = 6  # columns of D: rotation about x, y, z; shift along x, y, z
-PRIOR_VARIANCE_SHARE = 0.3  # measured: full posterior variance overfits the components' spectrum (docs/experiments.md)
+PROBES = 4  # random volumes from which each further component is found
+PRIOR_VARIANCE_SHARE = 0.45  # measured: full posterior variance overfits the components' spectrum (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,33 @@ def statistics(volumes: Tensor, rows: Rows, index: Tensor, grid: Grid) -> tuple[
     return torch.cat(linear).double(), unpack(torch.cat(quadratic), len(volumes)).double()
 
 
-def posterior(linear: Tensor, quadratic: Tensor, gain: Tensor) -> Posterior:
-    """Posterior from the statistics and gains (b,): ``G = g^2 U^T W U + I``, ``z = G^-1 U^T (g B - g^2 W mean)``."""
+def posterior(
+    linear: Tensor, quadratic: Tensor, gain: Tensor, pose_prior: Tensor, mixture: Mixture | None = None
+) -> Posterior:
+    """Posterior from the statistics and gains g (b,).
+
+    Precision ``G = g^2 U^T W U + P``, mean ``G^-1 [U^T (g B - g^2 W mean) + P m]``.
+    pose_prior: (b, 6) prior mean of the pose error in units of its scale.  m and P are mean and precision of the prior:
+    of each Gaussian of ``mixture`` (None: N(0, I)) and of the pose error; the result has the moments of them all.
+    """
     linear, quadratic = linear * gain[:, None], quadratic * gain[:, None, None].square()
-    eye = torch.eye(linear.shape[1] - 1, dtype=linear.dtype)
-    factor = torch.linalg.cholesky(quadratic[:, 1:, 1:] + eye)
-    right = linear[:, 1:] - quadratic[:, 0, 1:]
-    code = torch.cholesky_solve(right[..., None], factor)[..., 0]
-    log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    evidence = linear[:, 0] - 0.5 * quadratic[:, 0, 0] + 0.5 * (right * code).sum(-1) - 0.5 * log_det
-    return Posterior(code, torch.cholesky_inverse(factor), gain, evidence)
+    codes = single(linear.shape[1] - 1 - POSE) if mixture is None else mixture
+    precision = torch.stack([torch.block_diag(p, torch.eye(POSE).to(p)) for p in torch.linalg.inv(codes.covariance)])
+    every = codes.mean.expand(len(linear), -1, -1)
+    prior = torch.cat([every, pose_prior[:, None].expand(-1, every.shape[1], -1)], -1)  # (b, J, K+6)
+    pull = torch.einsum("bjk,jkl->bjl", prior, precision)
+    factor = torch.linalg.cholesky(quadratic[:, None, 1:, 1:] + precision)
+    right = (linear[:, 1:] - quadratic[:, 0, 1:])[:, None] + pull
+    mean = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * torch.logdet(codes.covariance)
+    fit = (linear[:, 0] - 0.5 * quadratic[:, 0, 0])[:, None] + 0.5 * (right * mean - pull * prior).sum(-1)
+    joint = fit - log_det + codes.share.log()
+    evidence = torch.logsumexp(joint, 1)
+    share = (joint - evidence[:, None]).exp()
+    centre = torch.einsum("bj,bjk->bk", share, mean)
+    offset = mean - centre[:, None]
+    each = torch.cholesky_inverse(factor) + offset[..., :, None] * offset[..., None, :]
+    return Posterior(centre, torch.einsum("bj,bjkl->bkl", share, each), gain, evidence)
 
 
 def with_mean(code: Tensor) -> Tensor:
@@ -153,20 +172,36 @@ def particle_gain(linear: Tensor, quadratic: Tensor, code: Tensor) -> Tensor:
     return ((overlap + 1.0 / GAIN_VARIANCE) / (power + 1.0 / GAIN_VARIANCE)).clamp(min=0.05)
 
 
+def pose_prior(model: LinearModel, rows: Rows, index: Tensor) -> Tensor:
+    """Prior mean of the pose error, (b, 6), in units of its scale: back to the poses of the file.
+
+    Rows made at moved poses are still particles whose given pose is what it was; without this a second look would
+    count the same evidence twice.
+    """
+    scale = torch.tensor(model.pose_scale).repeat_interleave(3)
+    return -rows.moved[index] / scale
+
+
 def infer(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor | None = None) -> Posterior:
     """Posterior of the particles at ``index``; gains are estimated by three alternations unless given."""
-    linear, quadratic = statistics(columns(model, grid), rows, index, grid)
-    if gain is not None:
-        return _single(posterior(linear, quadratic, gain.double()))
-    post = posterior(linear, quadratic, torch.ones(len(index), dtype=torch.float64))
+    moments = statistics(columns(model, grid), rows, index, grid)
+    prior = pose_prior(model, rows, index).double()
+    gain = estimate_gain(*moments, prior) if gain is None else gain
+    return to_single(posterior(*moments, gain.double(), prior))
+
+
+def estimate_gain(linear: Tensor, quadratic: Tensor, prior: Tensor, mixture: Mixture | None = None) -> Tensor:
+    """Contrast of each particle, (b,), by three alternations with its code; arguments as for ``posterior``."""
+    gain = torch.ones(len(linear))
     for _ in range(3):
+        post = posterior(linear, quadratic, gain.double(), prior, mixture)
         # at the precision of a checkpoint, so that a resumed run finds the same posterior to the last bit
         gain = particle_gain(linear, quadratic, post.mean).float()
-        post = posterior(linear, quadratic, gain.double())
-    return _single(post)
+    return gain
 
 
-def _single(post: Posterior) -> Posterior:
+def to_single(post: Posterior) -> Posterior:
+    """At float32."""
     return Posterior(post.mean.float(), post.covariance.float(), post.gain.float(), post.evidence.float())
 
 
@@ -211,12 +246,18 @@ def maximise(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, mask: Te
     return replace(model, mean=solved[0], components=solved[1:], mean_power=power[0], component_power=shared)
 
 
-def rescale(model: LinearModel, post: Posterior) -> LinearModel:
-    """Bring codes, pose errors and gains to unit scale (parameter expansion: EM converges in fewer steps)."""
-    second = (post.mean.T @ post.mean / len(post.mean) + post.covariance.mean(0)).double()
-    values, vectors = torch.linalg.eigh(second[:-POSE, :-POSE])
-    root = ((vectors * values.clamp(min=1e-9).sqrt()) @ vectors.T).float()
-    pose = second.diagonal()[-POSE:].unflatten(0, (2, 3)).mean(1).sqrt()
+def rescale(model: LinearModel, post: Posterior, prior: Tensor, *, codes: bool = True) -> LinearModel:
+    """Bring codes, pose errors and gains to unit scale (parameter expansion: EM converges in fewer steps).
+
+    prior: (b, 6) prior means of the pose errors.  Without ``codes`` those stay as they are: a mixture has their scale.
+    """
+    root = torch.eye(model.size)
+    if codes:
+        second = (post.mean.T @ post.mean / len(post.mean) + post.covariance.mean(0)).double()
+        values, vectors = torch.linalg.eigh(second[:-POSE, :-POSE])
+        root = ((vectors * values.clamp(min=1e-9).sqrt()) @ vectors.T).float()
+    error = (post.pose - prior).square().mean(0) + post.covariance.diagonal(dim1=-2, dim2=-1)[:, -POSE:].mean(0)
+    pose = error.unflatten(0, (2, 3)).mean(1).sqrt()
     gain = float(post.gain.mean())
     return replace(
         model,
@@ -269,7 +310,7 @@ def fit(
         if report is not None:
             report(step, float(post.evidence.mean()))
         model = maximise(model, rows, index, grid, mask, post)
-        model = rescale(model, infer(model, rows, index, grid))
+        model = rescale(model, infer(model, rows, index, grid), pose_prior(model, rows, index))
     return principal_axes(model)
 
 
@@ -282,6 +323,7 @@ def choose_components(
     limit: int,
     iterations: int,
     seed: int,
+    *,
     exactly: bool = False,
 ) -> tuple[LinearModel, list[tuple[int, float]]]:
     """Grow K while the evidence of held-out particles rises; best model, (K, evidence) pairs.
@@ -293,8 +335,9 @@ def choose_components(
     top = float(infer(model, rows, held, grid).evidence.mean())
     best, trail, failures = model, [(0, top)], 0
     for k in range(1, limit + 1):
-        model = add_components(model, 1, grid, mask, seed + k)
-        model = fit(model, rows, train, grid, mask, iterations)
+        # several at once: a single random start can take dozens of steps to turn towards what is there
+        model = fit(add_components(model, PROBES, grid, mask, seed + k), rows, train, grid, mask, iterations // 2)
+        model = fit(replace(model, components=model.components[:k]), rows, train, grid, mask, iterations)
         trail.append((k, float(infer(model, rows, held, grid).evidence.mean())))
         log.info("linear stage: K = %d, held-out evidence %.2f nats per particle", *trail[-1])
         if k == 1:

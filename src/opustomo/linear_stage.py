@@ -1,14 +1,13 @@
-"""The linear stage as a step of work: data in, linear model and posteriors out, files and pictures written.
+"""The linear stage as a step of work: data in, files and pictures out.
 
-Owns: the verb ``linear``, and the fit and corrected poses that ``train`` starts from.
+Owns: the verb ``linear`` and the folder ``linear`` that ``train`` writes too.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
-import math
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +24,14 @@ from opustomo.compat.legacy_files import save_pickle, save_split
 from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
 from opustomo.data.inputs import Inputs, read_inputs
-from opustomo.data.particles import Particles
-from opustomo.errors import UserError
-from opustomo.linear import LinearModel, Posterior, average, choose_components, fit, infer
+from opustomo.data.poses import move_poses
+from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear, pose_error
 from opustomo.monitor import setup_log
-from opustomo.physics.geometry import matrix_to_euler, rotation_from_vector, update_pose
 from opustomo.physics.grid import Grid
-from opustomo.preparation import make_split, rows_of, set_threads
+from opustomo.preparation import RowMaker, make_split, set_threads
 from opustomo.reconstruct import Rows, reconstruct
 
 log = logging.getLogger("opustomo")
-
-OUTLIER_LIMIT = 8.0  # robust standard deviations of the evidence above its median
-HELD_OUT = 0.1  # fraction of particles that choose the number of components
-MAX_COMPONENTS = 12
-EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
-
-
-@dataclass(frozen=True)
-class LinearResult:
-    """The fitted linear model and the posterior of every particle under it."""
-
-    model: LinearModel
-    posterior: Posterior
-    trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
-    typical: Tensor  # (P,) bool: particles that take part in fits
-
-
-def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Tensor:
-    """Which particles may take part in fits, (P,) bool: all but those that the average explains far too well.
-
-    A bright object (gold, ice, an edge) can outweigh a hundred particles and take a component for itself.  It shows
-    in the evidence under the average of the particles at ``index``: robust distance above the median.
-    """
-    everyone = torch.arange(len(rows))
-    evidence = infer(average(rows, index, grid, mask), rows, everyone, grid).evidence
-    centre = evidence.median()
-    spread = 1.4826 * (evidence - centre).abs().median().clamp(min=1.0)
-    typical = evidence <= centre + OUTLIER_LIMIT * spread
-    unusual = torch.nonzero(~typical)[:, 0]
-    if len(unusual):
-        first = ", ".join(str(int(i) + 1) for i in unusual[:8]) + (", ..." if len(unusual) > 8 else "")
-        log.warning(
-            "%d particle(s) are far brighter than the others (rows %s): left out of the fits, they still get codes; "
-            "look at them, and at outlier_score in linear/particles.csv", len(unusual), first,
-        )  # fmt: skip
-    return typical
-
-
-def fit_linear(
-    rows: Rows, train: Tensor, held: Tensor, grid: Grid, mask: Tensor, components: int, iterations: int, seed: int
-) -> LinearResult:
-    """Linear model of the training rows and the posterior of all rows; K by held-out evidence unless given."""
-    if len(train) < 2:
-        raise UserError(f"{len(train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac")
-    typical = typical_particles(rows, train, grid, mask)
-    train, held = train[typical[train]], held[typical[held]]
-    # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
-    probe = held if len(held) else train[:: round(1 / HELD_OUT)]
-    fitted = train if len(held) or components else train[~torch.isin(train, probe)]
-    limit = components or min(MAX_COMPONENTS, max(1, len(train) // 4))
-    model, trail = choose_components(rows, fitted, probe, grid, mask, limit, iterations, seed, bool(components))
-    posterior = infer(model, rows, torch.arange(len(rows)), grid)
-    rotation, shift = math.degrees(model.pose_scale[0]), model.pose_scale[1] * grid.working_pixel
-    log.info(
-        "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
-        "pose errors of %.2f degrees and %.2f A per axis",
-        model.size, float(posterior.evidence[probe].mean()), trail[0][1], rotation, shift,
-    )  # fmt: skip
-    return LinearResult(model, posterior, trail, typical)
-
-
-def corrected_poses(
-    particles: Particles, result: LinearResult, grid: Grid
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Poses moved by the posterior mean of the pose error, without the mean move: rotation, origin (px), Euler."""
-    turn = result.posterior.pose[:, :3] * result.model.pose_scale[0]
-    shift = result.posterior.pose[:, 3:] * result.model.pose_scale[1] * (grid.box / grid.working_box)
-    # a common move of all particles is a change of the map, not of the poses
-    turn, shift = turn - turn.mean(0), shift - shift.mean(0)
-    rotation, origin = update_pose(
-        torch.from_numpy(particles.rotation),
-        torch.from_numpy(particles.origin),
-        rotation_from_vector(turn).double(),
-        shift.double(),
-    )
-    return rotation.numpy(), origin.numpy(), matrix_to_euler(rotation).numpy()
-
 
 # ------------------------------------------------------------------------------------------------ the verb
 
@@ -121,25 +41,22 @@ def main(config: LinearConfig) -> int:
     setup_log(config.output, False)
     set_threads(config.workers)
     inputs = read_inputs(config.star, config.input, config.grid)
-    rows = rows_of(inputs, config.output / "cache", config.input, config.workers)
-    order = make_split(len(rows), config.seed)
+    make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
+    order = make_split(len(inputs.particles), config.seed)
     save_split(config.output / "split.pkl", order)
-    train, held = checkpoint.split_rows(order, HELD_OUT)
-    result = fit_linear(
-        rows, torch.from_numpy(train), torch.from_numpy(held), inputs.grid, inputs.mask,
-        config.components, config.iterations, config.seed,
-    )  # fmt: skip
-    # the number of components is chosen: the last steps use every particle, the held-out ones too
-    model = fit(result.model, rows, torch.nonzero(result.typical)[:, 0], inputs.grid, inputs.mask, 4)
-    result = replace(result, model=model, posterior=infer(model, rows, torch.arange(len(rows)), inputs.grid))
-    _write_run(config, inputs, result)
+    train, held = (torch.from_numpy(part) for part in checkpoint.split_rows(order, HELD_OUT))
+    plan = Plan(
+        train, held, config.estpose, config.seed, config.components, iterations=config.iterations, use_held=True
+    )
+    particles, rows, result = fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
+    _write_run(config, dataclasses.replace(inputs, particles=particles), result)
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
     log.info("next: opustomo analyze %s ; opustomo report %s", config.output, config.output)
     return 0
 
 
 def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> None:
-    grid, post = inputs.grid, result.posterior
+    grid = inputs.grid
     values: dict[str, Any] = {
         "kind": "linear", **checkpoint.flatten(config), **grid._asdict(),
         "star": str(config.star.resolve()), "split": str((config.output / "split.pkl").resolve()),
@@ -148,11 +65,14 @@ def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> No
     }  # fmt: skip
     checkpoint.write_config(config.output, values)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, grid)
-    rotation, origin, euler = corrected_poses(inputs.particles, result, grid)
+    particles = inputs.particles
+    if config.estpose:
+        particles = move_poses(particles, pose_error(result.model, result.posterior.pose), grid)
     state = {"mask": inputs.mask, "mean": result.model.mean, "components": result.model.components}
-    sigma = post.code_covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-    poses = (rotation, origin / grid.box, euler)
-    checkpoint.save_epoch(config.output, 0, {"kind": "linear", "epoch": 0, "model": state}, post.code, sigma, poses)
+    code, sigma = result.codes.centre().float(), result.codes.spread().float()
+    poses = (particles.rotation, particles.origin / grid.box, particles.euler)
+    weights = {"kind": "linear", "epoch": 0, "model": state, "mixture": dataclasses.asdict(result.mixture)}
+    checkpoint.save_epoch(config.output, 0, weights, code, sigma, poses)
 
 
 def outlier_score(code: Tensor, gain: Tensor, evidence: Tensor) -> Tensor:
@@ -170,18 +90,22 @@ def write_results(
     folder: Path, result: LinearResult, rows: Rows, grid: Grid, mask: Tensor, clusters: int, seed: int
 ) -> None:
     """linear.npz, particles.csv, mean and component maps, cluster maps from the data, and pictures."""
-    model, post = result.model, result.posterior
-    independent, mixing = independent_components(post.code.numpy(), seed)
+    model, post, codes = result.model, result.posterior, result.codes
+    code = codes.centre().float()
+    independent, mixing = independent_components(code.numpy(), seed)
+    # under the Gaussian prior: a mixture may have a place for the outliers
     score = outlier_score(post.code, post.gain, post.evidence)
     with atomic(folder / "linear.npz") as temporary, temporary.open("wb") as handle:
         np.savez(
             handle,
-            code=post.code.numpy(), covariance=post.code_covariance.numpy(), gain=post.gain.numpy(),
-            evidence=post.evidence.numpy(), pose=post.pose.numpy(), pose_scale=np.array(model.pose_scale),
+            code=code.numpy(), covariance=codes.covariance().float().numpy(), gain=post.gain.numpy(),
+            evidence=codes.evidence.numpy(), pose=post.pose.numpy(), pose_scale=np.array(model.pose_scale),
+            gaussian=codes.share.float().numpy(), gaussian_mean=result.mixture.mean.numpy(),
+            gaussian_covariance=result.mixture.covariance.numpy(), gaussian_share=result.mixture.share.numpy(),
             independent=independent, mixing=mixing, outlier=score.numpy(), trail=np.array(result.trail),
         )  # fmt: skip
     checkpoint.write_map(folder / "mean.mrc", model.mean, grid)
-    _write_particles(folder / "particles.csv", post, score)
+    _write_particles(folder / "particles.csv", result, code, score)
     shown = [model.mean]
     for j, component in enumerate(model.components):
         checkpoint.write_map(folder / f"component{j + 1}.mrc", component, grid)
@@ -189,7 +113,7 @@ def write_results(
     titles = ["mean", *(f"component {j // 2 + 1}: {'+-'[j % 2 == 0]}2 sd" for j in range(len(shown) - 1))]
     plots.save(plots.montage(torch.stack(shown).numpy(), titles), folder / "components.png")
     if model.size:
-        _write_clusters(folder, post.code.numpy(), rows, grid, mask, min(clusters, len(score)), seed)
+        _write_clusters(folder, code.numpy(), rows, grid, mask, min(clusters, len(score)), seed)
 
 
 def independent_components(code: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -202,15 +126,15 @@ def independent_components(code: NDArray[np.float32], seed: int) -> tuple[NDArra
     return turned.astype(np.float32), ica.mixing_.astype(np.float32)
 
 
-def _write_particles(path: Path, post: Posterior, score: Tensor) -> None:
+def _write_particles(path: Path, result: LinearResult, code: Tensor, score: Tensor) -> None:
+    probability, number = result.codes.share.max(1)
+    names = ["gain", "evidence_nats", "outlier_score", "gaussian", "probability"]
     with atomic(path) as temporary, temporary.open("w", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerow(
-            ["row", "gain", "evidence_nats", "outlier_score", *(f"z{j + 1}" for j in range(post.code.shape[1]))]
-        )
+        writer.writerow(["row", *names, *(f"z{j + 1}" for j in range(code.shape[1]))])
         for i in range(len(score)):
-            numbers = [post.gain[i], post.evidence[i], score[i], *post.code[i]]
-            writer.writerow([i + 1, *(f"{float(v):.5g}" for v in numbers)])
+            numbers = [result.posterior.gain[i], result.codes.evidence[i], score[i], number[i], probability[i]]
+            writer.writerow([i + 1, *(f"{float(v):.5g}" for v in (*numbers, *code[i]))])
 
 
 def _write_clusters(

@@ -28,23 +28,24 @@ class Nuisance:
     """What is constant per particle about its pose error: factor and overlaps of the six pose modes D.
 
     ``bands`` (6, n) complex: transforms of D times multiplicity; ``factor`` (b, 6, 6): Cholesky factor of
-    ``D^T W D + I``; ``overlap`` (b, 6): ``<D, B>``.  Gains are included in W and B.
+    ``D^T W D + I``; ``overlap`` (b, 6): ``<D, B>``; ``prior`` (b, 6): prior mean.  Gains are included in W and B.
     """
 
     bands: Tensor
     factor: Tensor
     overlap: Tensor
+    prior: Tensor
 
 
-def pose_nuisance(modes: Tensor, numerator: Tensor, weight: Tensor, size: int) -> Nuisance:
-    """modes: (6, C, C, C); numerator: (b, C, C, C); weight: (b, n)."""
+def pose_nuisance(modes: Tensor, numerator: Tensor, weight: Tensor, prior: Tensor, size: int) -> Nuisance:
+    """modes: (6, C, C, C); numerator: (b, C, C, C); weight: (b, n); prior: (b, 6)."""
     bands = model_band(modes, size)
     products = (bands[:, None] * bands[None].conj()).real * band_multiplicity(size, bands.device)
     gram = torch.einsum("bn,jkn->bjk", weight, products)
     eye = torch.eye(len(modes), device=gram.device)
     overlap = numerator.flatten(1) @ modes.flatten(1).T
     scaled = bands.conj() * band_multiplicity(size, bands.device)
-    return Nuisance(scaled, torch.linalg.cholesky(gram + eye), overlap)
+    return Nuisance(scaled, torch.linalg.cholesky(gram + eye), overlap, prior)
 
 
 def evidence(
@@ -53,22 +54,16 @@ def evidence(
     """``log p(data | V) - log p(data | 0)`` with a Gaussian pose error to first order integrated out, (b,).
 
     volume: (b, C, C, C) and band, its transform on the band (b, n), as seen by the data.  Also returns the
-    posterior mean of the pose error (b, 6) in units of its scale.  ``-E(V) + 1/2 b^T G^-1 b - 1/2 log det G``
-    with ``b = D^T (B - W V)``, ``G = D^T W D + I``.
+    posterior mean of the pose error (b, 6) in units of its scale.  With prior N(p, I) of the error it is
+    ``-E(V) + 1/2 b^T G^-1 b - 1/2 |p|^2 - 1/2 log det G``, ``b = D^T (B - W V) + p``, ``G = D^T W D + I``.
     """
     weighted = weight * band
     quadratic = ((band.conj() * weighted).real * band_multiplicity(size, band.device)).sum(-1)
     fit = (volume * numerator).sum((-3, -2, -1)) - 0.5 * quadratic
-    pull = nuisance.overlap - torch.einsum("jn,bn->bj", nuisance.bands, weighted).real
+    pull = nuisance.overlap + nuisance.prior - torch.einsum("jn,bn->bj", nuisance.bands, weighted).real
     error = torch.cholesky_solve(pull[..., None], nuisance.factor)[..., 0]
     log_det = 2.0 * nuisance.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return fit + 0.5 * (pull * error).sum(-1) - 0.5 * log_det, error
-
-
-def kl_divergence(mean: Tensor, factor: Tensor) -> Tensor:
-    """``KL(N(mean, L L^T) || N(0, I))`` in nats, (b,); mean (b, z), factor L (b, z, z) lower triangular."""
-    log_det = factor.diagonal(dim1=-2, dim2=-1).abs().clamp(min=1e-12).log().sum(-1)
-    return 0.5 * (mean.square().sum(-1) + factor.square().sum((-2, -1)) - mean.shape[1]) - log_det
+    return fit + 0.5 * (pull * error - nuisance.prior.square()).sum(-1) - 0.5 * log_det, error
 
 
 def spectral_prior(band: Tensor, precision: Tensor, size: int) -> Tensor:

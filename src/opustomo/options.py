@@ -21,8 +21,8 @@ from opustomo.errors import UserError
 
 Config = TypeVar("Config")
 
-# Nested groups (input, grid) are one flat list to the user; a switch has no --no- twin.
-TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+# Nested groups (input, grid) are one flat list to the user.
+TYRO_CONFIG = (tyro.conf.OmitArgPrefixes,)
 NUMBER = re.compile(r"^-[\d.]")
 FRAME = "╭╰╮╯│─|+- "  # what tyro draws its boxes with, in ASCII where the terminal knows no better
 
@@ -58,7 +58,9 @@ def options_of(config_class: type) -> tuple[Option, ...]:
         aliases = [a for m in metadata for a in (getattr(m, "aliases", None) or ())]
         metavar = next((m.metavar for m in metadata if getattr(m, "metavar", None)), field.name.upper())
         positional = any(m is tyro.conf.Positional for m in metadata)
-        flags = () if positional else (*aliases, "--" + field.name.replace("_", "-"))
+        name = field.name.replace("_", "-")
+        # what is on by default can be typed either way
+        flags = () if positional else (*aliases, "--" + name, *([f"--no-{name}"] if field.default is True else []))
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         options.append(Option(field.name, flags, metavar, missing))
     flags_seen = [flag for option in options for flag in option.flags]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from opustomo.config import CacheConfig, InputOptions
 from opustomo.data.cache import Cache, OnTheFly, Row, prepare_cache, rows_without_disk
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
+from opustomo.data.observe import Noise
+from opustomo.data.particles import Particles
+from opustomo.data.poses import moved_from, same_poses
 from opustomo.monitor import progress
 from opustomo.reconstruct import Rows
 
@@ -31,41 +36,63 @@ def make_split(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count).astype(np.int64)
 
 
-def rows_of(inputs: Inputs, folder: Path | None, options: InputOptions, workers: int) -> Rows:
-    """Numerators and weights of a data set: the cache in ``folder``, made or finished if need be; None: no disk."""
-    particles, grid, mask = inputs.particles, inputs.grid, inputs.mask
-    contrast, normalisation = options.contrast, options.normalisation
+@dataclass
+class RowMaker:
+    """Makes numerators and weights of ``inputs`` at the poses that its particles have or will get.
 
-    def bar(items: Iterable[Row], total: int) -> Iterable[Row]:
-        return progress(items, total, "cache")
+    The rows are the cache in ``folder``, made or finished if need be; None: no disk.  At the poses of ``inputs`` it is
+    the one in ``shared`` instead, where given: other runs may read it, so it never gets other poses.  The noise model
+    is estimated once unless given, so that evidences at different poses can be compared.
+    """
 
-    cache: Cache | OnTheFly
-    if folder is None:
-        found = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers)
-        cache = rows_without_disk(particles, grid, found, workers, bar)
-    else:
-        cache = prepare_cache(
-            folder,
-            particles,
-            grid,
-            mask,
-            contrast=contrast,
-            normalisation=normalisation,
-            workers=workers,
-            progress=bar,
-        )
-    noise = cache.noise
-    log.info(
-        "%d particles on a working box of %d (%.2f A), crop %d; protein is %s, tilts %s, noise calibration %.2f",
-        len(cache), grid.working_box, grid.working_pixel, grid.crop, "bright" if noise.contrast > 0 else "dark",
-        "averaged" if noise.mean_normalised else "as in the file", noise.calibration,
-    )  # fmt: skip
-    return cache
+    inputs: Inputs
+    folder: Path | None
+    options: InputOptions
+    workers: int
+    shared: Path | None = None
+    noise: Noise | None = None
+
+    def __call__(self, particles: Particles) -> Rows:
+        """Rows of ``particles``: those of ``inputs``, perhaps at other poses."""
+        grid, mask, first = self.inputs.grid, self.inputs.mask, self.noise is None
+        stated: dict[str, Any] = {
+            "contrast": self.options.contrast,
+            "normalisation": self.options.normalisation,
+            "workers": self.workers,
+        }
+        unmoved = same_poses(particles, self.inputs.particles)
+        folder = self.shared if self.shared is not None and unmoved else self.folder
+        cache: Cache | OnTheFly
+        if folder is None:
+            noise = self.noise or estimate_noise(particles, grid, mask, **stated)
+            cache = rows_without_disk(particles, grid, noise, self.workers, _bar)
+        else:
+            cache = prepare_cache(folder, particles, grid, mask, self.noise, **stated, progress=_bar)
+        self.noise = cache.noise
+        if first:
+            log.info(
+                "%d particles on a working box of %d (%.2f A), crop %d; "
+                "protein is %s, tilts %s, noise calibration %.2f",
+                len(cache), grid.working_box, grid.working_pixel, grid.crop,
+                "bright" if cache.noise.contrast > 0 else "dark",
+                "averaged" if cache.noise.mean_normalised else "as in the file", cache.noise.calibration,
+            )  # fmt: skip
+            if not cache.noise.contrast_sure:
+                log.warning(
+                    "contrast %s is a guess: look at `opustomo average`; where protein is dark give --contrast %s",
+                    *(("white", "black") if cache.noise.contrast > 0 else ("black", "white")),
+                )
+        cache.moved = moved_from(particles, self.inputs.particles, grid)
+        return cache
+
+
+def _bar(items: Iterable[Row], total: int) -> Iterable[Row]:
+    return progress(items, total, "cache")
 
 
 def main(config: CacheConfig) -> int:
     """``opustomo cache``."""
     set_threads(config.workers)
     inputs = read_inputs(config.star, config.input, config.grid)
-    rows_of(inputs, config.output, config.input, config.workers)
+    RowMaker(inputs, config.output, config.input, config.workers)(inputs.particles)
     return 0

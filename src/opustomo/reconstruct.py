@@ -21,6 +21,11 @@ from opustomo.physics.volume import centre_crop, centre_pad
 class Rows(Protocol):
     """Numerators and weights in the consensus frame, read by row number (cache or on the fly)."""
 
+    @property
+    def moved(self) -> Tensor:
+        """(P, 6): how far the rows' poses are from those given: rotation vector (radians), shift (working voxels)."""
+        ...
+
     def __len__(self) -> int: ...
 
     def numerator(self, index: Tensor) -> Tensor:

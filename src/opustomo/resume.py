@@ -1,7 +1,7 @@
 """Continuing a run: which options hold, and whether the continuation is exact.
 
-Owns: the rules of ``--load``.  ``--load latest`` goes on exactly and refuses changed options; ``--load W.pkl`` lets
-options that were typed override the stored ones, lists them, and then starts warm.
+Owns: the rules of ``--load``.  ``--load latest`` goes on exactly and refuses changed options, but for the number of
+epochs; ``--load W.pkl`` lets options that were typed override the stored ones, lists them, and then starts warm.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ _FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "d
 _HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "log_interval", "tmp_prefix"})
 # sizes of the network, and what the stored poses and codes belong to
 _FIXED = ("zdim", "templateres", "width", "star", "ind", "estpose")
+# what a checkpoint of train has and neither one of the linear stage nor of an earlier version
+_NEEDED = frozenset({"model", "optimizer", "bank", "gain", "typical", "grid", "noise", "mixture", "linear", "rotation"})
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Weights to go on from and the first epoch to train; ``exact``: optimiser and schedules continue too."""
+    """Weights to go on from and the first epoch to train; ``optimiser``: its state and the memory bank go on too."""
 
     weights: dict[str, Any]
     first_epoch: int
-    exact: bool
+    optimiser: bool
     new_poses: bool = False  # --poses has changed: those of the checkpoint do not hold
     notes: tuple[str, ...] = ()  # for the run's log, which is opened later
 
@@ -48,27 +50,14 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
             raise UserError("--latents has no effect without --load weights.N.pkl; add --load or leave it out")
         return config, None
     folder, epoch = _source(config)
-    stored = read_config(folder)
-    typed = _typed(config, given)
-    changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE | _HARMLESS and not _same(stored[k], v)}
-    for name in _FIXED:
-        if changed.get(name):
-            flag = "STAR file" if name == "star" else f"--{name}"
-            raise UserError(
-                f"{flag} {changed[name]} where {folder} was trained with {stored[name]}; give what it was trained "
-                "with, or start a new run without --load"
-            )
-    if config.load == "latest" and changed.keys() - {"epochs"}:
-        listing = ", ".join(f"--{k.replace('_', '-')} {v} (was {stored[k]})" for k, v in changed.items())
-        raise UserError(f"--load latest continues exactly, but options changed: {listing}; leave them out, or use "
-                        f"--load {folder}/weights.{epoch}.pkl to start warm")  # fmt: skip
-    weights = load_tensors(folder / f"weights.{epoch}.pkl")
+    stored = _stored(folder)
+    typed = {k: v for k, v in _typed(config, given).items() if not _same(k, stored.get(k), v, folder)}
+    changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE | _HARMLESS}
+    _refuse(config, stored, changed, folder, epoch)
+    weights = _weights(folder / f"weights.{epoch}.pkl")
     notes = [] if config.latents is None else _check_codes(config.latents, folder, epoch)
     merged = _merge(config, stored, typed)
-    exact = not changed.keys() - {"epochs"}
-    how = "exact continuation" if exact else "warm start, not an exact continuation,"
-    listing = ", ".join(f"{k} {stored[k]} -> {v}" for k, v in changed.items())
-    notes.append(f"{how} from epoch {epoch} of {folder}" + (f": {listing}" if listing else ""))
+    notes.append(f"{_how(stored, changed)} from epoch {epoch} of {folder}{_listing(stored, changed)}")
     old = [e for e in epochs_of(config.output) if e >= merged.epochs]
     if old:
         notes.append(f"epochs {old[0]} to {old[-1]} in {config.output} are of the former run and remain")
@@ -76,7 +65,54 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
         raise UserError(
             f"-n {merged.epochs}: epoch {epoch} of {folder} is the last already; give a larger -n (the total)"
         )
-    return merged, Continuation(weights, epoch + 1, exact, "poses" in changed, tuple(notes))
+    optimiser = not changed.keys() - {"epochs"}
+    return merged, Continuation(weights, epoch + 1, optimiser, "poses" in changed, tuple(notes))
+
+
+def _refuse(config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], folder: Path, epoch: int) -> None:
+    for name in _FIXED:
+        if name in changed:
+            raise UserError(
+                f"{_spelt(name, changed[name])} where {folder} was trained with {stored[name]}; give what it was "
+                "trained with, or start a new run without --load"
+            )
+    if config.load == "latest" and changed.keys() - {"epochs"}:
+        listing = ", ".join(f"{_spelt(k, v)} (was {stored[k]})" for k, v in changed.items())
+        raise UserError(f"--load latest continues exactly, but options changed: {listing}; leave them out, or use "
+                        f"--load {folder}/weights.{epoch}.pkl to start warm")  # fmt: skip
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    weights = load_tensors(path)
+    if missing := _NEEDED - weights.keys():
+        raise UserError(
+            f"{path}: has no {', '.join(sorted(missing))}, it is of the linear stage or of an earlier version; "
+            "start a new run without --load"
+        )
+    return weights
+
+
+def _how(stored: dict[str, Any], changed: dict[str, Any]) -> str:
+    if not changed:
+        return "exact continuation"
+    if changed.keys() - {"epochs"}:
+        return "warm start, not an exact continuation,"
+    way = "stretch" if changed["epochs"] > stored["epochs"] else "shrink"
+    return f"continuation with the optimiser's state, but schedules {way} to {changed['epochs']} epochs,"
+
+
+def _listing(stored: dict[str, Any], changed: dict[str, Any]) -> str:
+    return "".join(f"{', ' if i else ': '}{k} {stored[k]} -> {v}" for i, (k, v) in enumerate(changed.items()))
+
+
+def _spelt(name: str, value: Any) -> str:
+    """An option as it is typed."""
+    if name == "star":
+        return f"STAR file {value}"
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
 
 
 def _source(config: TrainConfig) -> tuple[Path, int]:
@@ -101,11 +137,24 @@ def _typed(config: TrainConfig, given: frozenset[str] | None) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in given}
 
 
-def _same(stored: Any, value: Any) -> bool:
-    """Equal options: paths by where they lead, so that the folder a command is typed in does not matter."""
-    if isinstance(stored, str) and isinstance(value, str):
-        return stored == value or Path(stored).resolve() == Path(value).resolve() or Path(stored).name == value
-    return bool(stored == value)
+def _stored(folder: Path) -> dict[str, Any]:
+    """Options of a run; paths below its folder as they are now, should it have been moved or copied."""
+    values = read_config(folder)
+    former = Path(values.get("output") or folder).resolve()
+    for name in _PATHS - _FREE:
+        path = Path(values.get(name) or "")
+        if path.is_relative_to(former) and (here := folder.resolve() / path.relative_to(former)).exists():
+            values[name] = str(here)
+    return values
+
+
+def _same(name: str, stored: Any, value: Any, folder: Path) -> bool:
+    """Equal options; paths by where they lead from the current folder or, if nothing is there, from the run's own."""
+    if name not in _PATHS or stored is None or value is None:
+        return bool(stored == value)
+    here, wanted = Path(value).resolve(), Path(stored).resolve()
+    # an absolute path stays what it is when joined
+    return here == wanted or (not here.exists() and (folder / value).resolve() == wanted)
 
 
 def _check_codes(latents: Path, folder: Path, epoch: int) -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,20 @@ from opustomo.compat.legacy_files import load_indices, load_poses, load_split, s
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import wedge_groups
 from opustomo.data.inputs import Inputs, read_inputs
+from opustomo.data.observe import Noise
+from opustomo.data.particles import Particles
 from opustomo.data.readers import with_poses
 from opustomo.errors import UserError
-from opustomo.latent_stage import Statistics, reduce_statistics, train_latent
-from opustomo.linear import LinearModel, columns, infer, pose_modes, statistics
-from opustomo.linear_stage import EM_STEPS, LinearResult, corrected_poses, fit_linear, write_results
+from opustomo.linear import LinearModel, infer, pose_modes, pose_prior
+from opustomo.linear_fit import MAX_COMPONENTS, LinearResult, Plan, code_statistics, fit_linear
+from opustomo.linear_stage import write_results
+from opustomo.mixture import Mixture, Statistics
 from opustomo.model.vae import Vae
 from opustomo.physics.fourier import from_band, irfft3, radial, resize_spectrum, shell_mean
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
-from opustomo.preparation import make_split, rows_of
+from opustomo.preparation import RowMaker, make_split
 from opustomo.reconstruct import Rows
 from opustomo.resume import Continuation
 
@@ -43,11 +47,10 @@ class Context:
 
     rows: Rows
     grid: Grid
-    mean: Tensor  # (P, zdim) of the linear posterior
-    factor: Tensor  # (P, zdim, zdim), lower
+    statistics: Statistics  # what the linear stage knows of every code
+    mixture: Mixture  # prior of the codes
     gain: Tensor  # (P,)
-    statistics: Statistics  # of the linear columns, on the CPU
-    evidence: Tensor  # (P,) of the linear stage, in nats
+    pose_prior: Tensor  # (P, 6) prior mean of the pose error at the rows' poses, in units of its scale
     typical: Tensor  # (P,) bool: particles that take part in training
     precision: Tensor  # (n,) of the encoder's Wiener filter
     group: np.ndarray  # (P,) wedge orientation
@@ -128,41 +131,49 @@ def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
     return torch.from_numpy(train), torch.from_numpy(held), path
 
 
+@dataclass(frozen=True)
+class Start:
+    """Inputs at the poses of the rows, the rows, the noise model they were made with, and the linear stage."""
+
+    inputs: Inputs
+    rows: Rows
+    noise: Noise
+    linear: LinearResult
+
+
 def start_from_linear(
     config: TrainConfig, inputs: Inputs, train: Tensor, held: Tensor, continuation: Continuation | None
-) -> tuple[Inputs, Rows, LinearResult]:
-    """Rows and the linear stage; with --estpose the poses are corrected by it once and the rows made again."""
-    folder = None if config.no_cache else (config.cache or config.output / "cache")
+) -> Start:
+    """Particles at their last poses, their rows and the linear stage; from a checkpoint, or fitted."""
+    grid, mask = inputs.grid, inputs.mask
+    folder, shared = (None, None) if config.no_cache else (config.output / "cache", config.cache)
+    make_rows = RowMaker(inputs, folder, config.input, config.workers, shared)
     if continuation is not None:
-        inputs = inputs if continuation.new_poses else _with_stored_poses(inputs, continuation)
-        rows = rows_of(inputs, folder, config.input, config.workers)
-        model = _stored_linear(continuation, inputs.grid, inputs.mask)
-        posterior = infer(model, rows, torch.arange(len(rows)), inputs.grid, continuation.weights["gain"])
-        return inputs, rows, LinearResult(model, posterior, [], continuation.weights["typical"])
-    rows = rows_of(inputs, folder, config.input, config.workers)
-    linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, 0, EM_STEPS, config.seed)
-    if linear.model.size > config.zdim:
-        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, config.zdim, EM_STEPS, config.seed)
-    if config.estpose:
-        rotation, origin, euler = corrected_poses(inputs.particles, linear, inputs.grid)
-        moved = with_poses(inputs.particles, rotation, origin / inputs.grid.box, euler)
-        inputs = dataclasses.replace(inputs, particles=moved)
-        log.info("--estpose: poses corrected by the linear stage; numerators and weights are made again")
-        rows = rows_of(inputs, folder, config.input, config.workers)
-        linear = fit_linear(rows, train, held, inputs.grid, inputs.mask, linear.model.size, EM_STEPS, config.seed)
-    write_results(config.output / "linear", linear, rows, inputs.grid, inputs.mask, 4, config.seed)
-    return inputs, rows, linear
+        stored = continuation.weights
+        particles = inputs.particles if continuation.new_poses else _with_stored_poses(inputs.particles, stored)
+        if tuple(stored["grid"]) == tuple(grid):
+            make_rows.noise = Noise(**stored["noise"])
+        rows = make_rows(particles)
+        model = _stored_linear(continuation, grid, mask)
+        posterior = infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
+        about = code_statistics(model, rows, posterior.gain, grid)
+        linear = LinearResult(model, posterior, about, Mixture(**stored["mixture"]), [], stored["typical"])
+    else:
+        plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
+        particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
+        write_results(config.output / "linear", linear, rows, grid, mask, 4, config.seed)
+    assert make_rows.noise is not None
+    return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, linear)
 
 
-def _with_stored_poses(inputs: Inputs, continuation: Continuation) -> Inputs:
-    particles, count = inputs.particles, len(continuation.weights["euler"])
+def _with_stored_poses(particles: Particles, stored: dict[str, Any]) -> Particles:
+    count = len(stored["euler"])
     if count != len(particles):
         raise UserError(
             f"{particles.source}: {len(particles)} particles where the checkpoint has {count}; "
             "give the STAR file (and --ind) of that run"
         )
-    poses = {k: continuation.weights[k].numpy() for k in ("rotation", "origin", "euler")}
-    return dataclasses.replace(inputs, particles=dataclasses.replace(particles, **poses))
+    return dataclasses.replace(particles, **{k: stored[k].numpy() for k in ("rotation", "origin", "euler")})
 
 
 def _stored_linear(continuation: Continuation, grid: Grid, mask: Tensor) -> LinearModel:
@@ -181,43 +192,26 @@ def _stored_linear(continuation: Continuation, grid: Grid, mask: Tensor) -> Line
 
 
 def build(
-    config: TrainConfig,
-    inputs: Inputs,
-    rows: Rows,
-    linear: LinearResult,
-    train: Tensor,
-    continuation: Continuation | None,
-    device: torch.device,
+    config: TrainConfig, start: Start, train: Tensor, continuation: Continuation | None, device: torch.device
 ) -> tuple[Vae, Context]:
-    """The network, started at the latent stage or at a checkpoint, and what its steps need."""
-    grid, model, post = inputs.grid, linear.model, linear.posterior
-    extra = config.zdim - model.size
-    components = torch.cat([model.components, model.mean.new_zeros((extra, *model.mean.shape))])
+    """The network, started at the linear stage or at a checkpoint, and what its steps need."""
+    inputs, rows, linear = start.inputs, start.rows, start.linear
+    grid, model = inputs.grid, linear.model
     modes = pose_modes(model.mean, model.pose_scale, grid)
     network = Vae(
-        inputs.mask, model.mean, components, modes,
+        inputs.mask, model.mean, model.components, modes,
         templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
     )  # fmt: skip
-    # unused dimensions keep their prior
-    mean = torch.cat([post.code, post.code.new_zeros(len(post.code), extra)], 1)
-    factor = torch.diag_embed(torch.ones_like(mean))
-    factor[:, : model.size, : model.size] = torch.linalg.cholesky(post.code_covariance)
-    everyone = torch.arange(len(rows))
-    moments = statistics(columns(model, grid), rows, everyone, grid)
-    reduced = reduce_statistics(*moments, post.gain, config.zdim)
     if continuation is not None:
         learned = {k: v for k, v in continuation.weights["model"].items() if k.split(".")[0] in _LEARNED}
         network.load_state_dict(learned, strict=False)
-    else:
-        train_latent(network, reduced, mean, factor, train, config.seed)
     context = Context(
         rows=rows,
         grid=grid,
-        mean=mean.to(device),
-        factor=factor.to(device),
-        gain=post.gain.to(device),
-        statistics=reduced,
-        evidence=post.evidence,
+        statistics=linear.statistics.to(device),
+        mixture=linear.mixture.to(device),
+        gain=linear.posterior.gain.to(device),
+        pose_prior=pose_prior(model, rows, torch.arange(len(rows))).to(device),
         typical=linear.typical,
         precision=residual_precision(model, inputs.mask, grid).to(device),
         group=_orientation_groups(config, inputs.particles.rotation),
@@ -227,7 +221,7 @@ def build(
     return network.to(device), context
 
 
-_LEARNED = frozenset({"encoder", "decoder", "warp", "refine", "scale"})
+_LEARNED = frozenset({"encoder", "decoder", "scale"})
 
 
 def residual_precision(model: LinearModel, mask: Tensor, grid: Grid) -> Tensor:
@@ -257,7 +251,7 @@ def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray
 def save_config(config: TrainConfig, inputs: Inputs, split_file: Path) -> None:
     """config.yaml and config.pkl: the options as typed and the sizes that followed."""
     values = {"kind": "network", **checkpoint.flatten(config), **inputs.grid._asdict()}
-    for name in ("star", "mask", "datadir", "poses", "ind", "cache"):
+    for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
     values |= {"split": str(split_file.resolve()), "particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)

@@ -7,6 +7,7 @@ stage's.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -17,14 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from opustomo import checkpoint
 from opustomo.analysis import plots
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import batch_order
-from opustomo.data.inputs import Inputs
+from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
-from opustomo.linear import LinearModel
+from opustomo.linear_fit import pose_error
+from opustomo.mixture import CodePosterior, condition
 from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
 from opustomo.objective import (
@@ -32,7 +35,6 @@ from opustomo.objective import (
     disentanglement,
     envelope,
     evidence,
-    kl_divergence,
     learning_rate,
     pose_nuisance,
     residual_density,
@@ -45,6 +47,7 @@ from opustomo.preparation import set_threads
 from opustomo.resume import Continuation, resolve
 from opustomo.start import (
     Context,
+    Start,
     build,
     choose_device,
     global_batch,
@@ -79,24 +82,24 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     config = with_sizes(config, device)
     inputs = select_inputs(config)
     train, held, split_file = split_of(config, len(inputs.particles))
-    inputs, rows, linear = start_from_linear(config, inputs, train, held, continuation)
+    start = start_from_linear(config, inputs, train, held, continuation)
+    linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
-    model, context = build(config, inputs, rows, linear, train, continuation, device)
+    model, context = build(config, start, train, continuation, device)
     save_config(config, inputs, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=device.type == "cuda")
-    bank = linear.posterior.code.new_zeros(len(rows), config.zdim)
-    bank[:, : linear.model.size] = linear.posterior.code
+    bank = linear.codes.centre().float()
     first = 0
     if continuation is not None:
         first = continuation.first_epoch
-        if continuation.exact:
+        if continuation.optimiser:
             optimizer.load_state_dict(continuation.weights["optimizer"])
             bank = continuation.weights["bank"]
     bank = bank.to(device)
     log.info("%.1f million parameters; the data are ready after %.0f s", _millions(model), time.time() - started)
     metrics = Metrics(config.output / "metrics.csv", first)
-    bound = float(linear.posterior.evidence[held if len(held) else train].mean())
+    bound = float(linear.codes.evidence[held if len(held) else train].mean())
     for epoch in range(first, config.epochs):
         train_epoch(config, model, context, optimizer, train, bank, epoch, metrics)
         scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
@@ -106,7 +109,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
             epoch, scores["val_elbo"], bound, scores["val_elbo"] - bound,
         )  # fmt: skip
         if (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs:
-            save(config, inputs, model, context, optimizer, bank, linear.model, epoch)
+            save(config, start, model, context, optimizer, bank, epoch)
         preview(config, model, context, train, epoch)
     write_verdict(config.output, scores["val_elbo"], bound)
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
@@ -139,17 +142,29 @@ def read_batch(context: Context, index: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ one step
 
 
-def posterior(model: Vae, context: Context, index: Tensor, numerator: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (b, zdim) and factor (b, zdim, zdim) of the codes of a batch."""
+def correction(
+    model: Vae, context: Context, prior: CodePosterior, numerator: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shift and log scale (b, K) that the encoder gives the linear stage's posterior of a batch."""
     density = residual_density(numerator, weight, model.mean, context.precision, model.mask, context.grid.working_box)
-    where = index.to(context.device)
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
-        mean, factor = model.encode(density, context.mean[where], context.factor[where])
-    return mean.float(), factor.float()
+        shift, log_scale = model.encode(density, prior.centre().float(), prior.spread().float())
+    return shift.double(), log_scale.double()
+
+
+def known(context: Context, index: Tensor) -> CodePosterior:
+    """What the linear stage knows of the codes of a batch."""
+    return condition(context.mixture, context.statistics.at(index.to(context.device)))
 
 
 def log_evidence(
-    model: Vae, context: Context, code: Tensor, numerator: Tensor, weight: Tensor, damping: Tensor | None
+    model: Vae,
+    context: Context,
+    index: Tensor,
+    code: Tensor,
+    numerator: Tensor,
+    weight: Tensor,
+    damping: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,), and D(z) on the band (b, n)."""
     size = context.grid.working_box
@@ -161,14 +176,14 @@ def log_evidence(
         band = band * damping
         nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)
     linear = model.linear(code)
-    nuisance = pose_nuisance(model.pose_modes, numerator, weight, size)
+    nuisance = pose_nuisance(model.pose_modes, numerator, weight, context.pose_prior[index.to(context.device)], size)
     fit, _ = evidence(linear + nonlinear, model_band(linear, size) + band, numerator, weight, nuisance, size)
     return fit, band
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and the codes' means."""
+    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and the codes' means (b, K)."""
 
     nll: Tensor
     kl: Tensor
@@ -179,12 +194,23 @@ class Step:
 def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, generator: torch.Generator) -> Step:
     """Forward pass of a batch: encode, sample, decode, compare."""
     numerator, weight = read_batch(context, index)
-    mean, factor = posterior(model, context, index, numerator, weight)
-    noise = torch.randn(mean.shape, generator=generator).to(context.device)
-    code = mean + (factor @ noise[..., None])[..., 0]
-    fit, band = log_evidence(model, context, code, numerator, weight, damping)
+    linear = known(context, index)
+    shift, log_scale = correction(model, context, linear, numerator, weight)
+    posterior = linear.moved(shift, log_scale)
+    code = posterior.sample(*draw(linear, generator))
+    fit, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
+    # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
+    kl = linear.moved(shift.detach(), log_scale.detach()).log_density(code) - context.mixture.log_density(code)
     prior = spectral_prior(band, context.precision, context.grid.working_box)
-    return Step(-fit, kl_divergence(mean, factor), prior, mean)
+    return Step(-fit, kl.float(), prior, posterior.centre().float())
+
+
+def draw(posterior: CodePosterior, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which Gaussian of each posterior (b,), and noise (b, K), for ``CodePosterior.sample``; on its device."""
+    share = posterior.share.cpu()
+    part = torch.multinomial(share, 1, generator=generator)[:, 0]
+    noise = torch.randn(posterior.mean[:, 0].shape, generator=generator, dtype=share.dtype)
+    return part.to(posterior.share.device), noise.to(posterior.share.device)
 
 
 def train_epoch(
@@ -204,7 +230,6 @@ def train_epoch(
     batches = batch_order(train, context.group, global_batch(config), config.seed, epoch)
     lot = config.accum_step
     window = Window(metrics, epoch, epoch * len(train))
-    pending = 0
     for step, index in enumerate(progress(batches, len(train), f"epoch {epoch}", size=len)):
         done = (epoch + step / len(batches)) / config.epochs
         beta = beta_weight(config.beta, done) * config.beta_control
@@ -219,16 +244,15 @@ def train_epoch(
             )
         if not torch.isfinite(objective):
             raise UserError(_not_finite(loss, index, epoch))
-        (objective / lot).backward()
+        # the last group of an epoch may be shorter
+        (objective / min(lot, len(batches) - step // lot * lot)).backward()
         bank[index.to(context.device)] = out.code.detach()
-        pending += 1
-        if pending == lot or step + 1 == len(batches):
+        if (step + 1) % lot == 0 or step + 1 == len(batches):
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            pending = 0
         window.add(len(index), float(objective.detach()), float(out.nll.mean().detach()), float(out.kl.mean().detach()))
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
@@ -279,53 +303,57 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
     model.eval()
     damping = damping_of(bfactor, epoch, context)
     generator = torch.Generator().manual_seed(0)
-    gain = kl_sum = 0.0
-    for part in index.split(16):
-        numerator, weight = read_batch(context, part)
-        mean, factor = posterior(model, context, part, numerator, weight)
-        kl_sum += float(kl_divergence(mean, factor).sum())
-        start = context.mean[part.to(context.device)].cpu(), context.factor[part.to(context.device)].cpu()
-        gain += float(kl_divergence(*start).sum())
+    exact = gain = kl_sum = 0.0
+    for rows in index.split(16):
+        numerator, weight = read_batch(context, rows)
+        linear, statistics = known(context, rows), context.statistics.at(rows.to(context.device))
+        posterior = linear.moved(*correction(model, context, linear, numerator, weight))
+        exact += float(linear.evidence.sum())
         for _ in range(EVALUATION_PAIRS):
-            half = torch.randn((len(part), model.zdim), generator=generator)
-            for noise in (half, -half):
-                code = mean + (factor @ noise.to(context.device)[..., None])[..., 0]
-                fit, _ = log_evidence(model, context, code, numerator, weight, damping)
-                reference = start[0] + (start[1] @ noise[..., None])[..., 0]
-                known = context.statistics.evidence(part, reference[None])[0]
-                gain += float((fit.cpu() - known).sum()) / (2 * EVALUATION_PAIRS)
-    exact = float(context.evidence[index].mean())
-    kl = kl_sum / len(index)
-    bound = exact + gain / len(index) - kl
+            part, noise = draw(linear, generator)
+            for code in (posterior.sample(part, noise), posterior.sample(part, -noise)):
+                fit, _ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
+                density = posterior.log_density(code)
+                # what the linear stage makes of the same codes: together with its exact posterior it is its evidence
+                control = statistics.evidence(code) - linear.log_density(code)
+                gain += float((fit - density - control).sum()) / (2 * EVALUATION_PAIRS)
+                kl_sum += float((density - context.mixture.log_density(code)).sum()) / (2 * EVALUATION_PAIRS)
+    bound, kl = (exact + gain) / len(index), kl_sum / len(index)
     return {"val_nll": -(bound + kl), "val_kl": kl, "val_elbo": bound}
 
 
 @torch.no_grad()
 def encode_all(model: Vae, context: Context) -> tuple[Tensor, Tensor]:
-    """Codes and their standard deviations of every particle, (P, zdim) each."""
+    """Codes and their standard deviations of every particle, (P, K) each."""
     model.eval()
     means, sigmas = [], []
-    for part in torch.arange(len(context.mean)).split(32):
-        mean, factor = posterior(model, context, part, *read_batch(context, part))
-        means.append(mean.cpu())
-        sigmas.append(factor.square().sum(-1).sqrt().cpu())
+    for index in torch.arange(len(context.gain)).split(32):
+        linear = known(context, index)
+        posterior = linear.moved(*correction(model, context, linear, *read_batch(context, index)))
+        means.append(posterior.centre().float().cpu())
+        sigmas.append(posterior.spread().float().cpu())
     return torch.cat(means), torch.cat(sigmas)
 
 
 def save(
     config: TrainConfig,
-    inputs: Inputs,
+    start: Start,
     model: Vae,
     context: Context,
     optimizer: torch.optim.Optimizer,
     bank: Tensor,
-    linear: LinearModel,
     epoch: int,
 ) -> None:
     """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses."""
-    particles, grid = inputs.particles, context.grid
+    particles, linear, grid = start.inputs.particles, start.linear.model, context.grid
+    # dimensions without a component have the prior's code: as many columns as --zdim, as users of such files expect
+    unused = (0, config.zdim - linear.size)
     code, sigma = encode_all(model, context)
-    poses = (particles.rotation, particles.origin / grid.box, particles.euler)
+    code, sigma = functional.pad(code, unused), functional.pad(sigma, unused, value=1.0)
+    best = particles
+    if config.estpose:  # the rows' poses are one step behind what the linear stage knows
+        best = move_poses(particles, pose_error(linear, start.linear.posterior.pose), grid)
+    poses = (best.rotation, best.origin / grid.box, best.euler)
     weights: dict[str, Any] = {
         "kind": "network",
         "epoch": epoch,
@@ -336,6 +364,8 @@ def save(
         "gain": context.gain.cpu(),
         "typical": context.typical,
         "grid": list(grid),
+        "noise": dataclasses.asdict(start.noise),
+        "mixture": dataclasses.asdict(start.linear.mixture),
         "linear": {"mean": linear.mean, "components": linear.components, "pose_scale": list(linear.pose_scale)},
         # origins in pixels: a resumed run has the very same poses, so that its cache is still good
         **{k: torch.from_numpy(np.ascontiguousarray(getattr(particles, k))) for k in ("rotation", "origin", "euler")},
@@ -352,8 +382,9 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     model.eval()
     shown = index[: min(4, len(index))]
     numerator, weight = read_batch(context, shown)
-    mean, _ = posterior(model, context, shown, numerator, weight)
-    volume = model.linear(mean) + model.nonlinear(mean)
+    linear = known(context, shown)
+    code = linear.moved(*correction(model, context, linear, numerator, weight)).centre().float()
+    volume = model.linear(code) + model.nonlinear(code)
     size = context.grid.working_box
     seen = centre_crop(irfft3(from_band(model_band(volume, size) * weight, size)), context.grid.crop)
     checkpoint.write_map(config.output / f"{config.tmp_prefix}.mrc", volume[0].cpu(), context.grid)

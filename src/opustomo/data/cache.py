@@ -28,7 +28,7 @@ from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST, _NOISE = "cache.json", "noise.npz"
 Row = tuple[int, Tensor, Tensor]
 Progress = Callable[[Iterable[Row], int], Iterable[Row]]
@@ -58,6 +58,7 @@ class Cache:
     _weight: np.ndarray
     _scale: np.ndarray
     _checksum: np.ndarray
+    moved: Tensor  # (P, 6) from the poses given: see data.poses
 
     def __len__(self) -> int:
         return len(self._scale)
@@ -104,13 +105,14 @@ class Cache:
                 array.flush()
 
 
-@dataclass(frozen=True)
+@dataclass
 class OnTheFly:
     """``Rows`` made from the subtomograms at every read: neither disk nor memory, very slow."""
 
     particles: Particles
     grid: Grid
     noise: Noise
+    moved: Tensor
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -163,7 +165,8 @@ def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: s
         if not path.exists() or path.stat().st_size != int(np.prod(shape)) * np.dtype(kind).itemsize:
             raise UserError(f"{path}: missing or truncated cache file; delete {folder} and run again")
         maps[name] = np.memmap(path, kind, mode, shape=shape)  # type: ignore[call-overload]
-    return Cache(folder, grid, noise, mark, maps["numerator"], maps["weight"], maps["scale"], maps["checksum"])
+    arrays = maps["numerator"], maps["weight"], maps["scale"], maps["checksum"]
+    return Cache(folder, grid, noise, mark, *arrays, torch.zeros(count, 6))
 
 
 def _save_noise(folder: Path, noise: Noise) -> None:
@@ -174,7 +177,8 @@ def _save_noise(folder: Path, noise: Noise) -> None:
 def _load_noise(folder: Path, manifest: dict) -> Noise:
     with np.load(folder / _NOISE, allow_pickle=False) as stored:
         power, explained = torch.from_numpy(stored["power"]), torch.from_numpy(stored["explained"])
-    return Noise(power, manifest["contrast"], manifest["mean_normalised"], explained, manifest["calibration"])
+    kept = {name: manifest[name] for name in ("contrast", "mean_normalised", "contrast_sure", "calibration")}
+    return Noise(power=power, explained=explained, **kept)
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -207,6 +211,7 @@ def prepare_cache(
     particles: Particles,
     grid: Grid,
     mask: Tensor,
+    noise: Noise | None = None,
     *,
     contrast: str,
     normalisation: str,
@@ -215,12 +220,14 @@ def prepare_cache(
 ) -> Cache:
     """Open the cache if it is current; finish it if it is incomplete; make it anew if it is stale.
 
-    mask: (C, C, C) on the working grid.
+    mask: (C, C, C) on the working grid.  noise: for a cache that has to be made anew; None: estimated.
     """
     mark = fingerprint(particles, grid, mask, (contrast, normalisation))
     manifest = read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != mark:
-        noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers)
+        noise = noise or estimate_noise(
+            particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers
+        )
         _create(folder, particles, grid, noise, mark)
     else:
         noise = _load_noise(folder, manifest)
@@ -235,12 +242,11 @@ def rows_without_disk(
     """``--no-cache``: rows kept in memory where they take less than half of what is free, else made at every read."""
     need = len(particles) * row_bytes(grid)
     if need > 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return OnTheFly(particles, grid, noise)
-    arrays: list[np.ndarray] = [
-        np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, len(particles)).values()
-    ]
-    cache = Cache(Path(), grid, noise, "", *arrays)
-    _fill(cache, particles, np.arange(len(particles)), workers, progress)
+        return OnTheFly(particles, grid, noise, torch.zeros(len(particles), 6))
+    count = len(particles)
+    made: list[np.ndarray] = [np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count).values()]
+    cache = Cache(Path(), grid, noise, "", made[0], made[1], made[2], made[3], torch.zeros(count, 6))
+    _fill(cache, particles, np.arange(count), workers, progress)
     return cache
 
 
@@ -258,6 +264,7 @@ def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: 
         "rows": len(particles),
         "grid": list(grid),
         "contrast": noise.contrast,
+        "contrast_sure": noise.contrast_sure,
         "mean_normalised": noise.mean_normalised,
         "calibration": noise.calibration,
         "source": str(particles.source),

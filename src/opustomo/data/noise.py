@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,11 +29,13 @@ from opustomo.physics.fourier import (
 )
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import MIN_COVERAGE, insert_tilts, model_band
-from opustomo.physics.volume import centre_crop, centre_pad
+from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates
 
 SAMPLE = 192  # particles looked at
 # a shell is never taken to be free of noise: one that holds almost no power would get an enormous weight
 MOST_EXPLAINED = 0.95
+CONTRAST_DEVIATIONS = 4.0
+RADIAL_BANDS = 5  # of the calibration of transfer volumes
 
 
 def _prefers_mean(particles: Particles, rows: Iterable[int], grid: Grid) -> bool:
@@ -118,7 +121,6 @@ def estimate_noise(
         add = _power(particles, i, grid, mean)
         power, coverage, ratio = power + add[0], coverage + add[1], ratio + add[2]
     volume, explained = _consensus_share(numerator, weight, shell_sum(ratio, size), mask, grid)
-    sign = _contrast_sign(volume) if contrast == "auto" else 1.0 if contrast == "white" else -1.0
     if by_tilts:
         curve = shell_sum(power, size) / shell_sum(coverage, size).clamp(min=1e-6) * (1.0 - explained)
         curve[0] = curve[1]
@@ -126,7 +128,12 @@ def estimate_noise(
     else:
         level = _smooth(power, size) / _smooth(coverage, size).clamp(min=1e-6) * radial(1.0 - explained, size)
     # noise-free data (tests, simulations) must not divide by zero
-    noise = Noise(level.clamp(min=max(1e-12 * float(level.max()), 1e-30)), sign, mean, explained)
+    level = level.clamp(min=max(1e-12 * float(level.max()), 1e-30))
+    if contrast == "auto":
+        sign, sure = _contrast_sign(volume, weight, level, mask, grid)
+    else:
+        sign, sure = 1.0 if contrast == "white" else -1.0, True
+    noise = Noise(level, sign, mean, explained, contrast_sure=sure)
     return calibrate(particles, grid, mask, noise, rows, workers)
 
 
@@ -135,31 +142,53 @@ def _consensus_share(
 ) -> tuple[Tensor, Tensor]:
     """The masked average (C, C, C) and the fraction of each shell's power it explains, (M//2+1,), in [0, 0.95]."""
     size = grid.working_box
-    shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
-    b = to_band(rfft3(numerator))
-    raw = b / (weight + 0.05 * radial(shells, size)).clamp(min=1e-12)
+    raw = to_band(rfft3(numerator)) / _regularised(weight, size)
     volume = centre_crop(irfft3(from_band(raw, size)), grid.crop) * mask
     v = model_band(volume, size)
-    gain = 2.0 * shell_sum((v * b.conj()).real, size) - shell_sum(v.abs().square() * weight, size)
+    gain = 2.0 * shell_sum((v * to_band(rfft3(numerator)).conj()).real, size) - shell_sum(
+        v.abs().square() * weight, size
+    )
     return volume, (gain / power.clamp(min=1e-30)).clamp(0.0, MOST_EXPLAINED)
 
 
-def _contrast_sign(volume: Tensor) -> float:
-    """+1 if the masked average is brighter than its surroundings: k = 0 is absent, so its sum tells."""
-    return 1.0 if float(volume.sum()) >= 0.0 else -1.0
+def _regularised(weight: Tensor, size: int) -> Tensor:
+    """The weight plus a twentieth of its shell's mean: what an average of a sample is divided by."""
+    shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
+    return (weight + 0.05 * radial(shells, size)).clamp(min=1e-12)
 
 
-def probe_ratio(numerators: Tensor, weights: Tensor, mask: Tensor, size: int, seed: int = 0) -> float:
+def _contrast_sign(volume: Tensor, weight: Tensor, level: Tensor, mask: Tensor, grid: Grid) -> tuple[float, bool]:
+    """+1 if the middle of the masked average is brighter than its surroundings, and whether that is beyond doubt.
+
+    k = 0 is absent, so a density has mean zero over the box, and only its shape tells.  Beyond doubt: four standard
+    deviations of the noise, and the histogram agrees (protein is sparse: the longer tail is on its side).
+    """
+    size = grid.working_box
+    distance = centred_coordinates(grid.crop).square().sum(-1)
+    extent = (distance * mask).sum() / mask.sum()  # mean square radius of the mask
+    core = mask * torch.exp(-distance / extent)
+    score = float((volume * core).sum())
+    seen = model_band(core * mask, size).abs().square() * band_multiplicity(size)
+    spread = float((seen * weight * level / _regularised(weight, size).square()).sum().sqrt())
+    inside = volume[mask > 0.5]
+    tail = float((inside - inside.mean()).pow(3).sum())
+    sign = 1.0 if score >= 0.0 else -1.0
+    return sign, abs(score) > CONTRAST_DEVIATIONS * spread and score * tail > 0
+
+
+def probe_ratio(
+    numerators: Tensor, weights: Tensor, mask: Tensor, size: int, shells: tuple[float, float], seed: int = 0
+) -> float:
     """Variance of what random volumes score against residuals, over what their weights promise.
 
-    Random masked volumes v of the upper half of the band, residuals B_i - W_i mean: ``<v, residual>`` has
-    variance ``<v, W v>`` where noise is counted right.  numerators (b, C, C, C), weights (b, n).
+    Random masked volumes v of the given shells (low < |k| <= high, in Fourier voxels), residuals B_i - W_i mean:
+    ``<v, residual>`` has variance ``<v, W v>`` where noise is counted right.  numerators (b, C, C, C), weights (b, n).
     """
     generator = torch.Generator().manual_seed(seed)
     crop = numerators.shape[-1]
     k = band_frequencies(size).norm(dim=-1)
     shaped = torch.randn((32, size, size, size), generator=generator)
-    passed = to_band(rfft3(shaped)) * ((k > size / 4) & (k < 0.9 * size / 2))
+    passed = to_band(rfft3(shaped)) * ((k > shells[0]) & (k <= shells[1]))
     probes = centre_crop(irfft3(from_band(passed, size)), crop) * mask
     bands = model_band(probes, size)
     mean_b, mean_w = numerators.mean(0), weights.mean(0)
@@ -177,11 +206,18 @@ def calibrate(
 ) -> Noise:
     """Measure ``probe_ratio``; where the multiplicity is unknown (transfer volumes) scale the noise by it.
 
-    Neighbouring Fourier voxels share a slice's noise, and how many do is not in the file: the data tell.
+    Neighbouring Fourier voxels share a slice's noise, and how many do is not in the file: the data tell.  They share
+    more of it near k = 0, where the slices meet, so every radial band has its own ratio.
     """
+    size = grid.working_box
     few = rows[:: max(1, len(rows) // 96)]
-    _, numerators, weights = zip(*observe_all(particles, few, grid, noise, workers), strict=True)
-    ratio = probe_ratio(torch.stack(numerators), torch.stack(weights), mask, grid.working_box)
+    _, b, w = zip(*observe_all(particles, few, grid, noise, workers), strict=True)
+    numerators, weights, top = torch.stack(b), torch.stack(w), 0.45 * size
+    # signal that the average does not explain is strong at low resolution: the upper half tells about the noise
+    ratio = probe_ratio(numerators, weights, mask, size, (0.25 * size, top))
     if particles.transfer == "tilts":
         return replace(noise, calibration=ratio)
-    return replace(noise, power=noise.power * ratio, calibration=ratio)
+    edges = np.linspace(0.0, top, RADIAL_BANDS + 1)
+    ratios = [probe_ratio(numerators, weights, mask, size, (low, high)) for low, high in pairwise(edges.tolist())]
+    curve = np.interp(np.arange(size // 2 + 1), (edges[1:] + edges[:-1]) / 2, ratios)
+    return replace(noise, power=noise.power * radial(torch.from_numpy(curve).float(), size), calibration=ratio)

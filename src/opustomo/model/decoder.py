@@ -29,7 +29,8 @@ class Decoder(nn.Module):
         hidden = channels(512, width)
         self.first = nn.Linear(zdim, hidden)
         self.second = nn.Linear(hidden, trunk[0] * self.grid**3)
-        self.trunk = nn.ModuleList(_double(a, b) for a, b in pairwise(trunk))
+        sizes = (self.grid * 2**i for i in range(len(trunk) - 1))
+        self.trunk = nn.ModuleList(_double(a, b, size) for (a, b), size in zip(pairwise(trunk), sizes, strict=True))
         self.rise = nn.ModuleList(_double(a, b) for a, b in pairwise(rise))
         last = self.rise[-1]
         assert isinstance(last, nn.ConvTranspose3d) and last.bias is not None
@@ -49,5 +50,6 @@ class Decoder(nn.Module):
         return self.rise[-1](x)[:, 0]
 
 
-def _double(inside: int, outside: int) -> nn.ConvTranspose3d:
-    return nn.ConvTranspose3d(inside, outside, 4, 2, 1)
+def _double(inside: int, outside: int, size: int = 2) -> nn.ConvTranspose3d:
+    """Doubles a grid of ``size``.  From a single voxel only the inner 2^3 of a kernel of 4^3 ever meets data."""
+    return nn.ConvTranspose3d(inside, outside, 2, 2) if size == 1 else nn.ConvTranspose3d(inside, outside, 4, 2, 1)

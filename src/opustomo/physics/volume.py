@@ -59,7 +59,7 @@ def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -
 
     matrix: (3, 3); shift: (3,) voxels (x, y, z).  To turn a consensus volume into a particle's frame pass ``A^T``.
     """
-    points = centred_coordinates(volume.shape[-1], volume.device) @ matrix.T.to(volume)
+    points = centred_coordinates(volume.shape[-1], volume.device).to(volume) @ matrix.T.to(volume)
     if shift is not None:
         points = points + shift.to(volume)
     return sample_at(oversampled(rfft3(volume)), 2.0 * points)

@@ -99,11 +99,11 @@ def _reach(curve: Tensor, grid: Grid) -> str:
 
 def _contrast(noise: Noise, count: int, seen: bool, options: InputOptions) -> Finding:
     colour, looks = ("white", "bright") if noise.contrast > 0 else ("black", "dark")
-    values = {"contrast": colour, "sure": seen}
+    values = {"contrast": colour, "sure": seen and noise.contrast_sure}
     if options.contrast not in ("auto", colour):
         found = f"protein looks {looks}, but --contrast {options.contrast} was given"
         return Finding("warning", "contrast", found, "the option is obeyed; leave it out unless you are sure", values)
-    if not seen:
+    if not (seen and noise.contrast_sure):
         found = f"protein is {looks} at a guess: the average of {count} particles does not stand out"
         return Finding("warning", "contrast", found, "look at `opustomo average`, then give --contrast", values)
     action = "used as it is" if colour == "white" else "inverted while reading"

@@ -78,4 +78,17 @@ def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
         columns.append(value)
     table = np.stack(columns, 1)
     table[:, _BFACTOR] = np.abs(table[:, _BFACTOR])
+    _refuse_impossible(path, table)
     return table
+
+
+def _refuse_impossible(path: Path, table: NDArray[np.float64]) -> None:
+    """Values without a CTF: they would turn into NaN far from here."""
+    for name, good, hint in (
+        ("rlnVoltage", lambda v: v > 0, "write kV, e.g. 300"),
+        ("rlnAmplitudeContrast", lambda v: (v >= 0) & (v < 1), "write a fraction, e.g. 0.07"),
+    ):
+        values = table[:, list(_COLUMNS).index(name)]
+        wrong = np.flatnonzero(~good(values))
+        if len(wrong):
+            raise UserError(f"{path}: tilt {wrong[0] + 1}: _{name} {values[wrong[0]]:g} is not possible; {hint}")

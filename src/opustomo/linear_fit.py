@@ -1,0 +1,236 @@
+"""The linear stage fitted to a data set: which particles take part, how many components, which poses, which codes.
+
+Owns: the common start of ``linear`` and ``train``.  Poses are corrected in rounds: each is a Gauss-Newton step, since
+the pose modes are derivatives at the present poses and a first-order model describes large errors badly.  The prior of
+the pose error stays where it was, at the poses given, so that a second look does not count the same evidence twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from opustomo.data.particles import Particles
+from opustomo.data.poses import move_poses
+from opustomo.errors import UserError
+from opustomo.linear import (
+    LinearModel,
+    Posterior,
+    average,
+    choose_components,
+    columns,
+    estimate_gain,
+    fit,
+    infer,
+    maximise,
+    pose_prior,
+    posterior,
+    rescale,
+    statistics,
+    to_single,
+)
+from opustomo.mixture import (
+    CodePosterior,
+    Mixture,
+    Statistics,
+    choose_mixture,
+    condition,
+    reduce_statistics,
+    refine_mixture,
+)
+from opustomo.physics.grid import Grid
+from opustomo.reconstruct import Rows
+
+log = logging.getLogger("opustomo")
+
+OUTLIER_LIMIT = 8.0  # robust standard deviations of the evidence above its median
+HELD_OUT = 0.1  # fraction of particles that choose the number of components
+MAX_COMPONENTS = 12
+EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
+POSE_ROUNDS = 4
+LAST_STEPS, MIXTURE_STEPS = 4, 5
+WORTH = 0.5  # nats per held-out particle: a round that gains less is the last
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """The fitted linear model, the distribution of its codes, and what is known about every particle.
+
+    ``posterior``: code and pose error under Gaussian priors of both; ``codes``: the code under the mixture.
+    """
+
+    model: LinearModel
+    posterior: Posterior
+    statistics: Statistics
+    mixture: Mixture
+    trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
+    typical: Tensor  # (P,) bool: particles that take part in fits
+
+    @cached_property
+    def codes(self) -> CodePosterior:
+        """Posterior of every code under the mixture."""
+        return condition(self.mixture, self.statistics)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the linear stage is fitted: the particles of each part (row numbers), K and EM steps.
+
+    components: K, or 0 to choose it by held-out evidence up to ``limit``; estpose: correct the poses; use_held: once K
+    is chosen the held-out particles take part in the last steps.
+    """
+
+    train: Tensor
+    held: Tensor
+    estpose: bool
+    seed: int
+    components: int = 0
+    limit: int = MAX_COMPONENTS
+    iterations: int = EM_STEPS
+    use_held: bool = False
+
+
+def fit_linear(
+    particles: Particles, make_rows: Callable[[Particles], Rows], grid: Grid, mask: Tensor, plan: Plan
+) -> tuple[Particles, Rows, LinearResult]:
+    """Linear model of the training particles and the posterior of all: particles at their last poses, rows, result.
+
+    make_rows gives the rows of the particles at the poses they have.  Raises UserError with less than 2 particles.
+    """
+    if len(plan.train) < 2:
+        raise UserError(
+            f"{len(plan.train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac"
+        )
+    rows = make_rows(particles)
+    typical = typical_particles(rows, plan.train, grid, mask)
+    train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
+    # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
+    probe = held if len(held) else train[:: round(1 / HELD_OUT)]
+    fitted = train if len(held) or plan.components else train[~torch.isin(train, probe)]
+    limit = plan.components or min(plan.limit, max(1, len(train) // 4))
+
+    def choose(rows: Rows) -> Fit:
+        model, trail = choose_components(
+            rows, fitted, probe, grid, mask, limit, plan.iterations, plan.seed, exactly=bool(plan.components)
+        )
+        return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
+
+    found = choose(rows)
+    if plan.estpose:
+        given = particles
+        particles, rows, found = _correct_poses(particles, rows, found, make_rows, grid, mask, fitted, probe)
+        if particles is not given:
+            # what was noise about poses that are wrong may be a component now; from the start, since many EM steps
+            # overfit the spectrum of the components
+            again = choose(rows)
+            found = again if again.evidence(probe) > found.evidence(probe) else found
+    rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
+    log.info(
+        "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
+        "errors of the given poses of %.2f degrees and %.2f A per axis",
+        found.model.size, found.evidence(probe), found.trail[0][1], rotation, shift,
+    )  # fmt: skip
+    mixture = choose_mixture(code_statistics(found.model, rows, found.posterior.gain, grid), fitted, probe, plan.seed)
+    # everything is chosen now: those held out for the choice may take part, unless they judge a network later
+    last = torch.nonzero(typical)[:, 0] if plan.use_held else train
+    model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
+    final = infer(model, rows, torch.arange(len(rows)), grid)
+    about = code_statistics(model, rows, final.gain, grid)
+    return particles, rows, LinearResult(model, final, about, mixture, found.trail, typical)
+
+
+def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:
+    """Statistics of the codes of all rows; gain (P,)."""
+    everyone = torch.arange(len(rows))
+    moments = statistics(columns(model, grid), rows, everyone, grid)
+    return reduce_statistics(*moments, gain, pose_prior(model, rows, everyone))
+
+
+def polish(
+    model: LinearModel, mixture: Mixture, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, steps: int
+) -> tuple[LinearModel, Mixture]:
+    """EM steps of mean, components and mixture together on the particles at ``index``."""
+    prior = pose_prior(model, rows, index).double()
+    for _ in range(steps):
+        moments = statistics(columns(model, grid), rows, index, grid)
+        gain = estimate_gain(*moments, prior, mixture)
+        mixture = refine_mixture(mixture, reduce_statistics(*moments, gain, prior), MIXTURE_STEPS)
+        post = to_single(posterior(*moments, gain.double(), prior, mixture))
+        model = maximise(model, rows, index, grid, mask, post)
+        model = rescale(model, post, prior, codes=False)
+        prior = pose_prior(model, rows, index).double()
+    return model, mixture
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear model with the Gaussian posteriors of all particles."""
+
+    model: LinearModel
+    posterior: Posterior
+    trail: list[tuple[int, float]]
+
+    def evidence(self, index: Tensor) -> float:
+        """Mean over the particles at ``index``."""
+        return float(self.posterior.evidence[index].mean())
+
+
+def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Tensor:
+    """Which particles may take part in fits, (P,) bool: all but those that the average explains far too well.
+
+    A bright object (gold, ice, an edge) can outweigh a hundred particles and take a component for itself.  It shows
+    in the evidence under the average of the particles at ``index``: robust distance above the median.
+    """
+    everyone = torch.arange(len(rows))
+    evidence = infer(average(rows, index, grid, mask), rows, everyone, grid).evidence
+    centre = evidence.median()
+    spread = 1.4826 * (evidence - centre).abs().median().clamp(min=1.0)
+    typical = evidence <= centre + OUTLIER_LIMIT * spread
+    unusual = torch.nonzero(~typical)[:, 0]
+    if len(unusual):
+        first = ", ".join(str(int(i) + 1) for i in unusual[:8]) + (", ..." if len(unusual) > 8 else "")
+        log.warning(
+            "%d particle(s) are far brighter than the others (rows %s): left out of the fits, they still get codes; "
+            "look at them, and at outlier_score in linear/particles.csv", len(unusual), first,
+        )  # fmt: skip
+    return typical
+
+
+# ------------------------------------------------------------------------------------------------ poses
+
+
+def pose_error(model: LinearModel, pose: Tensor) -> Tensor:
+    """Posterior means (P, 6) in units of the model's pose scale to radians and working voxels."""
+    return pose * torch.tensor(model.pose_scale).repeat_interleave(3)
+
+
+def _correct_poses(
+    particles: Particles,
+    rows: Rows,
+    found: Fit,
+    make_rows: Callable[[Particles], Rows],
+    grid: Grid,
+    mask: Tensor,
+    train: Tensor,
+    probe: Tensor,
+) -> tuple[Particles, Rows, Fit]:
+    """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises."""
+    for number in range(1, POSE_ROUNDS + 1):
+        candidate = move_poses(particles, pose_error(found.model, found.posterior.pose), grid)
+        candidate_rows = make_rows(candidate)
+        model = fit(found.model, candidate_rows, train, grid, mask, EM_STEPS)
+        refined = Fit(model, infer(model, candidate_rows, torch.arange(len(rows)), grid), found.trail)
+        gain = refined.evidence(probe) - found.evidence(probe)
+        log.info("poses corrected, round %d: %+.2f nats per held-out particle", number, gain)
+        if not gain > 0:
+            return particles, make_rows(particles), found
+        particles, rows, found = candidate, candidate_rows, refined
+        if gain < WORTH:
+            break
+    return particles, rows, found
