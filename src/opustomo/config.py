@@ -130,7 +130,7 @@ class TrainConfig:
     """Pose pickle of `dsdsh prepare`; default: the poses of the STAR file."""
     ind: Annotated[Path | None, arg(metavar="PKL")] = None
     """Train on these row numbers only (pickle or text)."""
-    epochs: Annotated[int, arg(aliases=("-n",))] = 20
+    epochs: Annotated[int, arg(aliases=("-n",))] = 10
     """Number of epochs in total."""
     batch: Annotated[int, arg(aliases=("-b",))] = 8
     """Particles per step on each GPU."""
