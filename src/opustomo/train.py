@@ -62,6 +62,7 @@ log = logging.getLogger("opustomo")
 
 EVALUATION_PAIRS = 4  # of opposite samples: they cancel what is odd in the code
 BANK_CLASSES_SAMPLE = 12_800
+OVERFIT = 0.05  # nats per held-out particle by which an earlier epoch has to be better to be named
 CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
@@ -100,6 +101,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     log.info("%.1f million parameters; the data are ready after %.0f s", _millions(model), time.time() - started)
     metrics = Metrics(config.output / "metrics.csv", first)
     bound = float(linear.codes.evidence[held if len(held) else train].mean())
+    saved: dict[int, float] = {}
     for epoch in range(first, config.epochs):
         train_epoch(config, model, context, optimizer, train, bank, epoch, metrics)
         scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
@@ -110,8 +112,9 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
         )  # fmt: skip
         if (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs:
             save(config, start, model, context, optimizer, bank, epoch)
+            saved[epoch] = scores["val_elbo"]
         preview(config, model, context, train, epoch)
-    write_verdict(config.output, scores["val_elbo"], bound)
+    write_verdict(config.output, saved, bound)
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - started, peak_memory_gb(), config.output, config.output)  # fmt: skip
     return 0
@@ -393,16 +396,27 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     plots.save(plots.picture_rows(pictures, titles), config.output / f"{config.tmp_prefix}.png")
 
 
-def write_verdict(folder: Path, bound: float, linear: float) -> None:
-    """Say whether the network earned its place on held-out particles."""
-    if math.isfinite(bound) and bound > linear:
+def write_verdict(folder: Path, saved: dict[int, float], linear: float) -> None:
+    """Say whether the network earned its place on held-out particles, and which of its epochs to use.
+
+    saved: held-out bound of every epoch with a checkpoint; linear: that of the linear stage.
+    """
+    last = max(saved)
+    best = max(saved, key=lambda epoch: saved[epoch])
+    if saved[best] - saved[last] > OVERFIT:
+        log.warning(
+            "held-out particles were explained best after epoch %d, by %.2f nats more than at the end: use --epoch %d "
+            "in analyze, volumes and report, or train for fewer epochs", best, saved[best] - saved[last], best,
+        )  # fmt: skip
+    if math.isfinite(saved[best]) and saved[best] > linear:
         log.info(
-            "the network explains held-out particles better than the linear stage, by %.2f nats each", bound - linear
+            "the network explains held-out particles better than the linear stage, by %.2f nats each",
+            saved[best] - linear,
         )
     else:
         log.warning(
             "the network does not explain held-out particles better than the linear stage (%.2f against %.2f nats): "
-            "prefer the linear codes in %s/linear, train longer, or lower --lr", bound, linear, folder,
+            "prefer the linear codes in %s/linear, train longer, or lower --lr", saved[best], linear, folder,
         )  # fmt: skip
 
 

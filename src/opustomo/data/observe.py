@@ -53,8 +53,8 @@ class Noise:
     contrast: float  # +1: protein is bright in the files, -1: dark
     mean_normalised: bool  # r = 1/m: the file holds means over covering tilts
     explained: Tensor  # (M//2+1,) fraction of each shell's power that the consensus explains
-    contrast_sure: bool = True  # False: the sign is a guess, the user has to look at the average
     calibration: float = 1.0  # var of probe residuals over their expectation; 1 when nats are counted right
+    contrast_sure: bool = True  # False: the sign is a guess, the user has to look at the average
 
 
 def working_mask(mask: Tensor, grid: Grid) -> Tensor:
