@@ -397,6 +397,26 @@ def test_doubling_signal_and_noise_leaves_the_codes(small_set: SmallSet, tmp_pat
     assert torch.allclose(codes[0].evidence, codes[1].evidence, rtol=1e-3)
 
 
+def test_pose_errors_are_those_of_the_particles_own_density(planted: Planted) -> None:
+    """A particle of an unusual state, moved by hand: with the modes of its own density the move is found exactly."""
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), (0.05, 0.4))
+    code, gain = torch.tensor([[2.5, -2.5]]), torch.tensor([0.9])
+    density = 0.9 * model.decode(code)
+    move = torch.tensor([0.5, -0.4, 0.3, 0.2, -0.6, 0.4])
+    moved = density + torch.einsum("j,jzyx->zyx", move, linear.pose_modes(density[0], model.pose_scale, GRID))
+    rows = observed(moved, even_weights(1, SIZE, 1, 1e6), SIZE, seed=None)
+    only = torch.zeros(1, dtype=torch.long)
+    found = linear.own_pose_error(model, rows, only, GRID, code, gain)[0]
+    assert torch.allclose(found, move, atol=1e-3)
+    of_the_mean = torch.einsum("j,jzyx->zyx", move, linear.pose_modes(planted.mean, model.pose_scale, GRID))
+    assert float((moved - density - of_the_mean).norm() / of_the_mean.norm()) > 0.2  # which the mean's modes are not
+    # the prior pulls back to the pose given
+    held = MemoryRows(rows.numerators, rows.weights / 1e9, moved=torch.tensor([[0.05, 0, 0, 0, 0, 0.4]]))
+    held.numerators = rows.numerators / 1e9
+    back = linear.own_pose_error(model, held, only, GRID, code, gain)[0]
+    assert torch.allclose(back, torch.tensor([-1.0, 0, 0, 0, 0, -1.0]), atol=1e-2)
+
+
 def test_new_components_start_small_smooth_and_inside_the_mask(planted: Planted) -> None:
     model = planted.start(3)
     assert model.size == 3

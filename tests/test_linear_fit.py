@@ -59,7 +59,7 @@ def corrected(inputs: Inputs, make_rows: RowMaker) -> Fitted:
 def best_poses(fitted: Fitted, inputs: Inputs) -> Particles:
     """Poses of the rows and the last step from there, as they are written."""
     particles, _, result = fitted
-    return move_poses(particles, pose_error(result.model, result.posterior.pose), inputs.grid)
+    return move_poses(particles, result.pose_error, inputs.grid)
 
 
 def errors_of(particles: Particles, truth: SmallSet) -> dict[str, float]:
@@ -155,15 +155,15 @@ def test_evidence_of_a_particle_survives_a_move_of_its_pose(inputs: Inputs, make
     given = make_rows(inputs.particles)
     model = linear.fit(linear.average(given, EVERY, grid, inputs.mask), given, EVERY, grid, inputs.mask, 6)
     first = linear.infer(model, given, EVERY, grid)
-    pose = pose_error(model, first.pose)
-    pose = 0.6 * (pose - pose.mean(0))
+    found = pose_error(model, given, grid, first.code, first.gain)
+    pose = 0.6 * (found - found.mean(0))
     rows = make_rows(move_poses(inputs.particles, pose, grid))
     second = linear.infer(model, rows, EVERY, grid, first.gain)
-    total = rows.moved + pose_error(model, second.pose)
-    found = pose_error(model, first.pose)
+    remaining = pose_error(model, rows, grid, second.code, first.gain)
+    total = rows.moved + remaining
     for part in (slice(0, 3), slice(3, 6)):
         error = (total - found)[:, part].square().mean().sqrt()
-        left = (pose_error(model, second.pose))[:, part].square().mean().sqrt()
+        left = remaining[:, part].square().mean().sqrt()
         assert float(error) < 0.35 * float(found[:, part].square().mean().sqrt())
         assert float(left) < 0.65 * float(found[:, part].square().mean().sqrt())
     forgotten = MemoryRows(rows.numerator(EVERY), rows.weight(EVERY))

@@ -100,7 +100,7 @@ class Posterior:
 
 
 def pose_modes(mean: Tensor, pose_scale: tuple[float, float], grid: Grid) -> Tensor:
-    """Derivatives of ``V(R^T (x - t))`` at the identity times the pose scale: (6, C, C, C).
+    """Derivatives of ``V(R^T (x - t))`` at the identity times the pose scale: (..., C, C, C) to (..., 6, C, C, C).
 
     Rotation vector w (active, radians, about x, y, z): ``-(w x x) . grad V``; shift t: ``-grad V``.
     """
@@ -108,9 +108,9 @@ def pose_modes(mean: Tensor, pose_scale: tuple[float, float], grid: Grid) -> Ten
     gx, gy, gz = spectral_gradient(padded)
     x, y, z = centred_coordinates(grid.working_box, mean.device).unbind(-1)
     turn, move = pose_scale
-    rotation = torch.stack([z * gy - y * gz, x * gz - z * gx, y * gx - x * gy]) * turn
-    shift = torch.stack([-gx, -gy, -gz]) * move
-    return centre_crop(torch.cat([rotation, shift]), grid.crop)
+    rotation = torch.stack([z * gy - y * gz, x * gz - z * gx, y * gx - x * gy], -4) * turn
+    shift = torch.stack([-gx, -gy, -gz], -4) * move
+    return centre_crop(torch.cat([rotation, shift], -4), grid.crop)
 
 
 def columns(model: LinearModel, grid: Grid) -> Tensor:
@@ -198,6 +198,24 @@ def estimate_gain(linear: Tensor, quadratic: Tensor, prior: Tensor, mixture: Mix
         # at the precision of a checkpoint, so that a resumed run finds the same posterior to the last bit
         gain = particle_gain(linear, quadratic, post.mean).float()
     return gain
+
+
+def own_pose_error(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, code: Tensor, gain: Tensor) -> Tensor:
+    """Posterior mean of the pose error, (b, 6) in units of its scale, given each particle's code (b, K) and gain (b,).
+
+    The modes are derivatives of the particle's own density; in the joint posterior of ``infer`` they are the mean's.
+    """
+    size, prior = grid.working_box, pose_prior(model, rows, index)
+    multiplicity, found = band_multiplicity(size), []
+    for part in torch.arange(len(index)).split(max(1, batch_size(grid) // 16)):
+        volumes = model.decode(code[part]) * gain[part, None, None, None]
+        modes = pose_modes(volumes, model.pose_scale, grid)
+        bands, weighted = model_band(modes, size), (rows.weight(index[part]) * multiplicity)[:, None]
+        gram = ((bands * weighted) @ bands.conj().transpose(-1, -2)).real + torch.eye(POSE)
+        explained = (bands.conj() * weighted * model_band(volumes, size)[:, None]).real.sum(-1)
+        overlap = torch.einsum("bjzyx,bzyx->bj", modes, rows.numerator(index[part]))
+        found.append(torch.linalg.solve(gram, (overlap - explained + prior[part])[..., None])[..., 0])
+    return torch.cat(found)
 
 
 def to_single(post: Posterior) -> Posterior:

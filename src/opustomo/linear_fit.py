@@ -29,6 +29,7 @@ from opustomo.linear import (
     fit,
     infer,
     maximise,
+    own_pose_error,
     pose_prior,
     posterior,
     rescale,
@@ -69,6 +70,7 @@ class LinearResult:
     posterior: Posterior
     statistics: Statistics
     mixture: Mixture
+    pose_error: Tensor  # (P, 6) left at the rows' poses: rotation vector (radians) and shift (working voxels)
     trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
     typical: Tensor  # (P,) bool: particles that take part in fits
 
@@ -141,8 +143,23 @@ def fit_linear(
     last = torch.nonzero(typical)[:, 0] if plan.use_held else train
     model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
     final = infer(model, rows, torch.arange(len(rows)), grid)
-    about = code_statistics(model, rows, final.gain, grid)
-    return particles, rows, LinearResult(model, final, about, mixture, found.trail, typical)
+    return particles, rows, linear_result(model, final, mixture, rows, grid, found.trail, typical)
+
+
+def linear_result(
+    model: LinearModel,
+    posterior: Posterior,
+    mixture: Mixture,
+    rows: Rows,
+    grid: Grid,
+    trail: list[tuple[int, float]],
+    typical: Tensor,
+) -> LinearResult:
+    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture."""
+    about = code_statistics(model, rows, posterior.gain, grid)
+    code = condition(mixture, about).centre().float()
+    error = pose_error(model, rows, grid, code, posterior.gain)
+    return LinearResult(model, posterior, about, mixture, error, trail, typical)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:
@@ -205,9 +222,10 @@ def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Te
 # ------------------------------------------------------------------------------------------------ poses
 
 
-def pose_error(model: LinearModel, pose: Tensor) -> Tensor:
-    """Posterior means (P, 6) in units of the model's pose scale to radians and working voxels."""
-    return pose * torch.tensor(model.pose_scale).repeat_interleave(3)
+def pose_error(model: LinearModel, rows: Rows, grid: Grid, code: Tensor, gain: Tensor) -> Tensor:
+    """What is left of every particle's pose error, (P, 6): rotation vector (radians) and shift (working voxels)."""
+    scale = torch.tensor(model.pose_scale).repeat_interleave(3)
+    return own_pose_error(model, rows, torch.arange(len(rows)), grid, code, gain) * scale
 
 
 def _correct_poses(
@@ -222,7 +240,8 @@ def _correct_poses(
 ) -> tuple[Particles, Rows, Fit]:
     """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises."""
     for number in range(1, POSE_ROUNDS + 1):
-        candidate = move_poses(particles, pose_error(found.model, found.posterior.pose), grid)
+        error = pose_error(found.model, rows, grid, found.posterior.code, found.posterior.gain)
+        candidate = move_poses(particles, error, grid)
         candidate_rows = make_rows(candidate)
         model = fit(found.model, candidate_rows, train, grid, mask, EM_STEPS)
         refined = Fit(model, infer(model, candidate_rows, torch.arange(len(rows)), grid), found.trail)

@@ -25,7 +25,7 @@ from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.poses import move_poses
-from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear, pose_error
+from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
 from opustomo.preparation import RowMaker, make_split, set_threads
@@ -67,7 +67,7 @@ def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> No
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, grid)
     particles = inputs.particles
     if config.estpose:
-        particles = move_poses(particles, pose_error(result.model, result.posterior.pose), grid)
+        particles = move_poses(particles, result.pose_error, grid)
     state = {"mask": inputs.mask, "mean": result.model.mean, "components": result.model.components}
     code, sigma = result.codes.centre().float(), result.codes.spread().float()
     poses = (particles.rotation, particles.origin / grid.box, particles.euler)
@@ -99,7 +99,7 @@ def write_results(
         np.savez(
             handle,
             code=code.numpy(), covariance=codes.covariance().float().numpy(), gain=post.gain.numpy(),
-            evidence=codes.evidence.numpy(), pose=post.pose.numpy(), pose_scale=np.array(model.pose_scale),
+            evidence=codes.evidence.numpy(), pose=result.pose_error.numpy(), pose_scale=np.array(model.pose_scale),
             gaussian=codes.share.float().numpy(), gaussian_mean=result.mixture.mean.numpy(),
             gaussian_covariance=result.mixture.covariance.numpy(), gaussian_share=result.mixture.share.numpy(),
             independent=independent, mixing=mixing, outlier=score.numpy(), trail=np.array(result.trail),

@@ -26,7 +26,7 @@ from opustomo.data.particles import Particles
 from opustomo.data.readers import with_poses
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer, pose_modes, pose_prior
-from opustomo.linear_fit import MAX_COMPONENTS, LinearResult, Plan, code_statistics, fit_linear
+from opustomo.linear_fit import MAX_COMPONENTS, LinearResult, Plan, fit_linear, linear_result
 from opustomo.linear_stage import write_results
 from opustomo.mixture import Mixture, Statistics
 from opustomo.model.vae import Vae
@@ -156,8 +156,7 @@ def start_from_linear(
         rows = make_rows(particles)
         model = _stored_linear(continuation, grid, mask)
         posterior = infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
-        about = code_statistics(model, rows, posterior.gain, grid)
-        linear = LinearResult(model, posterior, about, Mixture(**stored["mixture"]), [], stored["typical"])
+        linear = linear_result(model, posterior, Mixture(**stored["mixture"]), rows, grid, [], stored["typical"])
     else:
         plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)

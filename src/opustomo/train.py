@@ -26,7 +26,6 @@ from opustomo.config import TrainConfig
 from opustomo.data.dataset import batch_order
 from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
-from opustomo.linear_fit import pose_error
 from opustomo.mixture import CodePosterior, condition
 from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
@@ -355,7 +354,7 @@ def save(
     code, sigma = functional.pad(code, unused), functional.pad(sigma, unused, value=1.0)
     best = particles
     if config.estpose:  # the rows' poses are one step behind what the linear stage knows
-        best = move_poses(particles, pose_error(linear, start.linear.posterior.pose), grid)
+        best = move_poses(particles, start.linear.pose_error, grid)
     poses = (best.rotation, best.origin / grid.box, best.euler)
     weights: dict[str, Any] = {
         "kind": "network",

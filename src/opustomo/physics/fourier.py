@@ -66,7 +66,7 @@ def frequencies(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def spectral_gradient(volume: Tensor) -> Tensor:
-    """Derivatives of (N, N, N) per voxel along x, y, z, exact for a band-limited volume: (3, N, N, N)."""
+    """Derivatives of (..., N, N, N) per voxel along x, y, z, exact for a band-limited volume: (3, ..., N, N, N)."""
     n = volume.shape[-1]
     k = frequencies(n, volume.device)
     spectrum = torch.where(k.abs().amax(-1) < n // 2, rfft3(volume), 0.0)
