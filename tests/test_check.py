@@ -426,8 +426,9 @@ def test_crop_and_cost_follow_from_the_mask(sound: Path) -> None:
     assert one(findings, "working box").values["crop"] == grid.crop
     cost = crop.cost_findings(particles, grid)
     assert one(cost, "disk").values["cache_bytes"] == COUNT * row_bytes(grid)
-    bigger = crop.cost_findings(particles.subset(np.tile(np.arange(COUNT), 10)), grid)
-    seconds = [one(found, "disk").values["train_cpu_seconds"] for found in (cost, bigger)]
+    # large enough that whole seconds are precise
+    large, larger = (crop.cost_findings(particles.subset(np.tile(np.arange(COUNT), k)), grid) for k in (20, 200))
+    seconds = [one(found, "disk").values["train_cpu_seconds"] for found in (large, larger)]
     assert seconds[1] == pytest.approx(10 * seconds[0], rel=0.05)
     [wrong], none = crop.grid_findings(GridOptions(downfrac=0.1), spherical_mask(N, 5, 2), APIX)
     assert wrong.level == "error" and none is None

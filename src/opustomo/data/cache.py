@@ -28,7 +28,7 @@ from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 
-FORMAT = 2
+FORMAT = 3
 _MANIFEST, _NOISE = "cache.json", "noise.npz"
 Row = tuple[int, Tensor, Tensor]
 Progress = Callable[[Iterable[Row], int], Iterable[Row]]

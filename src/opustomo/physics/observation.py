@@ -12,7 +12,7 @@ from torch import Tensor
 from opustomo.physics.ctf import contrast_transfer
 from opustomo.physics.fourier import band_multiplicity, from_band, rfft3, to_band
 from opustomo.physics.geometry import euler_to_matrix
-from opustomo.physics.volume import centre_pad, centred_coordinates, oversampled, sample_at
+from opustomo.physics.volume import centre_pad, centred_coordinates, sample_at, sample_spline, spline_coefficients
 
 MIN_COVERAGE = 1e-3  # below this multiplicity a voxel says nothing: B = W = 0
 
@@ -57,7 +57,7 @@ def resample_numerator(band: Tensor, matrix: Tensor, origin: Tensor, size: int, 
     origin: (3,) working voxels (x, y, z).  Returns (crop, crop, crop) in the consensus frame.
     """
     points = centred_coordinates(crop, band.device) @ matrix.T.to(torch.float32) - origin.to(torch.float32)
-    return sample_at(oversampled(from_band(band, size)), 2.0 * points)
+    return sample_spline(spline_coefficients(from_band(band, size)), points)
 
 
 def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tensor:

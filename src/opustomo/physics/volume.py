@@ -42,16 +42,39 @@ def sample_at(volume: Tensor, points: Tensor) -> Tensor:
     return values.reshape(points.shape[:-1])
 
 
-def oversampled(spectrum: Tensor) -> Tensor:
-    """Real-space volume of a half transform (M, M, M//2+1) on a grid twice as fine: (2M, 2M, 2M).
+def spline_coefficients(spectrum: Tensor) -> Tensor:
+    """Cubic B-spline coefficients (2M, 2M, 2M), on a grid twice as fine, of a half transform (M, M, M//2+1).
 
-    Prepared for trilinear reading: the transform is divided by the interpolation kernel's own, sinc^2, so that
-    ``sample_at(oversampled(S), 2 x)`` gives the band-limited volume at x.
+    For ``sample_spline``.  Divided by the kernel's own transform (Unser et al. 1993), so that the spline passes through
+    the band-limited volume exactly on the grid, and within half a percent between its points.
     """
     m = spectrum.shape[-2]
     padded = resize_spectrum(spectrum, 2 * m) * 2.0**1.5
-    kernel = torch.sinc(frequencies(2 * m, spectrum.device) / (2 * m)).square().prod(-1)
+    kernel = ((2.0 + torch.cos(frequencies(2 * m, spectrum.device) * (torch.pi / m))) / 3.0).prod(-1)
     return irfft3(padded / kernel)
+
+
+def sample_spline(coefficients: Tensor, points: Tensor) -> Tensor:
+    """Values at points (..., 3), (x, y, z) voxels of an M box relative to voxel M//2; zero outside the box.
+
+    coefficients: (2M, 2M, 2M) of ``spline_coefficients``.  A cubic B-spline is eight trilinear readings at the right
+    places (Sigg and Hadwiger, GPU Gems 2, 2005).
+    """
+    n, wide = coefficients.shape[-1], 2
+    at = points.reshape(-1, 3).to(coefficients) * 2.0
+    base = at.floor()
+    f = at - base
+    w0, w1, w3 = (1 - f) ** 3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, f**3 / 6
+    low = w0 + w1
+    places = torch.stack([base - 1 + w1 / low, base + 1 + w3 / (1 - low)])  # (2, n, 3), periodic
+    shares = torch.stack([low, 1 - low])
+    periodic = functional.pad(coefficients[None, None], (wide,) * 6, mode="circular")[0, 0]
+    first, second, third = torch.cartesian_prod(*[torch.arange(2)] * 3).unbind(1)
+    corners = torch.stack([places[first, :, 0], places[second, :, 1], places[third, :, 2]], -1)  # (8, n, 3)
+    share = shares[first, :, 0] * shares[second, :, 1] * shares[third, :, 2]
+    value = (sample_at(periodic, corners) * share).sum(0)
+    inside = ((at >= -n / 2) & (at <= n / 2 - 1)).all(-1)
+    return torch.where(inside, value, 0.0).reshape(points.shape[:-1])
 
 
 def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -62,7 +85,7 @@ def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -
     points = centred_coordinates(volume.shape[-1], volume.device).to(volume) @ matrix.T.to(volume)
     if shift is not None:
         points = points + shift.to(volume)
-    return sample_at(oversampled(rfft3(volume)), 2.0 * points)
+    return sample_spline(spline_coefficients(rfft3(volume)), points)
 
 
 def spherical_mask(size: int, radius: float, edge: float, device: torch.device | str = "cpu") -> Tensor:
