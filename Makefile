@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast lint bench bench-quality clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+bench-quality: setup
+	$(BIN)/python benchmarks/run.py --sets all --markdown docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) dist build demo

@@ -1,9 +1,10 @@
-"""The common benchmark set: simulate, linear stage, default training run, every metric; a table of all seeds.
+"""Quality on simulated sets with known truth: linear stage and default training run, every metric, all seeds.
 
-    python benchmarks/run.py --simulator ../shared/tools/simulate_phantom.py -o bench --seeds 1 2 3
+    python benchmarks/run.py -o bench                              the common set, three seeds (make bench)
+    python benchmarks/run.py -o bench --sets all --markdown docs/benchmarks.md   every set (make bench-quality)
 
 The simulator is independent of this program.  CPU-seconds are those of the child processes, wall seconds are printed
-beside them; machines are noisy, so compare figures of one run only.
+beside them; machines are noisy, so compare figures of one run only.  Finished runs in the output folder are kept.
 """
 
 from __future__ import annotations
@@ -14,8 +15,36 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Set:
+    """A simulated set: arguments of the simulator, seeds, and arguments of both stages."""
+
+    title: str
+    simulate: str = "-n 800"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    stages: str = ""
+
+
+SETS = {
+    "common": Set("Common set: 800 particles, SNR 0.1, poses wrong by |N(0, 2 degrees)| and N(0, 0.5 px), hinge ±10"),
+    "hard": Set(
+        "Hard set: SNR 0.02, poses wrong by |N(0, 4 degrees)| and N(0, 1 px), hinge ±20",
+        "-n 800 --snr 0.02 --rot-err 4 --shift-err 1 --hinge 20", (2, 3, 4),
+    ),
+    "motion": Set("Large motion: common set, hinge ±30", "-n 800 --hinge 30"),
+    "few": Set("Few: 263 particles of the common set", "-n 263"),
+    "minority": Set("Minority: the factor in 10 % of the particles", "-n 800 --minority 0.1"),
+    "object8": Set("Another object (phantom seed 8)", "-n 800 --phantom-seed 8", (1,)),
+    "object9": Set("Another object (phantom seed 9)", "-n 800 --phantom-seed 9", (1,)),
+    "full": Set("Full resolution: common set on a working box of 64", "-n 800", (1,), "--downfrac 1"),
+}  # fmt: skip
 
 FIGURES = {
     "composition.auc": "AUC",
@@ -35,6 +64,7 @@ FIGURES = {
     "likelihood.linear_val_elbo": "linear held-out",
     "likelihood.gain_over_linear": "gain over linear",
 }
+LABELS = ["CPU s", "wall s", *FIGURES.values()]
 
 
 def timed(command: list[str]) -> tuple[float, float]:
@@ -61,23 +91,40 @@ def lookup(table: dict[str, Any], dotted: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def one_seed(options: argparse.Namespace, seed: int, program: list[str]) -> dict[str, dict[str, float | None]]:
-    """Figures of the linear stage and of the training run for one seed."""
-    data = options.output / f"set{seed}"
+def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str) -> dict[str, Figures]:
+    """Figures of the linear stage and of the training run for one seed; kept in ``folder/figuresN.json``."""
+    kept = folder / f"figures{seed}.json"
+    if kept.exists():
+        stored: dict[str, Figures] = json.loads(kept.read_text())
+        return stored
+    data, program = folder / f"set{seed}", [sys.executable, "-m", "opustomo"]
     if not (data / "labels.npz").exists():
-        extra = options.simulate.split()
-        subprocess.run(
-            [sys.executable, str(options.simulator), "-o", str(data), "--seed", str(seed), *extra], check=True
-        )
+        simulated = ["-o", str(data), "--seed", str(seed), *which.simulate.split()]
+        subprocess.run([sys.executable, str(simulator), *simulated], check=True)
     star, mask = str(data / "particles.star"), str(data / "mask.mrc")
-    rows = {}
-    for stage, arguments in (("linear", []), ("train", options.train.split())):
-        run = options.output / f"{stage}{seed}"
-        cpu, wall = timed([*program, stage, star, "-r", mask, "-o", str(run), "--seed", str(seed), *arguments])
+    rows: dict[str, Figures] = {}
+    for stage, arguments in (("linear", []), ("train", train.split())):
+        run = folder / f"{stage}{seed}"
+        stated = ["-r", mask, "-o", str(run), "--seed", str(seed), *which.stages.split(), *arguments]
+        cpu, wall = timed([*program, stage, star, *stated])
         subprocess.run([*program, "evaluate", str(run), "--truth", str(data)], check=True, stdout=subprocess.DEVNULL)
         scores = json.loads((run / "evaluation.json").read_text())
         rows[stage] = {"CPU s": cpu, "wall s": wall} | {label: lookup(scores, name) for name, label in FIGURES.items()}
+    kept.write_text(json.dumps(rows, indent=1))
     return rows
+
+
+def markdown(which: Set, table: dict[int, dict[str, Figures]]) -> str:
+    """One table: a row for every figure, two columns for every seed."""
+    columns = [(seed, stage) for seed in table for stage in ("linear", "train")]
+    lines = [f"## {which.title}", "", f"`{which.simulate}`" + (f", `{which.stages}`" if which.stages else ""), ""]
+    lines.append("| | " + " | ".join(f"{stage} {seed}" for seed, stage in columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for label in LABELS:
+        cells = (table[seed][stage][label] for seed, stage in columns)
+        digits = 0 if label.endswith(" s") else 3
+        lines.append(f"| {label} | " + " | ".join("" if v is None else f"{v:.{digits}f}" for v in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -85,20 +132,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulator", type=Path, default=Path("../shared/tools/simulate_phantom.py"))
     parser.add_argument("-o", "--output", type=Path, default=Path("bench"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--simulate", default="-n 800", help="arguments of the simulator")
+    parser.add_argument("--sets", nargs="+", default=["common"], choices=[*SETS, "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the set's own")
     parser.add_argument("--train", default="", help="arguments of opustomo train")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
     if not options.simulator.is_file():
         parser.error(f"--simulator {options.simulator}: no such file; give the path of simulate_phantom.py")
-    program = [sys.executable, "-m", "opustomo"]
-    table = {seed: one_seed(options, seed, program) for seed in options.seeds}
-    (options.output / "figures.json").write_text(json.dumps(table, indent=1))
-    columns = [(seed, stage) for seed in options.seeds for stage in ("linear", "train")]
-    print(f"{'':22}" + "".join(f"{stage} {seed}".rjust(11) for seed, stage in columns))
-    for label in ["CPU s", "wall s", *FIGURES.values()]:
-        cells = (table[seed][stage][label] for seed, stage in columns)
-        print(f"{label:22}" + "".join(("-" if v is None else f"{v:.3f}").rjust(11) for v in cells))
+    parts = []
+    for name in SETS if "all" in options.sets else options.sets:
+        folder = options.output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        seeds = options.seeds or SETS[name].seeds
+        table = {seed: one_seed(SETS[name], seed, folder, options.simulator, options.train) for seed in seeds}
+        parts.append(markdown(SETS[name], table))
+        print(parts[-1], flush=True)
+        if options.markdown is not None:
+            options.markdown.write_text("# Benchmarks\n\nWritten by `make bench-quality`.\n\n" + "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ def test_shared_cache_is_not_touched_by_corrected_poses(untrained: Untrained, fi
     assert contents(given_cache(finished_run)) == untrained.shared
     marks = {open_cache(path).fingerprint for path in (given_cache(finished_run), untrained.run / "cache")}
     assert len(marks) == 2
+    # what the data say afterwards is said by the rows the run ended with
+    assert checkpoint.read_config(untrained.run)["rows"] == str((untrained.run / "cache").resolve())
 
 
 def test_untrained_network_has_the_bound_of_the_linear_stage(untrained: Untrained) -> None:

@@ -51,6 +51,7 @@ class RowMaker:
     workers: int
     shared: Path | None = None
     noise: Noise | None = None
+    place: Path | None = None  # of the rows made last
 
     def __call__(self, particles: Particles) -> Rows:
         """Rows of ``particles``: those of ``inputs``, perhaps at other poses."""
@@ -68,7 +69,7 @@ class RowMaker:
             cache = rows_without_disk(particles, grid, noise, self.workers, _bar)
         else:
             cache = prepare_cache(folder, particles, grid, mask, self.noise, **stated, progress=_bar)
-        self.noise = cache.noise
+        self.noise, self.place = cache.noise, folder
         if first:
             log.info(
                 "%d particles on a working box of %d (%.2f A), crop %d; "

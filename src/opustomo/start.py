@@ -133,11 +133,12 @@ def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
 
 @dataclass(frozen=True)
 class Start:
-    """Inputs at the poses of the rows, the rows, the noise model they were made with, and the linear stage."""
+    """Inputs at the poses of the rows, the rows, their noise model and folder (None: none), and the linear stage."""
 
     inputs: Inputs
     rows: Rows
     noise: Noise
+    place: Path | None
     linear: LinearResult
 
 
@@ -162,7 +163,7 @@ def start_from_linear(
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
         write_results(config.output / "linear", linear, rows, grid, mask, 4, config.seed)
     assert make_rows.noise is not None
-    return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, linear)
+    return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, make_rows.place, linear)
 
 
 def _with_stored_poses(particles: Particles, stored: dict[str, Any]) -> Particles:
@@ -247,9 +248,11 @@ def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray
     return group
 
 
-def save_config(config: TrainConfig, inputs: Inputs, split_file: Path) -> None:
-    """config.yaml and config.pkl: the options as typed and the sizes that followed."""
+def save_config(config: TrainConfig, start: Start, split_file: Path) -> None:
+    """config.yaml and config.pkl: the options as typed, the sizes that followed, and where the rows are."""
+    inputs = start.inputs
     values = {"kind": "network", **checkpoint.flatten(config), **inputs.grid._asdict()}
+    values["rows"] = str(start.place.resolve()) if start.place else None
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
     values |= {"split": str(split_file.resolve()), "particles": len(inputs.particles), "load": None, "latents": None}

@@ -86,7 +86,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
     model, context = build(config, start, train, continuation, device)
-    save_config(config, inputs, split_file)
+    save_config(config, start, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=device.type == "cuda")
     bank = linear.codes.centre().float()

@@ -247,7 +247,9 @@ def _half_map_fsc(run: Run, rows: Rows, weight: Floats, half: NDArray[np.bool_])
 
 def _cache(run: Run) -> Rows:
     """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
-    folder = Path(option(run.config, "cache") or run.path / "cache")
+    folder = Path(run.config.get("rows") or run.path / "cache")
+    if not folder.is_dir() and (run.path / folder.name).is_dir():
+        folder = run.path / folder.name  # the run has moved
     cache = open_cache(folder)
     if len(cache) != len(run.codes) or cache.grid[:4] != run.grid[:4]:
         raise UserError(f"{folder}: is of other particles, another mask or --downfrac than {run.path}; make it again "
