@@ -16,6 +16,7 @@ from opustomo import cli
 from opustomo.average import half_maps, half_sets, half_totals, propose_mask, resolution
 from opustomo.config import InputOptions
 from opustomo.data.mrc import header_of, read_volume
+from opustomo.data.observe import Noise
 from opustomo.data.readers import read_particles
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
@@ -107,7 +108,12 @@ def test_no_particle_is_in_both_halves(small_set: SmallSet, monkeypatch: pytest.
         return ((i, torch.full((crop,) * 3, 2.0**i), torch.full((n,), 3.0**i)) for i in index)
 
     monkeypatch.setattr("opustomo.average.observe_all", rows)
-    numerator, weight = half_totals(particles, grid, spherical_mask(size, 5.0, 2.0), "white", "sum", 1)
+    share = torch.ones(2, 8)
+    share[1] = torch.tensor([0, 0, 0.5, 0, 0, 2.0, 0, 0])
+    noise = Noise(torch.ones(n), 1.0, False, torch.zeros(size // 2 + 1))
+    (numerator, few), (weight, few_weight) = half_totals(particles, grid, noise, share, half_sets(particles), 1)
+    assert few[:, 0, 0, 0].tolist() == [2.0 * 2**5, 0.5 * 2**2]
+    assert few_weight[:, 0].tolist() == [2.0 * 3**5, 0.5 * 3**2]
     first, second = [0, 3, 5, 6], [1, 2, 4, 7]
     assert numerator[:, 0, 0, 0].tolist() == [sum(2.0**i for i in first), sum(2.0**i for i in second)]
     assert weight[:, 0].tolist() == [sum(3.0**i for i in first), sum(3.0**i for i in second)]

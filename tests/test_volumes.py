@@ -7,15 +7,11 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 
-from fake_run import CENTRES, GRID, ZDIM, FakeRun, blob, fake_run
+from fake_run import GRID, ZDIM, blob, fake_run
 from opustomo.analysis import volumes
 from opustomo.errors import UserError
-from opustomo.physics.fourier import from_band, irfft3
-from opustomo.physics.observation import model_band
-from opustomo.physics.volume import centre_crop, spherical_mask
 
 
 def _centre_of_mass_angstrom(path: Path) -> np.ndarray:
@@ -121,78 +117,6 @@ def test_lists_of_codes_name_the_bad_row(tmp_path: Path) -> None:
             volumes.read_codes(path, 4)
     with pytest.raises(UserError, match=r"missing\.txt: cannot be read"):
         volumes.read_codes(tmp_path / "missing.txt", 4)
-
-
-def test_kernel_covers_the_nearest_particles() -> None:
-    codes = np.random.default_rng(0).normal(size=(500, 3))
-    weight = volumes.kernel(codes, codes[7], 50)
-    distance = np.linalg.norm(codes - codes[7], axis=1)
-    assert (weight > 0).sum() == 50
-    assert weight[7] == 1 and (np.diff(weight[np.argsort(distance)]) <= 0).all()
-    assert weight[np.argsort(distance)[49]] == pytest.approx(np.exp(-2))
-    # equal codes and fewer particles than asked for
-    assert (volumes.kernel(np.zeros((5, 3)), np.zeros(3), 50) == 1).all()
-
-
-class Rows:
-    """Numerators and weights of particles that show what the decoder says at their code, in the stated noise."""
-
-    def __init__(self, run: FakeRun, noise: float) -> None:
-        self.grid = run.grid
-        size, rng = run.grid.working_box, torch.Generator().manual_seed(0)
-        signal = model_band(torch.from_numpy(run.decode(run.codes)), size)
-        hidden = torch.randn(signal.shape, dtype=torch.complex64, generator=rng) * noise
-        self.weights = torch.rand(signal.shape, generator=rng) / noise**2
-        self.numerators = self.weights * (signal + hidden)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def weight(self, index: torch.Tensor) -> torch.Tensor:
-        return self.weights[index]
-
-    def numerator(self, index: torch.Tensor) -> torch.Tensor:
-        return centre_crop(irfft3(from_band(self.numerators[index], self.grid.working_box)), self.grid.crop)
-
-
-def test_data_volumes_show_the_state_of_the_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = fake_run(tmp_path, particles=90)
-    run.mask = spherical_mask(20, 7.5, 2.0)
-    monkeypatch.setattr(volumes, "open_cache", lambda folder: Rows(run, noise=0.1))
-    codes = CENTRES[:2]
-    paths = volumes.write_data_volumes(run, codes, tmp_path / "out", neighbours=25)
-    maps = [mrcfile.read(path).ravel() for path in paths]
-    truth = (run.decode(codes) * run.mask.numpy()).reshape(2, -1)
-    difference = np.corrcoef(maps[0] - maps[1], truth[0] - truth[1])[0, 1]
-    assert difference > 0.9
-    with mrcfile.open(paths[0]) as mrc:
-        assert float(mrc.voxel_size.x) == pytest.approx(10.0)
-    frequency, curves = volumes.read_fsc(tmp_path / "out" / "fsc_data.csv")
-    assert list(curves) == ["reference0", "reference1", "random"]
-    assert frequency[-1] == pytest.approx(1 / 20)
-    # the neighbours agree with each other better than random particles, which mix three states, do
-    fine = slice(3, 6)
-    assert curves["reference0"][fine].mean() > 0.9
-    assert curves["reference0"][fine].mean() > curves["random"][fine].mean()
-
-
-def test_half_maps_of_noise_do_not_correlate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = fake_run(tmp_path, particles=60)
-    monkeypatch.setattr(volumes, "open_cache", lambda folder: Rows(run, noise=300.0))
-    volumes.write_data_volumes(run, CENTRES[:1], tmp_path / "out", neighbours=30)
-    _, curves = volumes.read_fsc(tmp_path / "out" / "fsc_data.csv")
-    assert abs(curves["reference0"][4:].mean()) < 0.15
-
-
-def test_from_data_without_a_fitting_cache_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = fake_run(tmp_path)
-    with pytest.raises(UserError, match=r"cache: no cache here; make it with `opustomo cache"):
-        volumes.write_data_volumes(run, np.zeros((1, ZDIM)), tmp_path / "out")
-    other, _ = fake_run(tmp_path, particles=30)
-    monkeypatch.setattr(volumes, "open_cache", lambda folder: Rows(other, noise=1.0))
-    with pytest.raises(UserError, match=r"is of other particles.*opustomo cache"):
-        volumes.write_data_volumes(run, np.zeros((1, ZDIM)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_options_are_found_in_any_group() -> None:

@@ -21,10 +21,19 @@ from opustomo.data.atomic import atomic
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
-from opustomo.data.observe import observe_all
+from opustomo.data.observe import Noise, observe_all
 from opustomo.data.particles import Particles
 from opustomo.monitor import progress, setup_log
-from opustomo.physics.fourier import fourier_resize, from_band, irfft3, radial, rfft3, shell_sum, to_band
+from opustomo.physics.fourier import (
+    band_frequencies,
+    fourier_resize,
+    from_band,
+    irfft3,
+    radial,
+    rfft3,
+    shell_sum,
+    to_band,
+)
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centre_pad, cosine_edge, fourier_shell_correlation
 
@@ -39,21 +48,20 @@ def half_sets(particles: Particles) -> np.ndarray:
 
 
 def half_totals(
-    particles: Particles, grid: Grid, mask: Tensor, contrast: str, normalisation: str, workers: int
+    particles: Particles, grid: Grid, noise: Noise, share: Tensor, half: np.ndarray, workers: int
 ) -> tuple[Tensor, Tensor]:
-    """Summed numerators (2, M, M, M) and weights (2, n) of the two half sets on the whole working box."""
-    noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
-    log.info("contrast: protein is %s; normalisation: %s; noise calibration %.2f",
-             "bright" if noise.contrast > 0 else "dark", "mean over tilts" if noise.mean_normalised else "as stored",
-             noise.calibration)  # fmt: skip
-    size, half = grid.working_box, half_sets(particles)
-    numerator, weight = torch.zeros(2, size, size, size), None
-    made = observe_all(particles, range(len(particles)), grid, noise, workers, crop=size)
-    for i, b, w in progress(made, len(particles), "average"):
-        weight = torch.zeros(2, len(w)) if weight is None else weight
-        numerator[half[i]] += b
-        weight[half[i]] += w
-    assert weight is not None
+    """Sums over particles with shares (c, P): numerators (c, 2, M, M, M) and weights (c, 2, n) of two half sets.
+
+    half: (P,) 0 or 1.  On the whole working box; one pass over the subtomograms that take part.
+    """
+    size, used = grid.working_box, torch.nonzero(share.amax(0) > 0)[:, 0].tolist()
+    numerator = torch.zeros(len(share), 2, size, size, size)
+    weight = torch.zeros(len(share), 2, len(band_frequencies(size)))
+    made = observe_all(particles, used, grid, noise, workers, crop=size)
+    for i, b, w in progress(made, len(used), "average"):
+        for c in torch.nonzero(share[:, i])[:, 0].tolist():
+            numerator[c, half[i]] += share[c, i] * b
+            weight[c, half[i]] += share[c, i] * w
     return numerator, weight
 
 
@@ -112,9 +120,16 @@ def main(config: AverageConfig) -> int:
     particles, size = inputs.particles, inputs.grid.working_box
     grid = inputs.grid._replace(crop=size)
     mask = centre_pad(inputs.mask, size)
-    numerator, weight = half_totals(
-        particles, grid, mask, config.input.contrast, config.input.normalisation, config.workers
+    noise = estimate_noise(
+        particles, grid, mask, contrast=config.input.contrast, normalisation=config.input.normalisation
     )
+    log.info("contrast: protein is %s; normalisation: %s; noise calibration %.2f",
+             "bright" if noise.contrast > 0 else "dark", "mean over tilts" if noise.mean_normalised else "as stored",
+             noise.calibration)  # fmt: skip
+    if not noise.contrast_sure:
+        log.warning("the contrast is a guess: if protein is dark in average.png, give --contrast with the other colour")
+    everyone = torch.ones(1, len(particles))
+    [numerator], [weight] = half_totals(particles, grid, noise, everyone, half_sets(particles), config.workers)
     halves, full, fsc = half_maps(numerator, weight, size, mask)
     if config.mask is None:
         mask = propose_mask(full, grid)

@@ -237,7 +237,9 @@ class VolumesConfig:
     flip: Switch = False
     """Mirror the volumes along z (other hand)."""
     from_data: Switch = False
-    """Also write what the data say at each code, with half-map FSC."""
+    """Also write what the data say at each code, with half-map FSC, at the working pixel size of the run."""
+    full: Switch = False
+    """The same from the subtomograms at their own box and pixel size, with half maps for relion_postprocess."""
 
 
 @dataclass(frozen=True)

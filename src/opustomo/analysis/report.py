@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from opustomo import __version__
 from opustomo.analysis import page, plots
+from opustomo.analysis.data_maps import read_fsc
 from opustomo.analysis.latents import (
     Analysis,
     analysis_folder,
@@ -30,7 +31,7 @@ from opustomo.analysis.latents import (
 )
 from opustomo.analysis.page import Section
 from opustomo.analysis.surface import contour
-from opustomo.analysis.volumes import option, read_fsc, save_volumes
+from opustomo.analysis.volumes import option, save_volumes
 from opustomo.config import ReportConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.readers.relion import tomograms

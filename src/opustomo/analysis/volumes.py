@@ -1,13 +1,10 @@
 """Maps at any codes: decoded, brought to an exact pixel size, and laid over the consensus map.
 
-Owns: the verb ``volumes``; resampling of the decoder's crop; maps made from the data themselves at a code
-(METHOD section 8) with their half-map FSC.
+Owns: the verb ``volumes`` and resampling of the decoder's crop.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -15,19 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from opustomo.analysis import plots
 from opustomo.analysis.latents import analysis_folder
 from opustomo.config import VolumesConfig
-from opustomo.data.atomic import write_text
-from opustomo.data.cache import open_cache
 from opustomo.data.mrc import write_volume
 from opustomo.errors import UserError
 from opustomo.monitor import progress
-from opustomo.physics.volume import fourier_shell_correlation
-from opustomo.reconstruct import Rows, reconstruct
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -43,6 +34,7 @@ LARGEST_BOX = 1024
 
 def main(config: VolumesConfig) -> None:
     """Verb ``volumes``."""
+    from opustomo.analysis.data_maps import write_data_volumes, write_full_volumes
     from opustomo.checkpoint import open_run
 
     chosen = [name for name in ("kmeans", "pc", "zfile") if getattr(config, name)]
@@ -58,7 +50,9 @@ def main(config: VolumesConfig) -> None:
     folder = config.output or (analysis_folder(run) / source.stem if config.zfile else source.parent)
     options = (folder, config.prefix, config.angpix, config.box, config.flip)
     written = write_volumes(run, codes, *options)
-    if config.from_data:
+    if config.full:
+        written += write_full_volumes(run, codes, folder, config.prefix, config.flip)
+    elif config.from_data:
         written += write_data_volumes(run, codes, *options)
     log.info("written: %s ... %s", written[0], written[-1].name)
 
@@ -190,93 +184,7 @@ def resample(volume: Volume, pitch: float, pixel: float, size: int, flip: bool =
     return np.einsum("xc,zyc->zyx", along, turned, optimize=True).astype(np.float32)
 
 
-def write_data_volumes(
-    run: Run,
-    codes: NDArray[np.floating],
-    folder: Path,
-    prefix: str = "reference",
-    angpix: float | None = None,
-    box: int = 0,
-    flip: bool = False,
-    neighbours: int = 0,
-    seed: int = 0,
-) -> list[Path]:
-    """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
-
-    Particles are weighted by a Gaussian of their distance in code space that covers ``neighbours`` of them (0: a
-    tenth, at least 32).  Two random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random``
-    is the same for randomly chosen particles: what every subset shares.  UserError: the run has no cache.
-    """
-    rows = _cache(run)
-    grid, n = run.grid, len(run.codes)
-    pixel, size = target(grid, angpix, box)
-    rng = np.random.default_rng(seed)
-    half = rng.permutation(n) % 2 == 0
-    curves: dict[str, Floats] = {}
-    paths = []
-    for i, code in enumerate(progress(codes, len(codes), "volumes from data", "volumes")):
-        weight = kernel(run.codes, code, neighbours or max(32, n // 10))
-        volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
-        path = folder / f"{prefix}{i}_data.mrc"
-        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
-        paths.append(path)
-        curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
-        if i == 0:
-            control = _half_map_fsc(run, rows, rng.permutation(weight), half)
-    curves["random"] = control
-    _write_fsc(curves, grid, folder)
-    return paths
-
-
-def kernel(codes: NDArray[np.floating], code: NDArray[np.floating], neighbours: int) -> Floats:
-    """(P,) weights exp(-d^2 / 2 s^2) of the particles around ``code``, zero beyond 2 s = the distance of the
-    ``neighbours``-th nearest particle."""
-    distance = np.linalg.norm(np.asarray(codes, np.float64) - code, axis=1)
-    reach = float(np.partition(distance, min(neighbours, len(codes)) - 1)[min(neighbours, len(codes)) - 1])
-    return np.where(distance <= reach, np.exp(-2 * (distance / max(reach, 1e-12)) ** 2), 0.0)
-
-
-def _half_map_fsc(run: Run, rows: Rows, weight: Floats, half: NDArray[np.bool_]) -> Floats:
-    """FSC per shell of the two halves' reconstructions; zeros where a half has no particle."""
-    if not (weight[half].any() and weight[~half].any()):
-        return np.zeros(run.grid.crop // 2 + 1)
-    sides = (torch.from_numpy(np.where(side, weight, 0.0)) for side in (half, ~half))
-    first, second = (reconstruct(rows, side, run.grid, run.mask) for side in sides)
-    return np.asarray(fourier_shell_correlation(first, second), np.float64)
-
-
-def _cache(run: Run) -> Rows:
-    """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
-    folder = Path(run.config.get("rows") or run.path / "cache")
-    if not folder.is_dir() and (run.path / folder.name).is_dir():
-        folder = run.path / folder.name  # the run has moved
-    cache = open_cache(folder)
-    if len(cache) != len(run.codes) or cache.grid[:4] != run.grid[:4]:
-        raise UserError(f"{folder}: is of other particles, another mask or --downfrac than {run.path}; make it again "
-                        f"with `opustomo cache {run.star} -o {folder}` and the options of the run")  # fmt: skip
-    return cache
-
-
 def option(config: dict[str, Any], name: str) -> str:
     """An option by its own name, in whichever group of config.yaml it stands; "" when not set."""
     inner = (option(values, name) for values in config.values() if isinstance(values, dict))
     return str(config.get(name) or next((found for found in inner if found), ""))
-
-
-def _write_fsc(curves: dict[str, Floats], grid: Grid, folder: Path) -> None:
-    shells = len(next(iter(curves.values())))
-    frequency = np.arange(shells) / (grid.crop * grid.working_pixel)
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["frequency", *curves])
-    table.writerows([f"{v:.6f}" for v in row] for row in zip(frequency, *curves.values(), strict=True))
-    write_text(folder / "fsc_data.csv", buffer.getvalue())
-    plots.save(plots.fsc_curves(frequency, curves, "Half maps of the data at each code"), folder / "fsc_data.png")
-
-
-def read_fsc(path: Path) -> tuple[Floats, dict[str, Floats]]:
-    """(frequency in 1/Angstrom, name to FSC) of fsc_data.csv."""
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    table = np.array(rows[1:], np.float64)
-    return table[:, 0], {name: table[:, i + 1] for i, name in enumerate(rows[0][1:])}

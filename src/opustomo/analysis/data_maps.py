@@ -1,0 +1,178 @@
+"""Maps that the data, not the decoder, make at a code (METHOD section 8), and how far two halves of them agree.
+
+Owns: the weights of the particles around a code, maps from the run's rows at its working resolution, and maps from the
+subtomograms at their full size, with half maps for RELION.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opustomo.analysis import plots
+from opustomo.analysis.volumes import option, origin_of, resample, target
+from opustomo.average import half_maps, half_sets, half_totals
+from opustomo.compat.legacy_files import load_indices
+from opustomo.config import GridOptions, InputOptions
+from opustomo.data.atomic import write_text
+from opustomo.data.cache import open_cache
+from opustomo.data.inputs import read_inputs
+from opustomo.data.mrc import write_volume
+from opustomo.data.noise import estimate_noise
+from opustomo.errors import UserError
+from opustomo.monitor import progress
+from opustomo.physics.volume import centre_pad, fourier_shell_correlation
+from opustomo.reconstruct import Rows, reconstruct
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
+    from opustomo.data.inputs import Inputs
+
+Floats = NDArray[np.float64]
+MEMORY = 2e9  # bytes of sums held at a time; more codes than fit need another pass over the subtomograms
+
+
+def write_data_volumes(
+    run: Run,
+    codes: NDArray[np.floating],
+    folder: Path,
+    prefix: str = "reference",
+    angpix: float | None = None,
+    box: int = 0,
+    flip: bool = False,
+    neighbours: int = 0,
+    seed: int = 0,
+) -> list[Path]:
+    """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
+
+    Particles are weighted by a Gaussian of their distance in code space that covers ``neighbours`` of them (0: a
+    tenth, at least 32).  Two random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random``
+    is the same for randomly chosen particles: what every subset shares.  UserError: the run has no cache.
+    """
+    rows = _cache(run)
+    grid, n = run.grid, len(run.codes)
+    pixel, size = target(grid, angpix, box)
+    rng = np.random.default_rng(seed)
+    half = rng.permutation(n) % 2 == 0
+    curves: dict[str, Floats] = {}
+    paths = []
+    for i, code in enumerate(progress(codes, len(codes), "volumes from data", "volumes")):
+        weight = kernel(run.codes, code, neighbours or max(32, n // 10))
+        volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
+        path = folder / f"{prefix}{i}_data.mrc"
+        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
+        paths.append(path)
+        curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
+        if i == 0:
+            control = _half_map_fsc(run, rows, rng.permutation(weight), half)
+    curves["random"] = control
+    _write_fsc(curves, grid.crop * grid.working_pixel, folder)
+    return paths
+
+
+def write_full_volumes(
+    run: Run, codes: NDArray[np.floating], folder: Path, prefix: str, flip: bool = False, neighbours: int = 0
+) -> list[Path]:
+    """Maps from the subtomograms at their own box and pixel size: PREFIXi_data.mrc, _half1.mrc and _half2.mrc.
+
+    Poses are the run's last ones; particles are weighted as in ``write_data_volumes``; halves are the file's random
+    subsets, or alternate rows.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the map is
+    filtered by their FSC.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being the control.
+    """
+    inputs = _full_inputs(run)
+    particles, size = inputs.particles, inputs.grid.working_box
+    grid, mask = inputs.grid._replace(crop=size), centre_pad(inputs.mask, size)
+    contrast, normalisation = (option(run.config, name) or "auto" for name in ("contrast", "normalisation"))
+    noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
+    around = [kernel(run.codes, code, neighbours or max(32, len(particles) // 10)) for code in codes]
+    weights = torch.from_numpy(np.stack([*around, np.random.default_rng(0).permutation(around[0])])).float()
+    names = [*(f"{prefix}{i}" for i in range(len(codes))), "random"]
+    at_once = max(1, int(MEMORY / (2 * 4 * 1.5 * size**3)))
+    curves: dict[str, Floats] = {}
+    paths = []
+    for start in range(0, len(weights), at_once):
+        part = weights[start : start + at_once]
+        sums = half_totals(particles, grid, noise, part, half_sets(particles), 0)
+        for name, numerator, weight in zip(names[start:], *sums, strict=False):
+            halves, volume, fsc = half_maps(numerator, weight, size, mask)
+            curves[name] = fsc.numpy().astype(np.float64)
+            if name == "random":
+                continue
+            for kind, values in (("data", volume), ("half1", halves[0]), ("half2", halves[1])):
+                paths.append(folder / f"{name}_{kind}.mrc")
+                written = resample(values.numpy(), grid.pixel_size, grid.pixel_size, size, flip)
+                write_volume(paths[-1], written, grid.pixel_size)
+    _write_fsc(curves, grid.extent, folder)
+    return paths
+
+
+def _full_inputs(run: Run) -> Inputs:
+    """The run's particles at its last poses and its mask, at the subtomograms' own sampling."""
+    mask, datadir, ind = (option(run.config, name) for name in ("mask", "datadir", "ind"))
+    options = InputOptions(datadir=Path(datadir) if datadir else None)
+    inputs = read_inputs(run.star, options, GridOptions(Path(mask) if mask else None, downfrac=1.0))
+    particles = inputs.particles
+    if ind:
+        particles = particles.subset(load_indices(Path(ind), len(particles)))
+    if len(particles) != len(run.codes):
+        raise UserError(
+            f"{run.star}: {len(particles)} particles where {run.path} has {len(run.codes)}; give back the STAR file "
+            "that the run was made with"
+        )
+    particles = replace(particles, rotation=run.rotation, origin=run.origin, euler=run.euler)
+    return replace(inputs, particles=particles)
+
+
+def kernel(codes: NDArray[np.floating], code: NDArray[np.floating], neighbours: int) -> Floats:
+    """(P,) weights exp(-d^2 / 2 s^2) of the particles around ``code``, zero beyond 2 s = the distance of the
+    ``neighbours``-th nearest particle."""
+    distance = np.linalg.norm(np.asarray(codes, np.float64) - code, axis=1)
+    reach = float(np.partition(distance, min(neighbours, len(codes)) - 1)[min(neighbours, len(codes)) - 1])
+    return np.where(distance <= reach, np.exp(-2 * (distance / max(reach, 1e-12)) ** 2), 0.0)
+
+
+def _half_map_fsc(run: Run, rows: Rows, weight: Floats, half: NDArray[np.bool_]) -> Floats:
+    """FSC per shell of the two halves' reconstructions; zeros where a half has no particle."""
+    if not (weight[half].any() and weight[~half].any()):
+        return np.zeros(run.grid.crop // 2 + 1)
+    sides = (torch.from_numpy(np.where(side, weight, 0.0)) for side in (half, ~half))
+    first, second = (reconstruct(rows, side, run.grid, run.mask) for side in sides)
+    return np.asarray(fourier_shell_correlation(first, second), np.float64)
+
+
+def _cache(run: Run) -> Rows:
+    """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
+    folder = Path(run.config.get("rows") or run.path / "cache")
+    if not folder.is_dir() and (run.path / folder.name).is_dir():
+        folder = run.path / folder.name  # the run has moved
+    cache = open_cache(folder)
+    if len(cache) != len(run.codes) or cache.grid[:4] != run.grid[:4]:
+        raise UserError(f"{folder}: is of other particles, another mask or --downfrac than {run.path}; make it again "
+                        f"with `opustomo cache {run.star} -o {folder}` and the options of the run")  # fmt: skip
+    return cache
+
+
+def _write_fsc(curves: dict[str, Floats], extent: float, folder: Path) -> None:
+    """fsc_data.csv and fsc_data.png; extent: edge of the boxes in Angstrom."""
+    frequency = np.arange(len(next(iter(curves.values())))) / extent
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["frequency", *curves])
+    table.writerows([f"{v:.6f}" for v in row] for row in zip(frequency, *curves.values(), strict=True))
+    write_text(folder / "fsc_data.csv", buffer.getvalue())
+    plots.save(plots.fsc_curves(frequency, curves, "Half maps of the data at each code"), folder / "fsc_data.png")
+
+
+def read_fsc(path: Path) -> tuple[Floats, dict[str, Floats]]:
+    """(frequency in 1/Angstrom, name to FSC) of fsc_data.csv."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    table = np.array(rows[1:], np.float64)
+    return table[:, 0], {name: table[:, i + 1] for i, name in enumerate(rows[0][1:])}
