@@ -55,6 +55,7 @@ FIGURES = {
     "conformation.hinge.ica_corr": "one ICA axis hinge",
     "volumes.resolution_0.5_mean": "FSC 0.5 (A)",
     "volumes.difference_cc_mean": "difference cc",
+    "volumes.centre_difference_cc_mean": "difference cc, mean codes",
     "volumes.particle_fsc_area": "particle FSC area",
     "poses.ratio.angle_median": "pose median ratio",
     "poses.ratio.angle_p90": "pose p90 ratio",

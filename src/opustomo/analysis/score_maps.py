@@ -28,13 +28,14 @@ SAMPLE = 32  # particles decoded at their own code
 
 @dataclass(frozen=True)
 class ClassVolume:
-    """One label-free class: its true state by majority, the decoded medoid and the true map, (C, C, C) masked."""
+    """One label-free class: its true state by majority, decoded medoid and mean code, true map, (C, C, C) masked."""
 
     size: int
     state: int
     purity: float
     hinge: float  # of the true map
     decoded: torch.Tensor
+    centre: torch.Tensor
     truth: torch.Tensor
 
 
@@ -52,7 +53,9 @@ def volumes(run: Run, truth: Truth, rows: NDArray[np.int64], classes: NDArray[np
         "states_found": len({volume.state for volume in matched}),
         **{f"{name}_mean": float(np.mean([c[name] for c in per_class.values()])) for name in _SUMMARY},
     }
-    scores |= _differences(matched)
+    scores |= _differences(matched, "difference_cc", [volume.decoded for volume in matched])
+    # a medoid has a conformation of its own, which a difference of two compositions then shows as well
+    scores |= _differences(matched, "centre_difference_cc", [volume.centre for volume in matched])
     scores["particle_fsc_area"] = _particle_area(run, truth, rows)
     return scores | per_class
 
@@ -73,9 +76,11 @@ def class_volumes(run: Run, truth: Truth, rows: NDArray[np.int64], classes: NDAr
         target = truth.nearest_map(state, _median(_hinge(truth)[members[states == state]]))
         if target is None:
             continue
-        decoded = masked(torch.from_numpy(run.decode(run.codes[medoid][None]))[0], run)
+        pair = run.decode(np.stack([run.codes[medoid], codes.mean(0)]))
+        decoded, centre = (masked(torch.from_numpy(volume), run) for volume in pair)
         purity = float(counts.max() / len(members))
-        found.append(ClassVolume(len(members), state, purity, target.hinge, decoded, true_volume(target, run)))
+        true = true_volume(target, run)
+        found.append(ClassVolume(len(members), state, purity, target.hinge, decoded, centre, true))
     return found
 
 
@@ -134,14 +139,14 @@ def _class_scores(volume: ClassVolume, pixel: float) -> dict[str, Any]:
     }
 
 
-def _differences(matched: list[ClassVolume]) -> dict[str, float]:
-    """Correlation of decoded with true difference maps, over all pairs of classes of different states."""
+def _differences(matched: list[ClassVolume], name: str, volumes: list[torch.Tensor]) -> dict[str, float]:
+    """Correlation of differences of ``volumes`` with those of the true maps, over all pairs of different states."""
     found = [
-        _correlation(a.decoded - b.decoded, a.truth - b.truth)
-        for a, b in combinations(matched, 2)
-        if a.state != b.state
+        _correlation(volumes[i] - volumes[j], matched[i].truth - matched[j].truth)
+        for i, j in combinations(range(len(matched)), 2)
+        if matched[i].state != matched[j].state
     ]
-    return {"difference_cc_mean": float(np.mean(found)), "difference_cc_min": min(found)} if found else {}
+    return {f"{name}_mean": float(np.mean(found)), f"{name}_min": min(found)} if found else {}
 
 
 def _particle_area(run: Run, truth: Truth, rows: NDArray[np.int64]) -> float:
