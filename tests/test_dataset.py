@@ -49,3 +49,14 @@ def test_orientations_are_grouped_up_to_the_sign_of_the_beam() -> None:
     count = len(np.unique(both))
     assert count > 1 and 600 / count >= 16
     assert len(np.unique(wedge_groups(rotation[:10], 8))) == 1
+
+
+def test_wedges_turned_about_the_beam_are_told_apart() -> None:
+    """A quarter turn about the beam is another wedge, half a turn the same one."""
+    rotation = Rotation.random(4000, rng=np.random.default_rng(3)).as_matrix()
+    quarter, half = (Rotation.from_euler("z", turn, degrees=True).as_matrix() @ rotation for turn in (90, 180))
+    group = wedge_groups(np.concatenate([rotation, quarter, half]), 8)
+    first, turned, same = group[:4000], group[4000:8000], group[8000:]
+    assert np.mean(first == same) > 0.999  # rounding at an edge
+    assert np.mean(first == turned) < 0.01
+    assert len(group) / len(np.unique(group)) >= 4 * 8

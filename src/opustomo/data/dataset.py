@@ -11,20 +11,30 @@ from torch import Tensor
 
 from opustomo.physics.healpix import vector_to_pixel
 
+# HEALPix nside of the beam axis and bins of the tilt axis around it, ever finer
+LEVELS = ((1, 1), (1, 3), (2, 3), (2, 6), (4, 6), (4, 12), (8, 12), (8, 24))
+
 
 def wedge_groups(rotation: np.ndarray, batch: int) -> np.ndarray:
-    """Group of each particle by the orientation of its beam axis ``A^T z`` up to sign (HEALPix), (P,).
+    """Group of each particle by the orientation of its missing wedge in the consensus frame, (P,).
 
-    The finest of nside 1, 2, 4, 8 that leaves at least four batches a group on average.
+    The beam axis ``A^T z`` (HEALPix) and the tilt axis ``A^T y`` around it, both up to sign, since a wedge is the same
+    seen from either side: the finest of ``LEVELS`` that leaves at least four batches a group on average.
     """
-    axis = torch.from_numpy(rotation[:, 2, :])
-    axis = torch.where(axis[:, 2:] < 0, -axis, axis)
+    beam, tilt = rotation[:, 2, :], rotation[:, 1, :]
+    beam = np.where(beam[:, 2:] < 0, -beam, beam)
+    # angle of the tilt axis about the beam, from the horizontal direction; at the pole from x
+    level = np.cross([0.0, 0.0, 1.0], beam)
+    level = np.where(np.linalg.norm(level, axis=1, keepdims=True) < 1e-6, [1.0, 0.0, 0.0], level)
+    upward = np.cross(beam, level)
+    angle = np.arctan2((tilt * upward).sum(1), (tilt * level).sum(1)) % np.pi
     best = np.zeros(len(rotation), np.int64)
-    for nside in (1, 2, 4, 8):
-        pixel = vector_to_pixel(axis, nside).numpy()
-        if len(rotation) / len(np.unique(pixel)) < 4 * batch:
+    for nside, bins in LEVELS:
+        pixel = vector_to_pixel(torch.from_numpy(beam), nside).numpy()
+        group = pixel * bins + np.minimum((angle * (bins / np.pi)).astype(np.int64), bins - 1)
+        if len(rotation) / len(np.unique(group)) < 4 * batch:
             break
-        best = np.unique(pixel, return_inverse=True)[1]
+        best = np.unique(group, return_inverse=True)[1]
     return best
 
 
