@@ -111,18 +111,21 @@ def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str) -
         subprocess.run([*program, "evaluate", str(run), "--truth", str(data)], check=True, stdout=subprocess.DEVNULL)
         scores = json.loads((run / "evaluation.json").read_text())
         rows[stage] = {"CPU s": cpu, "wall s": wall} | {label: lookup(scores, name) for name, label in FIGURES.items()}
+        if stage == "train":  # on the same particles: `linear` has those that train holds out
+            begun = scores["linear_stage"]
+            rows["start"] = {label: lookup(begun, name) for name, label in FIGURES.items()}
     kept.write_text(json.dumps(rows, indent=1))
     return rows
 
 
 def markdown(which: Set, table: dict[int, dict[str, Figures]]) -> str:
-    """One table: a row for every figure, two columns for every seed."""
-    columns = [(seed, stage) for seed in table for stage in ("linear", "train")]
+    """One table: a row for every figure; for every seed `linear`, the linear stage `train` starts from, and `train`."""
+    columns = [(seed, stage) for seed in table for stage in ("linear", "start", "train")]
     lines = [f"## {which.title}", "", f"`{which.simulate}`" + (f", `{which.stages}`" if which.stages else ""), ""]
     lines.append("| | " + " | ".join(f"{stage} {seed}" for seed, stage in columns) + " |")
     lines.append("|---" * (len(columns) + 1) + "|")
     for label in LABELS:
-        cells = (table[seed][stage][label] for seed, stage in columns)
+        cells = (table[seed][stage].get(label) for seed, stage in columns)
         digits = 0 if label.endswith(" s") else 3
         lines.append(f"| {label} | " + " | ".join("" if v is None else f"{v:.{digits}f}" for v in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -47,6 +47,9 @@ class FakeRun:
         index = np.arange(len(self.codes))
         return index[index % 10 != 0], index[index % 10 == 0]
 
+    def linear_stage(self) -> FakeRun | None:
+        return None
+
     def decode(self, codes: NDArray[np.floating], batch: int = 8) -> NDArray[np.float32]:
         """A body whose arm moves along y with the first code and whose extra blob grows with the second."""
         c = self.grid.crop

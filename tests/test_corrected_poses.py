@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from opustomo import checkpoint, cli
+from opustomo.analysis.quality import evaluate
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.compat.legacy_files import Poses, load_poses
 from opustomo.config import InputOptions
@@ -98,3 +99,14 @@ def test_untrained_network_has_the_bound_of_the_linear_stage(untrained: Untraine
     codes, used = tensors(untrained.run / "z.0.pkl"), stored["code"].shape[1]
     assert np.allclose(codes["mu"][:, :used], stored["code"], atol=1e-5)
     assert np.allclose(codes["sigma"][:, :used].square(), np.diagonal(stored["covariance"], 0, 1, 2), rtol=1e-4)
+
+
+def test_evaluate_scores_the_linear_stage_of_a_network_beside_it(untrained: Untrained, small_set: SmallSet) -> None:
+    """A network that has learned nothing has the scores of the linear stage it started from, in every figure."""
+    scores = evaluate(checkpoint.open_run(untrained.run), small_set.folder)
+    start = scores["linear_stage"]
+    assert start["composition"]["auc"] == pytest.approx(scores["composition"]["auc"], abs=1e-6)
+    for name in ("particle_fsc_area", "fsc_area_mean", "difference_cc_mean"):
+        assert start["volumes"][name] == pytest.approx(scores["volumes"][name], abs=1e-4)
+    alone = checkpoint.open_run(untrained.run).linear_stage()
+    assert alone is not None and alone.linear_stage() is None and alone.codes.shape[1] <= 2

@@ -12,7 +12,7 @@ import pickle
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -175,6 +175,16 @@ class Run:
         here = self.path / stored.name  # also after the folder has moved
         order = load_split(stored if stored.is_file() else here, len(self.codes))
         return split_rows(order, float(self.config["valfrac"]))
+
+    def linear_stage(self) -> Run | None:
+        """The linear stage that the network started from, as a run of its own; None where its files are not there."""
+        path = self.path / "linear" / "linear.npz"
+        if self.kind == "linear" or not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as stored:
+            codes = np.asarray(stored["code"], np.float32)
+        state = {name: self.weights["model"][name] for name in ("mask", "mean", "components")}
+        return replace(self, kind="linear", codes=codes, sigma=None, weights={"model": state})
 
     @cached_property
     def model(self) -> Vae:

@@ -192,7 +192,7 @@ def _stored_linear(continuation: Continuation, grid: Grid, mask: Tensor) -> Line
 
 
 def build(
-    config: TrainConfig, start: Start, train: Tensor, continuation: Continuation | None, device: torch.device
+    config: TrainConfig, start: Start, continuation: Continuation | None, device: torch.device
 ) -> tuple[Vae, Context]:
     """The network, started at the linear stage or at a checkpoint, and what its steps need."""
     inputs, rows, linear = start.inputs, start.rows, start.linear

@@ -85,7 +85,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     start = start_from_linear(config, inputs, train, held, continuation)
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
-    model, context = build(config, start, train, continuation, device)
+    model, context = build(config, start, continuation, device)
     save_config(config, start, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=device.type == "cuda")

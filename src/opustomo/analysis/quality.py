@@ -29,7 +29,9 @@ FEWEST = 10  # particles below which cross-validated scores mean nothing
 
 
 def evaluate(run: Run, truth: Path) -> dict[str, Any]:
-    """Scores by section: composition, conformation, volumes, poses, invariance, likelihood, cost, junk.
+    """Scores by section: composition, conformation, volumes, poses, invariance, likelihood, cost, junk, linear_stage.
+
+    The last has the first three for what the network started from.
 
     Sections and metrics that the set or the run cannot give are left out (a single state, no decoys, no metrics.csv).
     Decoys are scored under ``junk`` and left out everywhere else.  UserError: no truth, or not of this set.
@@ -38,6 +40,20 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     rows = np.flatnonzero(~known.junk)
     if len(rows) < FEWEST:
         raise UserError(f"--truth {truth}: only {len(rows)} particles to score; simulate at least {FEWEST}")
+    scores = _codes_and_maps(run, known, rows)
+    scores["poses"] = _poses(run, known, rows)
+    scores["invariance"] = score_codes.invariance(run.codes[rows], _nuisances(known, rows))
+    scores |= _metrics(run)
+    if known.junk.any():
+        scores["junk"] = {"outlier_auc": score_codes.outlier_auc(score_codes.active(run.codes), known.junk)}
+    start = run.linear_stage()
+    if start is not None:
+        scores["linear_stage"] = _codes_and_maps(start, known, rows)
+    return {"run": _identity(run), **{name: section for name, section in scores.items() if section}}
+
+
+def _codes_and_maps(run: Run, known: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """Composition, conformation and volumes: what a network is compared with the linear stage in."""
     codes = run.codes[rows]
     states = 1 if known.state is None else len(np.unique(known.state[rows]))
     scores: dict[str, Any] = {}
@@ -46,12 +62,7 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     scores["conformation"] = _conformation(run, known)
     # k-means: the classes that analyze shows and volumes decodes
     scores["volumes"] = score_maps.volumes(run, known, rows, score_codes.kmeans_classes(codes, states))
-    scores["poses"] = _poses(run, known, rows)
-    scores["invariance"] = score_codes.invariance(codes, _nuisances(known, rows))
-    scores |= _metrics(run)
-    if known.junk.any():
-        scores["junk"] = {"outlier_auc": score_codes.outlier_auc(score_codes.active(run.codes), known.junk)}
-    return {"run": _identity(run), **{name: section for name, section in scores.items() if section}}
+    return scores
 
 
 def _identity(run: Run) -> dict[str, Any]:
