@@ -45,6 +45,9 @@ class FakeRun:
     grid: Grid = GRID
     mask: torch.Tensor = field(default_factory=lambda: spherical_mask(22, 7.0, 3.0))
 
+    def linear_stage(self) -> None:
+        """A linear run has none."""
+
     def decode(self, codes: NDArray[np.float32], batch: int = 8) -> NDArray[np.float32]:
         return np.stack([self.maps(code) for code in codes])
 

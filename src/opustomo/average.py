@@ -36,6 +36,7 @@ from opustomo.physics.fourier import (
 )
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centre_pad, cosine_edge, fourier_shell_correlation
+from opustomo.preparation import prepare_process
 
 log = logging.getLogger("opustomo")
 
@@ -114,8 +115,7 @@ def propose_mask(volume: Tensor, grid: Grid) -> Tensor:
 def main(config: AverageConfig) -> int:
     """``opustomo average``."""
     setup_log(config.output, False)
-    if config.workers:
-        torch.set_num_threads(config.workers)
+    prepare_process(config.workers)
     inputs = read_inputs(config.star, config.input, GridOptions(mask=config.mask, downfrac=config.downfrac))
     particles, size = inputs.particles, inputs.grid.working_box
     grid = inputs.grid._replace(crop=size)

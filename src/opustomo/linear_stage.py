@@ -28,7 +28,7 @@ from opustomo.data.poses import move_poses
 from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
-from opustomo.preparation import RowMaker, make_split, set_threads
+from opustomo.preparation import RowMaker, make_split, prepare_process
 from opustomo.reconstruct import Rows, reconstruct
 
 log = logging.getLogger("opustomo")
@@ -39,7 +39,7 @@ log = logging.getLogger("opustomo")
 def main(config: LinearConfig) -> int:
     """``opustomo linear``."""
     setup_log(config.output, False)
-    set_threads(config.workers)
+    prepare_process(config.workers)
     inputs = read_inputs(config.star, config.input, config.grid)
     make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
     order = make_split(len(inputs.particles), config.seed)

@@ -42,7 +42,7 @@ from opustomo.objective import (
 from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
-from opustomo.preparation import set_threads
+from opustomo.preparation import prepare_process
 from opustomo.resume import Continuation, resolve
 from opustomo.start import (
     Context,
@@ -76,7 +76,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     for note in continuation.notes if continuation is not None else ():
         log.info("%s", note)
     started = time.time()
-    set_threads(config.workers)
+    prepare_process(config.workers)
     torch.manual_seed(config.seed)
     device = choose_device(config)
     config = with_sizes(config, device)
