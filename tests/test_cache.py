@@ -15,6 +15,7 @@ import torch
 
 import star_sets
 from opustomo.config import InputOptions
+from opustomo.data import cache as cache_module
 from opustomo.data.cache import Cache, OnTheFly, Row, open_cache, prepare_cache, row_bytes
 from opustomo.data.inputs import Inputs
 from opustomo.data.observe import Noise, observe
@@ -108,6 +109,21 @@ def test_reopened_cache_holds_the_observations(tmp_path: Path, particles: Partic
         b, w = observe(particles, i, GRID, noise)
         assert float((numerator[place] - b).abs().max()) < 1e-3 * float(b.abs().max())
         assert float((weight[place] - w).abs().max()) < 1e-3 * float(w.abs().max())
+
+
+def test_rows_held_in_memory_are_those_of_the_file(
+    tmp_path: Path, particles: Particles, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path / "cache", particles, noise)
+    index = torch.tensor([5, 1, 1])
+    read, held = open_cache(tmp_path / "cache"), open_cache(tmp_path / "cache")
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
+    held.hold()
+    assert held._held is None  # a set too large for the memory is read from disk
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 10**12)
+    held.hold()
+    assert torch.equal(held.numerator(index), read.numerator(index))
+    assert torch.equal(held.weight(index), read.weight(index))
 
 
 def test_half_precision_keeps_the_likelihood(tmp_path: Path, particles: Particles, noise: Noise) -> None:

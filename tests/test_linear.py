@@ -78,13 +78,12 @@ def principal_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(qa.T @ qb)
 
 
-def test_bright_objects_take_no_part_in_fits(planted: Planted, caplog: pytest.LogCaptureFixture) -> None:
-    """Two particles of twelve times the contrast: named, left out, and the fit is that of the others."""
+def test_bright_objects_take_no_part_in_fits(planted: Planted) -> None:
+    """Two particles of twelve times the contrast are left out."""
     rows = MemoryRows(planted.rows.numerators.clone(), planted.rows.weights)
     rows.numerators[[17, 90]] *= 12
     typical = typical_particles(rows, EVERY, GRID, MASK)
     assert torch.nonzero(~typical)[:, 0].tolist() == [17, 90]
-    assert "2 particle(s)" in caplog.text and "rows 18, 91" in caplog.text
     assert bool(typical_particles(planted.rows, EVERY, GRID, MASK).all())
 
 

@@ -23,10 +23,13 @@ from opustomo.data.poses import move_poses, moved_from, same_poses
 from opustomo.errors import UserError
 from opustomo.linear_fit import WORTH, LinearResult, Plan, code_statistics, fit_linear, polish, pose_error
 from opustomo.mixture import mean_evidence
+from opustomo.physics.fourier import from_band, irfft3
+from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker
 from opustomo.reconstruct import Rows
 from opustomo.simulate.dataset import Preset, make_plan, simulate
-from small_set import PARTICLES, PIXEL, MemoryRows, SmallSet
+from small_set import PARTICLES, PIXEL, MemoryRows, SmallSet, gaussians
 
 TRAIN, HELD = torch.arange(54), torch.arange(54, PARTICLES)
 EVERY = torch.arange(PARTICLES)
@@ -333,3 +336,25 @@ def test_polishing_explains_the_particles_better(inputs: Inputs, corrected: Fitt
     assert all(later > earlier - 0.05 for earlier, later in pairwise(trail))
     assert trail[-1] > trail[0]
     assert len(mixture.share) == len(result.mixture.share) and model.size == result.model.size
+
+
+def test_bright_things_are_left_out_and_named(
+    inputs: Inputs, make_rows: RowMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three particles with a blob three times as strong as the molecule: not in the fit, in the warning, with codes."""
+    given = make_rows(inputs.particles)
+    weight, numerator = given.weight(EVERY), given.numerator(EVERY)
+    size, crop = inputs.grid.working_box, inputs.grid.crop
+    mean = linear.average(given, EVERY, inputs.grid, inputs.mask).mean
+    blob = gaussians(crop, np.array([[2.0, 1.0, -1.0]]), 1.5) * inputs.mask
+    blob *= 3.0 * mean.norm() / blob.norm()
+    strange = torch.tensor([5, 21, 40])
+    seen = from_band(model_band(blob, size) * weight[strange], size)
+    numerator[strange] += centre_crop(irfft3(seen), crop)
+    spoilt = MemoryRows(numerator, weight, given.moved)
+    plan = Plan(TRAIN, HELD, estpose=False, seed=0, limit=2)
+    with caplog.at_level("WARNING", logger="opustomo"):
+        _, _, result = fit_linear(inputs.particles, lambda _: spoilt, inputs.grid, inputs.mask, plan)
+    assert torch.nonzero(~result.typical)[:, 0].tolist() == strange.tolist()
+    assert "3 particle(s) are far brighter than the others (rows 6, 22, 41)" in caplog.text
+    assert result.codes.centre().isfinite().all() and len(result.codes.centre()) == PARTICLES

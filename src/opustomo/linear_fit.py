@@ -51,6 +51,7 @@ from opustomo.reconstruct import Rows
 log = logging.getLogger("opustomo")
 
 OUTLIER_LIMIT = 8.0  # robust standard deviations of the evidence above its median
+MOST_OUTLIERS = 0.1  # more than this fraction is a class, not outliers
 HELD_OUT = 0.1  # fraction of particles that choose the number of components
 MAX_COMPONENTS = 12
 EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
@@ -111,26 +112,21 @@ def fit_linear(
         )
     rows = make_rows(particles)
     typical = typical_particles(rows, plan.train, grid, mask)
-    train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
-    # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
-    probe = held if len(held) else train[:: round(1 / HELD_OUT)]
-    fitted = train if len(held) or plan.components else train[~torch.isin(train, probe)]
-    limit = plan.components or min(plan.limit, max(1, len(train) // 4))
-
-    def choose(rows: Rows) -> Fit:
-        model, trail = choose_components(
-            rows, fitted, probe, grid, mask, limit, plan.iterations, plan.seed, exactly=bool(plan.components)
-        )
-        return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
-
-    found = choose(rows)
+    while True:
+        train, fitted, probe = _parts(plan, typical)
+        found = _choose(plan, rows, fitted, probe, grid, mask)
+        strange = typical & outshines_the_molecule(found)
+        if not strange.any() or strange.sum() > MOST_OUTLIERS * typical.sum():
+            break
+        typical = typical & ~strange
+    _name_outliers(typical)
     if plan.estpose:
         given = particles
         particles, rows, found = _correct_poses(particles, rows, found, make_rows, grid, mask, fitted, probe)
         if particles is not given:
             # what was noise about poses that are wrong may be a component now; from the start, since many EM steps
             # overfit the spectrum of the components
-            again = choose(rows)
+            again = _choose(plan, rows, fitted, probe, grid, mask)
             found = again if again.evidence(probe) > found.evidence(probe) else found
     rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
     log.info(
@@ -144,6 +140,22 @@ def fit_linear(
     model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
     final = infer(model, rows, torch.arange(len(rows)), grid)
     return particles, rows, linear_result(model, final, mixture, rows, grid, found.trail, typical)
+
+
+def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses."""
+    train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
+    # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
+    probe = held if len(held) else train[:: round(1 / HELD_OUT)]
+    return train, train if len(held) or plan.components else train[~torch.isin(train, probe)], probe
+
+
+def _choose(plan: Plan, rows: Rows, fitted: Tensor, probe: Tensor, grid: Grid, mask: Tensor) -> Fit:
+    limit = plan.components or min(plan.limit, max(1, len(fitted) // 4))
+    model, trail = choose_components(
+        rows, fitted, probe, grid, mask, limit, plan.iterations, plan.seed, exactly=bool(plan.components)
+    )
+    return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
 
 
 def linear_result(
@@ -208,7 +220,22 @@ def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Te
     evidence = infer(average(rows, index, grid, mask), rows, everyone, grid).evidence
     centre = evidence.median()
     spread = 1.4826 * (evidence - centre).abs().median().clamp(min=1.0)
-    typical = evidence <= centre + OUTLIER_LIMIT * spread
+    return evidence <= centre + OUTLIER_LIMIT * spread
+
+
+def outshines_the_molecule(found: Fit) -> Tensor:
+    """Which particles differ from the average by more density than the average has, (P,) bool.
+
+    No state of a molecule does that; gold, ice and other bright things that evidence under the average cannot tell from
+    good particles do, and would keep a component for themselves.
+    """
+    components, mean = found.model.components.flatten(1), found.model.mean
+    gram = components @ components.T
+    change = torch.einsum("pk,kl,pl->p", found.posterior.code, gram, found.posterior.code)
+    return change > float(mean.square().sum())
+
+
+def _name_outliers(typical: Tensor) -> None:
     unusual = torch.nonzero(~typical)[:, 0]
     if len(unusual):
         first = ", ".join(str(int(i) + 1) for i in unusual[:8]) + (", ..." if len(unusual) > 8 else "")
@@ -216,7 +243,6 @@ def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Te
             "%d particle(s) are far brighter than the others (rows %s): left out of the fits, they still get codes; "
             "look at them, and at outlier_score in linear/particles.csv", len(unusual), first,
         )  # fmt: skip
-    return typical
 
 
 # ------------------------------------------------------------------------------------------------ poses
