@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -121,7 +122,14 @@ def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str) -
 def markdown(which: Set, table: dict[int, dict[str, Figures]]) -> str:
     """One table: a row for every figure; for every seed `linear`, the linear stage `train` starts from, and `train`."""
     columns = [(seed, stage) for seed in table for stage in ("linear", "start", "train")]
-    lines = [f"## {which.title}", "", f"`{which.simulate}`" + (f", `{which.stages}`" if which.stages else ""), ""]
+    # without dashes: they are the simulator's arguments, not this program's
+    words = ", ".join(part.strip() for part in re.split(r"(?:^| )--?", which.simulate) if part)
+    lines = [
+        f"## {which.title}",
+        "",
+        f"Simulator: {words}" + (f"; both stages with `{which.stages}`" if which.stages else ""),
+        "",
+    ]
     lines.append("| | " + " | ".join(f"{stage} {seed}" for seed, stage in columns) + " |")
     lines.append("|---" * (len(columns) + 1) + "|")
     for label in LABELS:

@@ -47,6 +47,10 @@ class FakeRun:
         index = np.arange(len(self.codes))
         return index[index % 10 != 0], index[index % 10 == 0]
 
+    @property
+    def typical(self) -> NDArray[np.bool_]:
+        return np.ones(len(self.codes), bool)
+
     def linear_stage(self) -> FakeRun | None:
         return None
 

@@ -81,6 +81,28 @@ def test_proposed_mask_holds_the_particle_and_leaves_the_solvent_out(small_set: 
     assert ((mask > 0.05) & (mask < 0.95)).mean() > 0.02  # soft
 
 
+def test_maps_and_masks_that_are_there_are_not_replaced(
+    small_set: SmallSet, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["average", str(small_set.star), "-o", str(made)]) == 2
+    assert f"-o {made}: holds average.mrc already; choose another folder" in capsys.readouterr().err
+    (tmp_path / "mask.mrc").write_text("the user's")
+    assert cli.main(["average", str(small_set.star), "-o", str(tmp_path)]) == 2
+    assert "holds mask.mrc already" in capsys.readouterr().err
+    assert (tmp_path / "mask.mrc").read_text() == "the user's" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_average_of_a_few_says_that_its_resolution_means_nothing(small_set: SmallSet, tmp_path: Path) -> None:
+    lines, few = small_set.star.read_text().splitlines(), tmp_path / "few.star"
+    header, rows = ([line for line in lines if (".mrc" in line) == wanted] for wanted in (False, True))
+    options = ["--datadir", str(small_set.folder), "-r", str(small_set.mask), "--downfrac", "0.7", "--workers", "1"]
+    for count, said in ((9, True), (10, False)):
+        few.write_text("\n".join([*header, *rows[:count]]) + "\n")
+        assert cli.main(["average", str(few), "-o", str(tmp_path / str(count)), *options]) == 0
+        log = (tmp_path / str(count) / "run.log").read_text()
+        assert (f"{count} particles are too few" in log) == said
+
+
 def test_map_with_the_users_mask_leaves_it_alone(small_set: SmallSet, tmp_path: Path) -> None:
     line = ["average", str(small_set.star), "-o", str(tmp_path / "a"), "-r", str(small_set.mask)]
     assert cli.main([*line, "--downfrac", "0.7", "--workers", "1"]) == 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import numpy as np
 import pytest
 
 from opustomo import cli
+from opustomo.errors import UserError
 from small_set import EPOCHS, SmallSet, copy_run, train
 from star_sets import BOX, PIXEL, Set, put_loop, put_volume, tilt_columns
 
@@ -169,16 +172,31 @@ def map_for_a_mask(made: Set) -> str:
     return "mask.mrc: mask values span"
 
 
+def nan_in_the_mask(made: Set) -> str:
+    path = made.folder / "mask.mrc"
+    raw = bytearray(path.read_bytes())
+    raw[-12:] = np.full(3, np.nan, np.float32).tobytes()
+    path.write_bytes(raw)
+    return "mask.mrc: the mask has NaN or infinite values (3 voxels)"
+
+
+def speck_for_a_mask(made: Set) -> str:
+    mask = np.zeros((BOX,) * 3, np.float32)
+    mask[8, 8, 8] = 1.0
+    put_volume(made.folder / "mask.mrc", mask)
+    return "mask.mrc: the mask covers only 1 voxels"
+
+
 def missing_mask(made: Set) -> str:
     (made.folder / "mask.mrc").unlink()
-    return "mask.mrc"
+    return "mask.mrc: no such mask; check the name after -r"
 
 
 DATA: list[Damage] = [
     missing_star, empty_star, star_without_rows, misspelt_column, word_where_a_number_belongs, missing_subtomogram,
     truncated_subtomogram, flat_box, odd_box, mixed_boxes, pixel_of_another_size, no_ctf_at_all,
     one_particle_without_ctf, every_tilt_excluded, mask_of_another_size, empty_mask, map_for_a_mask, missing_mask,
-    empty_subtomogram, nan_in_a_subtomogram,
+    empty_subtomogram, nan_in_a_subtomogram, nan_in_the_mask, speck_for_a_mask,
 ]  # fmt: skip
 
 
@@ -241,6 +259,30 @@ def test_options_that_cannot_be(options: list[str], words: str, given: Set, caps
     assert_nothing_half_written(given)
 
 
+@pytest.mark.parametrize("verb", ["train", "linear", "average", "cache"])
+def test_fewer_than_no_threads(verb: str, given: Set, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(verb, given)
+    line[line.index("--workers") + 1] = "-2"
+    assert "--workers -2: must be at least 0; " in refusal(capsys, *line)
+    assert_nothing_half_written(given)
+
+
+def test_more_threads_than_cores_are_cut(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+
+    from opustomo.preparation import prepare_process
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with caplog.at_level("INFO", "opustomo"):
+        prepare_process(99)
+        assert "--workers 99: this machine has 2 cores" in caplog.text
+        caplog.clear()
+        prepare_process(2)
+    assert asked == [2, 2] and not caplog.text
+
+
 def test_rows_split_and_poses_of_another_set(given: Set, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {
         "--ind": np.array([0, 99]),
@@ -275,11 +317,11 @@ def test_pickles_are_read_without_running_them(given: Set, tmp_path: Path, capsy
 # ------------------------------------------------------------------------------------------------ the disk
 
 
-@pytest.mark.parametrize("verb", ["train", "linear", "average"])
+@pytest.mark.parametrize("verb", ["train", "linear", "average", "cache"])
 def test_output_that_cannot_be_written(verb: str, given: Set, capsys: pytest.CaptureFixture[str]) -> None:
     (given.folder / "out").write_text("a file in the way")
     message = refusal(capsys, *line_of(verb, given))
-    assert "out: cannot be written" in message and "-o" in message
+    assert "out: is a file; give a folder" in message and "-o" in message
     assert (given.folder / "out").read_text() == "a file in the way"
 
 
@@ -326,8 +368,8 @@ def test_full_disk_while_writing_a_result_leaves_the_old_one(
     (run / "cache").symlink_to(finished_run / "cache")
     before = {path.name for path in run.iterdir()}
 
-    def full(payload: object, path: Path) -> NoReturn:
-        Path(path).write_bytes(b"half")
+    def full(payload: object, handle: IO[bytes]) -> NoReturn:
+        handle.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
@@ -335,6 +377,27 @@ def test_full_disk_while_writing_a_result_leaves_the_old_one(
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert f"weights.{EPOCHS}.pkl" in message and "No space left" in message
     assert {path.name for path in run.iterdir()} == before
+
+
+def test_full_disk_is_told_as_such_by_torch(tmp_path: Path) -> None:
+    """torch hides the reason of a failed write behind a failure of its own."""
+    import torch
+
+    from opustomo.checkpoint import save_tensors
+
+    path = tmp_path / "weights.0.pkl"
+    save_tensors(path, {"a": torch.zeros(3)})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(UserError, match=r"weights.0.pkl: cannot be written \(File too large\); free space"):
+            save_tensors(path, {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -355,6 +418,13 @@ def test_folders_that_are_no_runs(verb: str, given: Set, capsys: pytest.CaptureF
     before = sorted(given.folder.rglob("*"))
     assert "no run here" in refusal(capsys, verb, given.folder, *options)
     assert sorted(given.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["analyze", "volumes", "report"])
+def test_files_that_are_no_runs(verb: str, given: Set, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kmeans", "2"] if verb == "volumes" else []
+    message = refusal(capsys, verb, given.star, *options)
+    assert "particles.star: is a file, not a run folder; give the folder that" in message
 
 
 def test_epoch_that_was_not_written(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -263,7 +263,7 @@ def test_folder_of_others_is_left_alone(tmp_path: Path, particles: Particles, no
     folder = tmp_path / "precious"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="not empty and not a cache"):
+    with pytest.raises(UserError, match="not empty and not a cache; choose another folder for the cache"):
         prepare(folder, particles, noise)
     assert (folder / "thesis.tex").read_text() == "years of work"
 

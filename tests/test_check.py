@@ -105,6 +105,13 @@ def test_status_and_output_of_the_command(sound: Path, capsys: pytest.CaptureFix
         "particles", "geometry", "images", "transfer", "mask and crop", "cost",
     ]  # fmt: skip
     assert f"next: opustomo train {star} --mask {mask}" in text
+    # what was typed is repeated, or the next command would read other files or another resolution
+    here = ["--datadir", str(sound), "--downfrac", "0.75"]
+    assert cli.main(["check", star, "--mask", mask, "--sample", "8", *here]) == 0
+    step = f"next: opustomo train {star} --datadir {sound} --mask {mask} --downfrac 0.75 -o run"
+    assert step in capsys.readouterr().out
+    assert cli.main(["check", star, "--sample", "8", *here]) == 0
+    assert f"next: opustomo average {star} --datadir {sound} --downfrac 0.75 -o average" in capsys.readouterr().out
     assert cli.main(["check", star, "--json", "--sample", "4"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["errors"] == 0 and document["failure"] is None

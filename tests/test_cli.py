@@ -263,6 +263,39 @@ def test_resume_stands_for_the_runs_own_star(tmp_path: Path, verb_calls: list[tu
 def test_resume_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
     assert "no config.yaml" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("[half of a table")
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "config.yaml: names no STAR file" in message and message.count("\n") == 1
+
+
+def test_resume_of_a_run_that_was_interrupted_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.log").write_text("")
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "no finished epoch" in message and "repeat the original command" in message and "--load" not in message
+
+
+def test_help_of_train_lists_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    assert "\n  --resume RUN  " in capsys.readouterr().out.split("example:")[0]
+
+
+@pytest.mark.parametrize("verb", ["cache", "train", "select", "volumes", "simulate", "demo"])
+def test_a_file_for_an_output_folder(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb_calls: list[tuple]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    words = {"cache": ["a.star"], "train": ["a.star"], "select": ["a.star", "--run", "r"], "volumes": ["r"]}
+    assert cli.main([verb, *words.get(verb, []), "-o", str(tmp_path / "out")]) == 2
+    assert f"-o {tmp_path / 'out'}: is a file; give a folder" in capsys.readouterr().err
+    assert not verb_calls
+
+
+def test_the_page_of_a_report_may_be_there_already(tmp_path: Path, verb_calls: list[tuple]) -> None:
+    (tmp_path / "report.html").write_text("")
+    assert cli.main(["report", "run", "-o", str(tmp_path / "report.html")]) == 0
+    assert len(verb_calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -277,7 +310,14 @@ def test_resume_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["train", "-o", "run"], "missing: STAR"),
         (["train"], "missing: STAR, -o/--output"),
         (["train", "a.star", "b.star", "-o", "run"], "b.star"),
-        (["train", "a.star", "-o", "run", "--lr", "fast"], "--lr: could not convert"),
+        (["train", "a.star", "-o", "run", "--lr", "fast"], "--lr fast: a number is needed"),
+        (["train", "a.star", "-o", "run", "-n", "abc"], "-n/--epochs abc: a whole number is needed"),
+        (["train", "a.star", "-o", "run", "--epochs=2.5"], "-n/--epochs 2.5: a whole number is needed"),
+        (["train", "a.star", "-o", "run", "--Apix", "x"], "--Apix/--angpix x: a number is needed"),
+        (
+            ["select", "a.star", "--run", "r", "-o", "o", "--classes", "0", "b"],
+            "--classes 0 b: whole numbers are needed",
+        ),
         (["train", "a.star", "-o", "run", "--beta", "linear"], "invalid choice 'linear'"),
         (["train", "a.star", "-o", "run", "-n"], "Missing value for argument '-n/--epochs'"),
         (["average", "a.star", "-o", "run", "--estpose"], "unknown option --estpose"),

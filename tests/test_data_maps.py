@@ -12,7 +12,7 @@ import torch
 
 from fake_run import CENTRES, ZDIM, FakeRun, fake_run
 from opustomo import checkpoint
-from opustomo.analysis import data_maps
+from opustomo.analysis import data_maps, plots
 from opustomo.config import VolumesConfig
 from opustomo.data.mrc import read_volume
 from opustomo.errors import UserError
@@ -73,6 +73,22 @@ def test_data_volumes_show_the_state_of_the_neighbours(tmp_path: Path, monkeypat
     fine = slice(3, 6)
     assert curves["reference0"][fine].mean() > 0.9
     assert curves["reference0"][fine].mean() > curves["random"][fine].mean()
+
+
+def test_legend_of_many_curves_names_their_particles_beside_them() -> None:
+    names = [f"reference{i}" for i in range(25)]
+    codes = np.random.default_rng(0).normal(size=(400, 3))
+    counts = data_maps.contributing(codes, codes[:25], [*names, "random"])
+    fig = plots.fsc_curves(np.arange(9) / 90, {name: np.ones(9) for name in [*names, "random"]}, "FSC", counts)
+    plots.png(fig)
+    axes = fig.axes[0]
+    legend = axes.get_legend()
+    assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert legend.get_window_extent().x1 <= fig.bbox.x1 and legend.get_window_extent().y0 >= fig.bbox.y0
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[0] == "reference0 (40)" and texts[-1] == "random (40)"
+    control = next(line for line in axes.lines if str(line.get_label()).startswith("random"))
+    assert control.get_linestyle() == "--" and control.get_color() == plots.MUTED
 
 
 def test_half_maps_of_noise_do_not_correlate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from opustomo.analysis.selection import main as select
 from opustomo.analysis.selection import write_classes
 from opustomo.compat.legacy_files import save_pickle
 from opustomo.config import InputOptions, SelectConfig
-from opustomo.data.export import write_subset
+from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles
 from opustomo.data.star import read_star
@@ -97,3 +98,35 @@ def test_select_writes_classes_or_their_union_and_a_manifest(tmp_path: Path) -> 
     with pytest.raises(UserError, match="--classes 5"):
         select(SelectConfig(star, run, tmp_path / "c", kmeans=3, classes=(5,)))
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("version", ["3.0", "3.1"])
+def test_corrected_poses_are_written_in_the_units_of_the_file(version: str, tmp_path: Path) -> None:
+    """Read again they are the poses given; every other column is as it was."""
+    star = (Set(tmp_path, n=6) if version == "3.0" else relion31(tmp_path, n=6)).write()
+    before = read_particles(star, InputOptions())
+    euler = np.array([[10.0, 20, 30], [170, 90, -60], [0, 1e-3, 5]])
+    poses = CorrectedPoses(euler, np.array([[0.5, -1, 2], [0, 0, 0.25], [3, 4, 5.0]]), before.pixel_size)
+    rows = np.array([4, 0, 2])
+    write_subset(read_star(star), rows, tmp_path / "moved.star", poses=poses)
+    after = read_particles(tmp_path / "moved.star", InputOptions())
+    assert np.allclose(after.euler, euler, atol=1e-5) and np.allclose(after.origin, poses.origin, atol=1e-5)
+    assert after.dialect == before.dialect
+    plain, moved = (read_star(path).particles for path in (star, tmp_path / "moved.star"))
+    kept = [name for name in plain if not name.startswith(("rlnAngle", "rlnOrigin"))]
+    assert kept and plain.iloc[rows][kept].to_numpy().tolist() == moved[kept].to_numpy().tolist()
+
+
+def test_select_refuses_other_particles_and_the_same_in_another_order(tmp_path: Path) -> None:
+    star = Set(tmp_path, n=6).write()
+    run = tmp_path / "run"
+    save_pickle(run / "analyze.0/kmeans2/labels.pkl", np.arange(6, dtype=np.int32) % 2)
+    identity = fingerprint_of(read_particles(star, InputOptions()).names)
+    (run / "config.yaml").write_text(yaml.safe_dump({"star": str(star), "identity": identity, "particles": 6}))
+    assert select(SelectConfig(star, run, tmp_path / "a", kmeans=2)) == 0
+    write_subset(read_star(star), np.arange(6)[::-1], tmp_path / "sorted.star")
+    with pytest.raises(UserError, match=r"in another order.*give .*particles\.star"):
+        select(SelectConfig(tmp_path / "sorted.star", run, tmp_path / "b", kmeans=2))
+    with pytest.raises(UserError, match="--corrected"):
+        select(SelectConfig(star, run, tmp_path / "b", kmeans=2, corrected=True))
+    assert not (tmp_path / "b").exists()

@@ -95,6 +95,36 @@ def test_collapsed_codes_give_one_class_and_no_nan(tmp_path: Path, caplog: pytes
     assert np.isfinite(np.loadtxt(tmp_path / "analyze.3" / "pc1" / "z_pc.txt")).all()
 
 
+def test_a_code_of_one_dimension_is_drawn_as_a_histogram(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = fake_run(tmp_path)
+    run.codes[:, 1:] = 0  # columns that training left unused
+    drawn = []
+    monkeypatch.setattr(plots, "histogram", lambda *given: drawn.append(given) or plots.explained_variance([1.0]))
+    monkeypatch.setattr(plots, "scatter", lambda *given: pytest.fail("a map of one dimension"))
+    with caplog.at_level(logging.WARNING, "opustomo"):
+        result = latents.analyze(run, pcs=2, clusters=3, skip_umap=True)
+    assert latents.in_use(result.explained) == 1 and "pc2 and beyond stand still" in caplog.text
+    assert [given[2] for given in drawn] == [1, 3]
+    # scripts ask for the component all the same: it stays at the mean code
+    still = np.loadtxt(tmp_path / "analyze.3" / "pc2" / "z_pc.txt")
+    np.testing.assert_allclose(still, np.tile(run.codes.mean(0), (10, 1)), atol=1e-5)
+
+
+def test_histogram_stacks_every_particle_once() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    axes = plots.histogram(rng.normal(size=200) + 5 * labels, labels, 3).axes[0]
+    assert sum(bar.get_height() for bar in axes.patches) == 200
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "1", "2"]
+    assert plots.png(plots.histogram(np.zeros(5), np.zeros(5, int), 1)).startswith(b"\x89PNG")
+    # a few far away are counted, at the edge, and do not squeeze the others into one bar
+    axes = plots.histogram(np.append(rng.normal(size=200), [500.0, 900.0]), np.zeros(202, int), 1).axes[0]
+    heights = np.array([bar.get_height() for bar in axes.patches])
+    assert heights.sum() == 202 and heights.max() < 150 and "2 farther out" in axes.get_xlabel()
+
+
 def test_skip_umap_draws_the_stored_one_and_ignores_a_foreign_one(tmp_path: Path) -> None:
     run, _ = fake_run(tmp_path)
     folder = tmp_path / "analyze.3"
@@ -154,3 +184,15 @@ def test_umap_keeps_groups_apart_and_is_reproducible(tmp_path: Path) -> None:
     # fewer particles than the usual number of neighbours
     few = latents.embed(np.asarray(run.codes[:12], float), 0)
     assert few is not None and few.shape == (12, 2) and np.isfinite(few).all()
+
+
+def test_outliers_make_no_classes_of_their_own() -> None:
+    """Three codes far away join the nearest class; classes and centres are those of the others."""
+    rng = np.random.default_rng(0)
+    far = [[400.0, 0], [350, 90], [0, 300]]
+    codes = np.concatenate([rng.normal(0, 0.2, (50, 2)), rng.normal(3, 0.2, (50, 2)), far])
+    typical = np.arange(103) < 100
+    labels, centres = latents.cluster(codes, 2, 0, typical)
+    alone, _ = latents.cluster(codes[:100], 2, 0)
+    assert np.array_equal(labels[:100], alone) and sorted(np.bincount(labels[:100])) == [50, 50]
+    assert set(labels[100:]) <= {0, 1} and (centres < 100).all()

@@ -202,7 +202,7 @@ def test_contrast_of_a_particle_is_its_own_and_not_in_the_code(planted: Planted,
 def test_outliers_stand_out() -> None:
     code = torch.randn((200, 3), generator=torch.Generator().manual_seed(0))
     code[7] += 12
-    score = outlier_score(code, torch.ones(200) + 0.01 * torch.randn(200), 50 + torch.randn(200))
+    score = outlier_score(code, torch.ones(200) + 0.01 * torch.randn(200), 50 + torch.randn(200), torch.rand(200))
     assert int(score.argmax()) == 7 and float(score[7]) > 3 * float(score.median())
 
 

@@ -164,6 +164,18 @@ def test_datadir_is_proposed_and_works(tmp_path: Path) -> None:
     assert "no such folder" in error_of(job, datadir=tmp_path / "absent")
 
 
+def test_files_of_the_same_names_beside_the_star_are_not_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Set(tmp_path / "sub_other").write()
+    star = Set(tmp_path / "set").write()
+    for path in (tmp_path / "set" / "sub").glob("*.mrc"):
+        path.unlink()
+    monkeypatch.chdir(tmp_path / "sub_other" / "sub")
+    message = error_of(star)
+    assert "try" not in message and message.endswith("give the folder in front of these names with --datadir")
+
+
 def test_datadir_that_was_not_needed_is_said(tmp_path: Path) -> None:
     star = Set(tmp_path / "a").write()
     (tmp_path / "b").mkdir()

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,6 +120,70 @@ def test_a_network_worse_than_the_linear_stage_is_said_so(run: FakeRun) -> None:
     latents.analyze(run, clusters=2, skip_umap=True)
     text = report.write_report(run).read_text()
     assert "worse</b> than the linear stage, by 10 nats each" in text
+
+
+@pytest.mark.parametrize("gain", [-0.0006, 0.03])
+def test_a_small_difference_to_the_linear_stage_is_none(run: FakeRun, gain: float) -> None:
+    (run.path / "metrics.csv").write_text(METRICS.replace("-105.0", f"{-110.5 + gain:.4f}"))
+    latents.analyze(run, clusters=2, skip_umap=True)
+    text = report.write_report(run).read_text()
+    assert f"no different from the linear stage ({gain:+.2g} nats each)" in text
+    assert "worse</b>" not in text and "better</b>" not in text and f'<b class="">{gain:+.4g}</b>' in text
+
+
+def test_commands_to_train_repeat_what_the_run_was_made_with(run: FakeRun) -> None:
+    latents.analyze(run, clusters=2, skip_umap=True)
+
+    def commands() -> list[str]:
+        return [
+            html.unescape(c)
+            for c in re.findall(r"<pre>(opustomo train .*?)</pre>", report.write_report(run).read_text())
+        ]
+
+    run.config = {"mask": "my mask.mrc", "downfrac": 0.75, "datadir": None, "contrast": "black"}
+    # the file names in selected.star count from the folder of the STAR file it was taken from
+    again = "--mask 'my mask.mrc' --downfrac 0.75 --contrast black"
+    assert f"opustomo train selected/selected.star --datadir {run.star.parent} {again} -o selected-run" in commands()
+    run.config["datadir"], run.kind = "sub tomo", "linear"
+    found = commands()
+    assert f"opustomo train selected/selected.star --datadir 'sub tomo' {again} -o selected-run" in found
+    assert f"opustomo train {run.star} --datadir 'sub tomo' {again} -o network" in found
+
+
+def test_one_dimension_has_a_histogram_and_one_traversal(run: FakeRun) -> None:
+    run.codes[:, 1:] = 0
+    latents.analyze(run, clusters=3, skip_umap=True)
+    text = report.write_report(run).read_text()
+    assert "The codes vary along 1 dimension only" in text and "1 of 4</b>" in text
+    assert "Along PC1" in text and "Along PC2" not in text and "UMAP, coloured" not in text
+    run.codes[:] = 0
+    latents.analyze(run, clusters=1, skip_umap=True)
+    text = report.write_report(run, clusters=1).read_text()
+    assert "The codes vary along no dimensions only" not in text and "The codes do not vary" in text
+    assert 'id="traversals"' not in text
+
+
+def test_few_bright_outliers_do_not_set_the_scale_of_the_classes(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = latents.analyze(run, clusters=3, skip_umap=True)
+    labels = np.repeat([0, 1, 2], [100, 137, 3])
+    analysis = replace(analysis, labels=labels)
+    volumes = run.decode(np.asarray(run.codes)[analysis.centre_index])
+    volumes[2] *= 100
+    levels: list[float] = []
+    monkeypatch.setattr(report.plots, "two_views", lambda v, level, *rest: levels.append(level) or np.zeros((4, 4, 4)))
+    text = report._classes(analysis, volumes).note
+    assert 0 < levels[0] < volumes[:2].max()
+    assert "1 class has fewer than 5 particles: likely outliers" in text
+    even = replace(analysis, labels=np.repeat([0, 1, 2], 80))
+    assert "likely outliers" not in report._classes(even, volumes).note
+
+
+def test_class_numbers_of_evaluate_are_told_from_those_of_the_page(run: FakeRun) -> None:
+    path = run.path / "evaluation.json"
+    path.write_text(json.dumps({"volumes": {"states_found": 2, "class1": {"purity": 0.75}}}))
+    [section] = report._truth(path)
+    told = html.unescape(section.body)
+    assert "volumes.label-free class 1 (evaluate's own numbering).purity" in told and "volumes.states_found" in told
 
 
 def test_linear_run_without_metrics(run: FakeRun) -> None:

@@ -297,18 +297,42 @@ def test_codes_without_weights_have_no_effect_and_are_refused(
     assert "--load" in error_of(capsys)
 
 
-@pytest.mark.parametrize("name", ["weights.9.pkl", "z.0.pkl", "nowhere"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("weights.9.pkl", "no such checkpoint"),
+        ("z.0.pkl", "is not a weights file"),
+        ("nowhere", "no such checkpoint"),
+        ("", "is a folder"),
+    ],
+)
 def test_what_is_no_checkpoint_is_refused(
-    name: str, small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, words: str, small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(small_set, tmp_path / "run", "--load", f"{finished_run}/{name}") == 2
-    assert name in error_of(capsys)
+    assert name in (message := error_of(capsys)) and words in message
 
 
 def test_nothing_to_resume(small_set: SmallSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(small_set, tmp_path / "run", "--load", "latest") == 2
-    assert "no finished epoch" in error_of(capsys)
+    assert "--load latest: " in (message := error_of(capsys)) and "no finished epoch" in message
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 2
+
+
+def test_messages_speak_of_resume_where_it_was_typed(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(finished_run, tmp_path / "run", EPOCHS - 1)
+    assert cli.main(["train", "--resume", str(run), "--lr", "2e-3"]) == 2
+    message = error_of(capsys)
+    assert "--resume continues exactly, but options changed: --lr 0.002" in message and "--load latest" not in message
+    assert cli.main(["train", "--resume", str(run), "--zdim", "5"]) == 2
+    assert "start a new run without --resume" in error_of(capsys)
+    for path in run.glob("*.pkl"):
+        path.unlink()
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    message = error_of(capsys)
+    assert "no finished epoch; repeat the original command" in message and "--load" not in message
 
 
 def test_truncated_weights_are_named(

@@ -169,3 +169,21 @@ def test_training_improves_the_bound_of_the_particles_it_sees(prepared: Prepared
         training.train_epoch(config, model, prepared.context, optimizer, index, bank, epoch, metrics)
     after = training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"]
     assert after > before + 0.3, (before, after)
+
+
+@pytest.mark.parametrize(
+    ("saved", "held", "words"),
+    [
+        ({0: 20.0, 1: 20.5}, 10, "better than the linear stage, by 0.50 nats"),
+        ({0: 20.0, 1: 20.01}, 10, "as well as the linear stage (+0.01 nats each)"),
+        ({0: 20.0, 1: 19.0}, 10, "worse than the linear stage (19.00 against 20.00 nats)"),
+        ({0: 20.4, 1: 20.2}, 10, "explained best after epoch 0, by 0.20 nats more than at the end: use --epoch 0"),
+        ({0: 20.0, 1: 25.0}, 0, "no particles were held out"),
+    ],
+)
+def test_verdict_says_what_was_found(
+    saved: dict[int, float], held: int, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="opustomo"):
+        training.write_verdict(tmp_path, saved, 20.0, held)
+    assert words in caplog.text

@@ -23,6 +23,7 @@ from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe_all
 from opustomo.data.particles import Particles
+from opustomo.errors import UserError
 from opustomo.monitor import progress, setup_log
 from opustomo.physics.fourier import (
     band_frequencies,
@@ -39,6 +40,8 @@ from opustomo.physics.volume import centre_pad, cosine_edge, fourier_shell_corre
 from opustomo.preparation import prepare_process
 
 log = logging.getLogger("opustomo")
+
+FEW = 10  # particles, below which half maps of noise can agree
 
 
 def half_sets(particles: Particles) -> np.ndarray:
@@ -113,7 +116,10 @@ def propose_mask(volume: Tensor, grid: Grid) -> Tensor:
 
 
 def main(config: AverageConfig) -> int:
-    """``opustomo average``."""
+    """``opustomo average``.  Raises UserError rather than replace a map or a mask, which may be the user's own."""
+    for name in ("average.mrc", *(["mask.mrc"] if config.mask is None else [])):
+        if (config.output / name).exists():
+            raise UserError(f"-o {config.output}: holds {name} already; choose another folder")
     setup_log(config.output, False)
     prepare_process(config.workers)
     inputs = read_inputs(config.star, config.input, GridOptions(mask=config.mask, downfrac=config.downfrac))
@@ -146,6 +152,8 @@ def main(config: AverageConfig) -> int:
         len(particles), resolution(fsc, 0.5, grid.extent), resolution(fsc, 0.143, grid.extent),
         2 * grid.working_pixel, config.output / "average.png",
     )  # fmt: skip
+    if len(particles) < FEW:
+        log.warning("%d particles are too few: resolution figures mean nothing below %d", len(particles), FEW)
     return 0
 
 

@@ -79,7 +79,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no run here (config.yaml is missing); give the folder that `train -o` wrote"
+            f"{folder}: no run here (config.yaml is missing); give the folder that `train -o` or `linear -o` wrote"
+        ) from None
+    except NotADirectoryError:
+        raise UserError(
+            f"{folder}: is a file, not a run folder; give the folder that `train -o` or `linear -o` wrote"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); restore it from a copy") from None
@@ -89,9 +93,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, payload: dict[str, Any]) -> None:
-    """``torch.save`` of tensors and plain values, atomically."""
-    with atomic(path) as temporary:
-        torch.save(payload, temporary)
+    """``torch.save`` of tensors and plain values, atomically.  Raises UserError where the disk is full."""
+    with atomic(path) as temporary, temporary.open("wb") as handle:
+        try:
+            torch.save(payload, handle)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, which fails in words of its own and hides the reason
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -175,6 +185,12 @@ class Run:
         here = self.path / stored.name  # also after the folder has moved
         order = load_split(stored if stored.is_file() else here, len(self.codes))
         return split_rows(order, float(self.config["valfrac"]))
+
+    @property
+    def typical(self) -> NDArray[np.bool_]:
+        """(P,) particles that took part in fits: all but those that outshine the molecule."""
+        stored = self.weights.get("typical")
+        return np.ones(len(self.codes), bool) if stored is None else np.asarray(stored, bool)
 
     def linear_stage(self) -> Run | None:
         """The linear stage that the network started from, as a run of its own; None where its files are not there."""

@@ -135,13 +135,18 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def parse_verb(argv: Sequence[str]) -> tuple[Any, frozenset[str]]:
-    """Config object of ``VERB options...`` and the names of the fields given explicitly; raises ``UserError``."""
+    """Config object of ``VERB options...`` and the names of the fields given explicitly; raises ``UserError``.
+
+    Among those names ``resume`` stands for ``--resume``, which is no field: messages speak of what was typed.
+    """
     from opustomo import config, options
 
     verb, arguments = argv[0], list(argv[1:])
-    if verb == "train" and "--resume" in arguments:
+    resumed = verb == "train" and "--resume" in arguments
+    if resumed:
         arguments = resume_arguments(arguments)
-    return options.parse(getattr(config, VERBS[verb].config), arguments, f"opustomo {verb}")
+    chosen, given = options.parse(getattr(config, VERBS[verb].config), arguments, f"opustomo {verb}")
+    return chosen, given | {"resume"} if resumed else given
 
 
 def resume_arguments(arguments: list[str]) -> list[str]:
@@ -154,8 +159,15 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     folder = arguments[at + 1]
     path = Path(folder) / "config.yaml"
     if not path.is_file():
+        if (path.parent / "run.log").is_file():  # interrupted while the data were prepared
+            from opustomo.resume import BEGIN_AGAIN
+
+            raise UserError(f"--resume {folder}: no finished epoch (no config.yaml yet); {BEGIN_AGAIN}")
         raise UserError(f"--resume {folder}: no config.yaml there, so it is not a run folder of train")
-    stored = yaml.safe_load(path.read_text())
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
     if not isinstance(stored, dict) or "star" not in stored:
         raise UserError(f"{path}: names no STAR file; use opustomo train STAR -o {folder} --load latest")
     return [str(stored["star"]), "-o", folder, "--load", "latest", *arguments[:at], *arguments[at + 2 :]]
@@ -163,6 +175,9 @@ def resume_arguments(arguments: list[str]) -> list[str]:
 
 def call(verb: str, config: Any, given: frozenset[str]) -> int:
     """Import the verb's module and run its ``main``; train is also told which options were typed."""
+    output: Path | None = getattr(config, "output", None)
+    if verb != "report" and output is not None and output.is_file():
+        raise UserError(f"-o {output}: is a file; give a folder")
     if not logging.getLogger("opustomo").handlers:
         from opustomo.monitor import setup_log
 
@@ -176,6 +191,8 @@ def print_verb_help(verb: str) -> None:
     from opustomo import config, options
 
     options.print_help(getattr(config, VERBS[verb].config), f"opustomo {verb}")
+    if verb == "train":
+        print("to continue a run:\n  --resume RUN   in place of STAR and -o: the run's own options hold\n")
     print(f"example:\n  {VERBS[verb].example}")
 
 

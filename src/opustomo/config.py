@@ -72,7 +72,7 @@ class CacheConfig:
     input: InputOptions = InputOptions()
     grid: GridOptions = GridOptions()
     workers: int = 0
-    """Threads used for the cache (0: all cores)."""
+    """Threads used for the cache, not processes (0: all cores)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class AverageConfig:
     downfrac: float = 1.0
     """Working box as a fraction of the subtomogram's (1: full resolution)."""
     workers: int = 0
-    """Threads (0: all cores)."""
+    """Threads, not processes (0: all cores)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class LinearConfig:
     seed: int = 0
     """Random seed."""
     workers: int = 0
-    """Threads (0: all cores)."""
+    """Threads, not processes (0: all cores)."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class TrainConfig:
     prior: float = 10.0
     """Strength of the spectral prior on what the decoder adds to the linear model (0: none)."""
     lamb: float = 0.0
-    """Strength of the structural disentanglement prior (seed's range 0.1-3)."""
+    """Strength of the structural disentanglement prior (OPUS-TOMO's range 0.1-3)."""
     bfactor: float = 0.0
-    """B0 of the decaying envelope exp(-pi^2 B0 s^2) on the model during training (seed's range 3-5)."""
+    """B0 of the decaying envelope exp(-pi^2 B0 s^2) on the model during training (OPUS-TOMO's range 3-5)."""
     valfrac: float = 0.1
     """Fraction of particles held out for validation."""
     split: Annotated[Path | None, arg(metavar="PKL")] = None
@@ -159,9 +159,9 @@ class TrainConfig:
     templateres: int = 0
     """Size of the decoder's volume, a multiple of 16 (0: the multiple of 16 at or above the crop)."""
     width: float = 0.0
-    """Channel multiplier; 1 is the seed's network (0: 1 on a GPU, 0.25 on CPUs)."""
+    """Channel multiplier; 1 is OPUS-TOMO's network (0: 1 on a GPU, 0.25 on CPUs)."""
     encoderres: int = 0
-    """Size to which the encoder's features are resized (0: 12, the seed's, on a GPU; 6 on CPUs)."""
+    """Size to which the encoder's features are resized (0: 12, OPUS-TOMO's, on a GPU; 6 on CPUs)."""
     estpose: bool = True
     """Correct every particle's pose by what the linear stage finds (pose.N.pkl); the STAR file is never changed."""
     num_gpus: int = 1
@@ -187,7 +187,7 @@ class TrainConfig:
     seed: int = 0
     """Random seed."""
     workers: int = 0
-    """Threads (0: all cores)."""
+    """Threads, not processes (0: all cores)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     verbose: Switch = False
@@ -258,6 +258,8 @@ class SelectConfig:
     """K of the k-means analysis."""
     classes: tuple[int, ...] = ()
     """Classes to join into selected.star (default: one file per class)."""
+    corrected: Switch = False
+    """Write the poses as the run has corrected them instead of those of the STAR file."""
 
 
 @dataclass(frozen=True)

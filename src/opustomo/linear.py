@@ -352,6 +352,7 @@ def choose_components(
     model = fit(average(rows, train, grid, mask), rows, train, grid, mask, 2 * iterations)
     top = float(infer(model, rows, held, grid).evidence.mean())
     best, trail, failures = model, [(0, top)], 0
+    log.info("linear stage: K = 0, the average alone: held-out evidence %.2f nats per particle", top)
     for k in range(1, limit + 1):
         # several at once: a single random start can take dozens of steps to turn towards what is there
         model = fit(add_components(model, PROBES, grid, mask, seed + k), rows, train, grid, mask, iterations // 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -74,6 +74,7 @@ class LinearResult:
     pose_error: Tensor  # (P, 6) left at the rows' poses: rotation vector (radians) and shift (working voxels)
     trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
     typical: Tensor  # (P,) bool: particles that take part in fits
+    brightness: Tensor  # (P,) see ``change_over_average``, the largest found
 
     @cached_property
     def codes(self) -> CodePosterior:
@@ -112,10 +113,12 @@ def fit_linear(
         )
     rows = make_rows(particles)
     typical = typical_particles(rows, plan.train, grid, mask)
+    brightness = torch.zeros(len(rows))
     while True:
         train, fitted, probe = _parts(plan, typical)
         found = _choose(plan, rows, fitted, probe, grid, mask)
-        strange = typical & outshines_the_molecule(found)
+        brightness = torch.maximum(brightness, change_over_average(found))
+        strange = typical & (brightness > 1.0)
         if not strange.any() or strange.sum() > MOST_OUTLIERS * typical.sum():
             break
         typical = typical & ~strange
@@ -127,7 +130,7 @@ def fit_linear(
             # what was noise about poses that are wrong may be a component now; from the start, since many EM steps
             # overfit the spectrum of the components
             again = _choose(plan, rows, fitted, probe, grid, mask)
-            found = again if again.evidence(probe) > found.evidence(probe) else found
+            found = again if again.evidence(probe) > found.evidence(probe) else replace(found, trail=again.trail)
     rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
     log.info(
         "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
@@ -139,7 +142,7 @@ def fit_linear(
     last = torch.nonzero(typical)[:, 0] if plan.use_held else train
     model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
     final = infer(model, rows, torch.arange(len(rows)), grid)
-    return particles, rows, linear_result(model, final, mixture, rows, grid, found.trail, typical)
+    return particles, rows, linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness)
 
 
 def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,12 +169,13 @@ def linear_result(
     grid: Grid,
     trail: list[tuple[int, float]],
     typical: Tensor,
+    brightness: Tensor,
 ) -> LinearResult:
     """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture."""
     about = code_statistics(model, rows, posterior.gain, grid)
     code = condition(mixture, about).centre().float()
     error = pose_error(model, rows, grid, code, posterior.gain)
-    return LinearResult(model, posterior, about, mixture, error, trail, typical)
+    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:
@@ -223,16 +227,16 @@ def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Te
     return evidence <= centre + OUTLIER_LIMIT * spread
 
 
-def outshines_the_molecule(found: Fit) -> Tensor:
-    """Which particles differ from the average by more density than the average has, (P,) bool.
+def change_over_average(found: Fit) -> Tensor:
+    """Norm of each particle's difference from the average over that of the average itself, (P,).
 
-    No state of a molecule does that; gold, ice and other bright things that evidence under the average cannot tell from
-    good particles do, and would keep a component for themselves.
+    No state of a molecule is above 1; gold, ice and other bright things that evidence under the average cannot tell
+    from good particles are, and would keep a component for themselves.
     """
     components, mean = found.model.components.flatten(1), found.model.mean
     gram = components @ components.T
     change = torch.einsum("pk,kl,pl->p", found.posterior.code, gram, found.posterior.code)
-    return change > float(mean.square().sum())
+    return (change / mean.square().sum()).sqrt()
 
 
 def _name_outliers(typical: Tensor) -> None:

@@ -23,6 +23,7 @@ from opustomo.analysis import plots
 from opustomo.compat.legacy_files import save_pickle, save_split
 from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
+from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.poses import move_poses
 from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
@@ -62,6 +63,7 @@ def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> No
         "star": str(config.star.resolve()), "split": str((config.output / "split.pkl").resolve()),
         "valfrac": HELD_OUT, "zdim": result.model.size, "width": 0.0, "encoderres": 0, "bfactor": 0.0,
         "poses": None, "ind": None, "particles": len(inputs.particles),
+        "identity": fingerprint_of(inputs.particles.names),
     }  # fmt: skip
     checkpoint.write_config(config.output, values)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, grid)
@@ -72,15 +74,16 @@ def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> No
     code, sigma = result.codes.centre().float(), result.codes.spread().float()
     poses = (particles.rotation, particles.origin / grid.box, particles.euler)
     weights = {"kind": "linear", "epoch": 0, "model": state, "mixture": dataclasses.asdict(result.mixture)}
+    weights["typical"] = result.typical
     checkpoint.save_epoch(config.output, 0, weights, code, sigma, poses)
 
 
-def outlier_score(code: Tensor, gain: Tensor, evidence: Tensor) -> Tensor:
-    """How unlike the others a particle is, (P,): robust distance of code and gain from their centre.
+def outlier_score(code: Tensor, gain: Tensor, evidence: Tensor, brightness: Tensor) -> Tensor:
+    """How unlike the others a particle is, (P,): robust distance of all these from their centre.
 
     Medians and median absolute deviations, so that the outliers themselves do not set the scale.
     """
-    features = torch.cat([code, gain[:, None], evidence[:, None]], 1)
+    features = torch.cat([code, gain[:, None], evidence[:, None], brightness[:, None]], 1)
     centre = features.median(0).values
     spread = 1.4826 * (features - centre).abs().median(0).values
     return ((features - centre) / spread.clamp(min=1e-6)).square().mean(1).sqrt()
@@ -94,7 +97,7 @@ def write_results(
     code = codes.centre().float()
     independent, mixing = independent_components(code.numpy(), seed)
     # under the Gaussian prior: a mixture may have a place for the outliers
-    score = outlier_score(post.code, post.gain, post.evidence)
+    score = outlier_score(post.code, post.gain, post.evidence, result.brightness)
     with atomic(folder / "linear.npz") as temporary, temporary.open("wb") as handle:
         np.savez(
             handle,
@@ -113,7 +116,11 @@ def write_results(
     titles = ["mean", *(f"component {j // 2 + 1}: {'+-'[j % 2 == 0]}2 sd" for j in range(len(shown) - 1))]
     plots.save(plots.montage(torch.stack(shown).numpy(), titles), folder / "components.png")
     if model.size:
-        _write_clusters(folder, code.numpy(), rows, grid, mask, min(clusters, len(score)), seed)
+        typical = result.typical.numpy()
+        _write_clusters(folder, code.numpy(), typical, rows, grid, mask, min(clusters, int(typical.sum())), seed)
+    if not result.typical.all():
+        save_pickle(folder / "typical.pkl", torch.nonzero(result.typical)[:, 0].numpy())
+        log.info("to go on without the outliers: opustomo train ... --ind %s", folder / "typical.pkl")
 
 
 def independent_components(code: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -138,14 +145,24 @@ def _write_particles(path: Path, result: LinearResult, code: Tensor, score: Tens
 
 
 def _write_clusters(
-    folder: Path, code: NDArray[np.float32], rows: Rows, grid: Grid, mask: Tensor, clusters: int, seed: int
+    folder: Path,
+    code: NDArray[np.float32],
+    typical: NDArray[np.bool_],
+    rows: Rows,
+    grid: Grid,
+    mask: Tensor,
+    clusters: int,
+    seed: int,
 ) -> None:
-    labels = KMeans(clusters, n_init=10, random_state=seed).fit_predict(code)
+    # centres of the typical particles: a bright object would have a cluster of its own
+    labels = KMeans(clusters, n_init=10, random_state=seed).fit(code[typical]).predict(code)
     save_pickle(folder / "labels.pkl", labels.astype(np.int64))
     volumes = []
     for j in range(clusters):
-        volumes.append(reconstruct(rows, torch.from_numpy((labels == j).astype(np.float32)), grid, mask))
+        members = (labels == j) & typical
+        volumes.append(reconstruct(rows, torch.from_numpy(members.astype(np.float32)), grid, mask))
         checkpoint.write_map(folder / f"cluster{j}.mrc", volumes[-1], grid)
-    titles = [f"cluster {j}: {int((labels == j).sum())}" for j in range(clusters)]
+    titles = [f"cluster {j}: {int(((labels == j) & typical).sum())}" for j in range(clusters)]
     plots.save(plots.montage(torch.stack(volumes).numpy(), titles), folder / "clusters.png")
-    plots.save(plots.scatter(code[:, :2] if code.shape[1] > 1 else np.c_[code, code]), folder / "codes.png")
+    drawn = plots.scatter(code[:, :2]) if code.shape[1] > 1 else plots.histogram(code[:, 0], labels, clusters)
+    plots.save(drawn, folder / "codes.png")

@@ -28,6 +28,7 @@ METRIC_COLUMNS = (
     "beta", "lr", "seconds", "particles_per_second",
 )  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0
+NOTABLE = 0.05  # nats per held-out particle: smaller differences are not worth a word
 
 
 class StderrHandler(logging.Handler):

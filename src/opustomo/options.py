@@ -13,7 +13,7 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -29,12 +29,16 @@ FRAME = "╭╰╮╯│─|+- "  # what tyro draws its boxes with, in ASCII whe
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One field of a config: its name, the flags that set it ("" for a positional argument) and what help calls it."""
+    """One field of a config: its name, the flags that set it ("" for a positional argument) and what help calls it.
+
+    number: what its values must be, in words; "" where they are not numbers.
+    """
 
     field: str
     flags: tuple[str, ...]
     metavar: str
     required: bool
+    number: str
 
     @property
     def label(self) -> str:
@@ -62,10 +66,19 @@ def options_of(config_class: type) -> tuple[Option, ...]:
         # what is on by default can be typed either way
         flags = () if positional else (*aliases, "--" + name, *([f"--no-{name}"] if field.default is True else []))
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        options.append(Option(field.name, flags, metavar, missing))
+        options.append(Option(field.name, flags, metavar, missing, number_of(hint)))
     flags_seen = [flag for option in options for flag in option.flags]
     assert len(flags_seen) == len(set(flags_seen)), f"{config_class.__name__}: two options share a flag"
     return tuple(options)
+
+
+def number_of(hint: Any) -> str:
+    """``a whole number is`` for int, ``a number is`` for float, the plural for tuples of int, else nothing."""
+    bare = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    kinds = {bare, *get_args(bare)}
+    if tuple in kinds | {get_origin(bare)}:
+        return "whole numbers are" if int in kinds else ""
+    return "a whole number is" if int in kinds else "a number is" if float in kinds else ""
 
 
 def flag_of(token: str) -> str | None:
@@ -111,8 +124,21 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str) -> tuple[C
         with contextlib.redirect_stderr(report), contextlib.redirect_stdout(report):
             config: Any = tyro.cli(config_class, prog=prog, args=list(argv), config=TYRO_CONFIG)
     except SystemExit:
-        raise UserError(one_line(report.getvalue(), options)) from None
+        message = one_line(report.getvalue(), options)
+        raise UserError(wrong_number(message, argv, options) or message) from None
     return config, given | {option.field for option in options if not option.flags}
+
+
+def wrong_number(message: str, argv: Sequence[str], options: Sequence[Option]) -> str | None:
+    """``-n/--epochs abc: a whole number is needed`` where tyro tells of Python's conversions; None for the rest."""
+    for option in options:
+        if not option.number or not message.startswith(f"Error parsing {option.label}:"):
+            continue
+        at = max(i for i, token in enumerate(argv) if flag_of(token) in option.flags)
+        _, _, joined = argv[at].partition("=")
+        values = [joined] if joined else itertools.takewhile(lambda token: flag_of(token) is None, argv[at + 1 :])
+        return f"{option.label} {' '.join(values)}: {option.number} needed"
+    return None
 
 
 def print_help(config_class: type, prog: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
 from opustomo.data.poses import moved_from, same_poses
+from opustomo.errors import UserError
 from opustomo.monitor import progress
 from opustomo.reconstruct import Rows
 
@@ -32,10 +34,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def prepare_process(workers: int) -> None:
     """Use ``workers`` threads (0: torch's choice, the cores this process may use or OMP_NUM_THREADS).
 
+    More threads than cores only wait for each other: they are cut to the cores.  Raises UserError below 0.
     Freed memory is kept for the next batch: fetching fresh pages took a quarter of the CPU time (docs/experiments.md).
     """
+    if workers < 0:
+        raise UserError(f"--workers {workers}: must be at least 0; 0 or leaving it out uses all cores")
+    cores = os.cpu_count() or 1
+    if workers > cores:
+        log.info("--workers %d: this machine has %d cores, so %d threads are used", workers, cores, cores)
     if workers:
-        torch.set_num_threads(workers)
+        torch.set_num_threads(min(workers, cores))
     with suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)

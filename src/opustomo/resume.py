@@ -1,7 +1,8 @@
 """Continuing a run: which options hold, and whether the continuation is exact.
 
-Owns: the rules of ``--load``.  ``--load latest`` goes on exactly and refuses changed options, but for the number of
-epochs; ``--load W.pkl`` lets options that were typed override the stored ones, lists them, and then starts warm.
+Owns: the rules of ``--load``.  ``--load latest``, which ``--resume`` stands for, goes on exactly and refuses changed
+options, but for the number of epochs; ``--load W.pkl`` lets options that were typed override the stored ones, lists
+them, and then starts warm.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from opustomo.checkpoint import epochs_of, flatten, load_tensors, read_config
 from opustomo.config import GridOptions, InputOptions, TrainConfig
 from opustomo.errors import UserError
 
+BEGIN_AGAIN = "repeat the original command (run.log begins with it); the cache that is there is used"
 # options that say where and how to run, not what is computed
 _FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "device"})
 # stored unless typed, and free to change: they do not touch what is computed
@@ -43,18 +45,20 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
     """Merge typed options with those of the run that ``config.load`` names.
 
     given: names of the options that were typed (None: all that differ from their defaults).  Raises UserError for
-    changed options under ``latest``, for sizes that must match, and for codes of another run.
+    changed options under ``latest``, for sizes that must match, and for codes of another run.  ``resume`` among the
+    given: the user typed --resume RUN, which stands for -o RUN --load latest.
     """
+    spelt = "--resume" if given is not None and "resume" in given else "--load"
     if config.load is None:
         if config.latents is not None:
             raise UserError("--latents has no effect without --load weights.N.pkl; add --load or leave it out")
         return config, None
-    folder, epoch = _source(config)
+    folder, epoch = _source(config, spelt)
     stored = _stored(folder)
     typed = {k: v for k, v in _typed(config, given).items() if not _same(k, stored.get(k), v, folder)}
     changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE | _HARMLESS}
-    _refuse(config, stored, changed, folder, epoch)
-    weights = _weights(folder / f"weights.{epoch}.pkl")
+    _refuse(config, stored, changed, folder, epoch, spelt)
+    weights = _weights(folder / f"weights.{epoch}.pkl", spelt)
     notes = [] if config.latents is None else _check_codes(config.latents, folder, epoch)
     merged = _merge(config, stored, typed)
     notes.append(f"{_how(stored, changed)} from epoch {epoch} of {folder}{_listing(stored, changed)}")
@@ -69,25 +73,31 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
     return merged, Continuation(weights, epoch + 1, optimiser, "poses" in changed, tuple(notes))
 
 
-def _refuse(config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], folder: Path, epoch: int) -> None:
+def _refuse(
+    config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], folder: Path, epoch: int, spelt: str
+) -> None:
     for name in _FIXED:
         if name in changed:
             raise UserError(
                 f"{_spelt(name, changed[name])} where {folder} was trained with {stored[name]}; give what it was "
-                "trained with, or start a new run without --load"
+                f"trained with, or start a new run without {spelt}"
             )
     if config.load == "latest" and changed.keys() - {"epochs"}:
         listing = ", ".join(f"{_spelt(k, v)} (was {stored[k]})" for k, v in changed.items())
-        raise UserError(f"--load latest continues exactly, but options changed: {listing}; leave them out, or use "
-                        f"--load {folder}/weights.{epoch}.pkl to start warm")  # fmt: skip
+        resumed = spelt == "--resume"
+        raise UserError(
+            f"{spelt if resumed else '--load latest'} continues exactly, but options changed: {listing}; "
+            f"leave them out, or {'in place of --resume type STAR -o RUN' if resumed else 'use'} "
+            f"--load {folder}/weights.{epoch}.pkl to start warm"
+        )
 
 
-def _weights(path: Path) -> dict[str, Any]:
+def _weights(path: Path, spelt: str) -> dict[str, Any]:
     weights = load_tensors(path)
     if missing := _NEEDED - weights.keys():
         raise UserError(
             f"{path}: has no {', '.join(sorted(missing))}, it is of the linear stage or of an earlier version; "
-            "start a new run without --load"
+            f"start a new run without {spelt}"
         )
     return weights
 
@@ -115,14 +125,23 @@ def _spelt(name: str, value: Any) -> str:
     return f"--{flag} {value}"
 
 
-def _source(config: TrainConfig) -> tuple[Path, int]:
+def _source(config: TrainConfig, spelt: str) -> tuple[Path, int]:
     assert config.load is not None
     if config.load == "latest":
         present = epochs_of(config.output)
-        if not present:
-            raise UserError(f"--load latest: {config.output} has no finished epoch; leave --load out to start")
-        return config.output, present[-1]
+        if present:
+            return config.output, present[-1]
+        if spelt == "--resume":
+            raise UserError(f"--resume {config.output}: no finished epoch; {BEGIN_AGAIN}")
+        raise UserError(
+            f"--load latest: {config.output} has no finished epoch; leave --load out to start "
+            "(a cache that is there is used)"
+        )
     path = Path(config.load)
+    if path.is_dir():
+        raise UserError(f"--load {path}: is a folder; give RUN/weights.N.pkl or `latest`")
+    if path.is_file() and not re.fullmatch(r"weights\.\d+\.pkl", path.name):
+        raise UserError(f"--load {path}: is not a weights file; give RUN/weights.N.pkl or `latest`")
     match = re.fullmatch(r"weights\.(\d+)\.pkl", path.name)
     if match is None or not path.is_file():
         raise UserError(f"--load {path}: no such checkpoint; give RUN/weights.N.pkl or `latest`")

@@ -20,6 +20,7 @@ from opustomo import checkpoint
 from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import wedge_groups
+from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
@@ -157,7 +158,8 @@ def start_from_linear(
         rows = make_rows(particles)
         model = _stored_linear(continuation, grid, mask)
         posterior = infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
-        linear = linear_result(model, posterior, Mixture(**stored["mixture"]), rows, grid, [], stored["typical"])
+        mixture, typical = Mixture(**stored["mixture"]), stored["typical"]
+        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, torch.zeros(len(rows)))
     else:
         plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
@@ -253,6 +255,7 @@ def save_config(config: TrainConfig, start: Start, split_file: Path) -> None:
     inputs = start.inputs
     values = {"kind": "network", **checkpoint.flatten(config), **inputs.grid._asdict()}
     values["rows"] = str(start.place.resolve()) if start.place else None
+    values["identity"] = fingerprint_of(inputs.particles.names)
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
     values |= {"split": str(split_file.resolve()), "particles": len(inputs.particles), "load": None, "latents": None}

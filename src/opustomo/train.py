@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
 from opustomo.mixture import CodePosterior, condition
 from opustomo.model.vae import Vae
-from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
+from opustomo.monitor import NOTABLE, Metrics, Window, peak_memory_gb, progress, setup_log
 from opustomo.objective import (
     beta_weight,
     disentanglement,
@@ -61,7 +60,6 @@ log = logging.getLogger("opustomo")
 
 EVALUATION_PAIRS = 4  # of opposite samples: they cancel what is odd in the code
 BANK_CLASSES_SAMPLE = 12_800
-OVERFIT = 0.05  # nats per held-out particle by which an earlier epoch has to be better to be named
 CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
@@ -113,7 +111,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
             save(config, start, model, context, optimizer, bank, epoch)
             saved[epoch] = scores["val_elbo"]
         preview(config, model, context, train, epoch)
-    write_verdict(config.output, saved, bound)
+    write_verdict(config.output, saved, bound, len(held))
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - started, peak_memory_gb(), config.output, config.output)  # fmt: skip
     return 0
@@ -126,7 +124,8 @@ def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | Non
     )
     if not own and checkpoint.epochs_of(config.output):
         raise UserError(
-            f"-o {config.output}: holds a run already; continue it with --load latest, or choose another folder"
+            f"-o {config.output}: holds a run already; continue it with `opustomo train --resume {config.output}`, or "
+            "choose another folder"
         )
 
 
@@ -395,27 +394,33 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     plots.save(plots.picture_rows(pictures, titles), config.output / f"{config.tmp_prefix}.png")
 
 
-def write_verdict(folder: Path, saved: dict[int, float], linear: float) -> None:
+def write_verdict(folder: Path, saved: dict[int, float], linear: float, held: int) -> None:
     """Say whether the network earned its place on held-out particles, and which of its epochs to use.
 
-    saved: held-out bound of every epoch with a checkpoint; linear: that of the linear stage.
+    saved: held-out bound of every epoch with a checkpoint; linear: that of the linear stage; held: particles held out.
     """
+    if held == 0:
+        log.warning("no particles were held out: nothing here says whether the network is better than the linear stage")
+        return
     last = max(saved)
     best = max(saved, key=lambda epoch: saved[epoch])
-    if saved[best] - saved[last] > OVERFIT:
+    if saved[best] - saved[last] > NOTABLE:
         log.warning(
             "held-out particles were explained best after epoch %d, by %.2f nats more than at the end: use --epoch %d "
             "in analyze, volumes and report, or train for fewer epochs", best, saved[best] - saved[last], best,
         )  # fmt: skip
-    if math.isfinite(saved[best]) and saved[best] > linear:
+    gain = saved[last] - linear
+    if gain > NOTABLE:
+        log.info("the network explains held-out particles better than the linear stage, by %.2f nats each", gain)
+    elif gain > -NOTABLE:
         log.info(
-            "the network explains held-out particles better than the linear stage, by %.2f nats each",
-            saved[best] - linear,
-        )
+            "the network explains held-out particles as well as the linear stage (%+.2f nats each): at this number of "
+            "particles the linear model leaves nothing to be found", gain,
+        )  # fmt: skip
     else:
         log.warning(
-            "the network does not explain held-out particles better than the linear stage (%.2f against %.2f nats): "
-            "prefer the linear codes in %s/linear, train longer, or lower --lr", saved[best], linear, folder,
+            "the network explains held-out particles worse than the linear stage (%.2f against %.2f nats): "
+            "prefer the linear codes in %s/linear, or lower --lr", saved[last], linear, folder,
         )  # fmt: skip
 
 

@@ -62,18 +62,20 @@ def write_data_volumes(
     rng = np.random.default_rng(seed)
     half = rng.permutation(n) % 2 == 0
     curves: dict[str, Floats] = {}
+    counts: dict[str, int] = {}
     paths = []
     for i, code in enumerate(progress(codes, len(codes), "volumes from data", "volumes")):
-        weight = kernel(run.codes, code, neighbours or max(32, n // 10))
+        weight = kernel(run.codes, code, neighbours or usual_neighbours(n))
         volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
         path = folder / f"{prefix}{i}_data.mrc"
         write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
         paths.append(path)
         curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
+        counts[f"{prefix}{i}"] = int(np.count_nonzero(weight))
         if i == 0:
             control = _half_map_fsc(run, rows, rng.permutation(weight), half)
-    curves["random"] = control
-    _write_fsc(curves, grid.crop * grid.working_pixel, folder)
+    curves["random"], counts["random"] = control, counts[f"{prefix}0"]
+    _write_fsc(curves, counts, grid.crop * grid.working_pixel, folder)
     return paths
 
 
@@ -91,7 +93,7 @@ def write_full_volumes(
     grid, mask = inputs.grid._replace(crop=size), centre_pad(inputs.mask, size)
     contrast, normalisation = (option(run.config, name) or "auto" for name in ("contrast", "normalisation"))
     noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
-    around = [kernel(run.codes, code, neighbours or max(32, len(particles) // 10)) for code in codes]
+    around = [kernel(run.codes, code, neighbours or usual_neighbours(len(particles))) for code in codes]
     weights = torch.from_numpy(np.stack([*around, np.random.default_rng(0).permutation(around[0])])).float()
     names = [*(f"{prefix}{i}" for i in range(len(codes))), "random"]
     at_once = max(1, int(MEMORY / (2 * 4 * 1.5 * size**3)))
@@ -109,7 +111,8 @@ def write_full_volumes(
                 paths.append(folder / f"{name}_{kind}.mrc")
                 written = resample(values.numpy(), grid.pixel_size, grid.pixel_size, size, flip)
                 write_volume(paths[-1], written, grid.pixel_size)
-    _write_fsc(curves, grid.extent, folder)
+    counts = {name: int(weight.count_nonzero()) for name, weight in zip(names, weights, strict=True)}
+    _write_fsc(curves, counts, grid.extent, folder)
     return paths
 
 
@@ -128,6 +131,17 @@ def _full_inputs(run: Run) -> Inputs:
         )
     particles = replace(particles, rotation=run.rotation, origin=run.origin, euler=run.euler)
     return replace(inputs, particles=particles)
+
+
+def usual_neighbours(particles: int) -> int:
+    """How many particles around a code make its map, unless stated."""
+    return max(32, particles // 10)
+
+
+def contributing(codes: NDArray[np.floating], at: NDArray[np.floating], names: list[str]) -> dict[str, int]:
+    """Particles that make each curve of fsc_data.csv, by its name, for maps at the codes ``at`` (n, zdim)."""
+    counts = [int(np.count_nonzero(kernel(codes, code, usual_neighbours(len(codes))))) for code in at]
+    return dict(zip(names, [*counts, counts[0]], strict=False))
 
 
 def kernel(codes: NDArray[np.floating], code: NDArray[np.floating], neighbours: int) -> Floats:
@@ -159,7 +173,7 @@ def _cache(run: Run) -> Rows:
     return cache
 
 
-def _write_fsc(curves: dict[str, Floats], extent: float, folder: Path) -> None:
+def _write_fsc(curves: dict[str, Floats], counts: dict[str, int], extent: float, folder: Path) -> None:
     """fsc_data.csv and fsc_data.png; extent: edge of the boxes in Angstrom."""
     frequency = np.arange(len(next(iter(curves.values())))) / extent
     buffer = io.StringIO()
@@ -167,7 +181,8 @@ def _write_fsc(curves: dict[str, Floats], extent: float, folder: Path) -> None:
     table.writerow(["frequency", *curves])
     table.writerows([f"{v:.6f}" for v in row] for row in zip(frequency, *curves.values(), strict=True))
     write_text(folder / "fsc_data.csv", buffer.getvalue())
-    plots.save(plots.fsc_curves(frequency, curves, "Half maps of the data at each code"), folder / "fsc_data.png")
+    figure = plots.fsc_curves(frequency, curves, "Half maps of the data at each code", counts)
+    plots.save(figure, folder / "fsc_data.png")
 
 
 def read_fsc(path: Path) -> tuple[Floats, dict[str, Floats]]:

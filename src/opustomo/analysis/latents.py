@@ -93,11 +93,11 @@ def analyze(
     components = principal_components(codes)
     if pcs > len(components.axes):
         log.warning("%d components instead of %d: the codes have no more", len(components.axes), pcs)
-    used = int((components.explained > 1e-9).sum())
+    used = in_use(components.explained)
     if used < min(pcs, len(components.axes)):
-        log.warning("the codes vary along %d component(s) only: the traversals after pc%d stand still", used, used)
+        log.warning("the codes vary along %d component(s) only: pc%d and beyond stand still", used, used + 1)
     _write_components(components, pcs, folder)
-    labels, centre_index = cluster(codes, clusters, seed)
+    labels, centre_index = cluster(codes, clusters, seed, run.typical)
     embedding = _stored_umap(folder, len(codes)) if skip_umap else embed(codes, seed)
     if embedding is not None and not skip_umap:
         save_pickle(folder / "umap.pkl", embedding.astype(np.float32))
@@ -134,6 +134,11 @@ def principal_components(codes: Floats) -> Components:
     return Components(pca.mean_, pca.components_, pca.transform(codes), pca.explained_variance_ratio_)
 
 
+def in_use(explained: Floats) -> int:
+    """Components that carry variance, of fractions ``explained`` (n,): codes may have columns that are not used."""
+    return int((explained > 1e-9).sum())
+
+
 def traversal(components: Components, pc: int, points: int = TRAVERSAL_POINTS) -> Floats:
     """(points, zdim) codes along component ``pc`` (1-based): 5th to 95th percentile of its scores, the others 0."""
     score = components.scores[:, pc - 1]
@@ -143,21 +148,25 @@ def traversal(components: Components, pc: int, points: int = TRAVERSAL_POINTS) -
     return codes
 
 
-def cluster(codes: Floats, k: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def cluster(
+    codes: Floats, k: int, seed: int, typical: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """k-means of (P, zdim) codes: labels (P,) and, per class, its member nearest to the centre (K,).
 
-    Classes are numbered so that neighbours in number are neighbours in code space.  Fewer distinct codes than
-    ``k`` give as many classes as there are distinct codes.
+    typical: (P,) particles that make the classes; outliers only join the nearest, or they would take classes for
+    themselves.  Classes are numbered so that neighbours in number are neighbours in code space.  Fewer distinct codes
+    than ``k`` give as many classes as there are distinct codes.
     """
-    distinct = len(np.unique(codes, axis=0))
+    makers = np.ones(len(codes), bool) if typical is None else typical
+    distinct = len(np.unique(codes[makers], axis=0))
     if distinct < k:
         log.warning("only %d distinct codes: %d classes instead of %d", distinct, distinct, k)
         k = distinct
-    fit = KMeans(k, n_init=10, random_state=seed).fit(codes)
+    fit = KMeans(k, n_init=10, random_state=seed).fit(codes[makers])
     order = np.arange(k) if k < 3 else leaves_list(linkage(fit.cluster_centers_, "average", optimal_ordering=True))
-    labels = np.argsort(order)[fit.labels_]
+    labels = np.argsort(order)[fit.predict(codes)]
     centres = fit.cluster_centers_[order]
-    distance = np.linalg.norm(codes - centres[labels], axis=1)
+    distance = np.where(makers, np.linalg.norm(codes - centres[labels], axis=1), np.inf)
     # the nearest *member*: a centre between two dense classes may have a nearer neighbour in the other one
     nearest = [int(np.flatnonzero(labels == c)[distance[labels == c].argmin()]) for c in range(k)]
     return labels.astype(np.int64), np.array(nearest, np.int64)
@@ -228,7 +237,7 @@ def _write_classes(result: Analysis, codes: Floats) -> None:
 
 
 def pca_plane(scores: Floats, explained: Floats) -> tuple[Floats, tuple[str, str]]:
-    """(P, 2) coordinates on the first two components and their axis names; one component is drawn over zeros."""
+    """(P, 2) coordinates on the first two components and their axis names; a missing one is zero."""
     xy = np.pad(scores[:, :2], ((0, 0), (0, max(0, 2 - scores.shape[1]))))
     share = [*explained[:2], 0.0, 0.0]
     return xy, (f"PC1 ({share[0]:.0%})", f"PC2 ({share[1]:.0%})")
@@ -239,8 +248,14 @@ def _draw(result: Analysis, rotation: Floats) -> None:
     folder, kmeans, direction = result.folder, result.clusters_folder, rotation[:, 2, :]
     plane, names = pca_plane(result.pca_scores, result.explained)
     plots.save(plots.explained_variance(result.explained), folder / "explained_variance.png")
-    plots.save(plots.scatter(plane, names, "Codes"), folder / "z_pca.png")
-    plots.save(plots.classes(plane, result.labels, result.centre_index, names, "Classes"), kmeans / "z_pca.png")
+    if in_use(result.explained) < 2:
+        codes = plots.histogram(plane[:, 0], np.zeros(len(plane), np.int64), 1, names[0], "Codes")
+        classes = plots.histogram(plane[:, 0], result.labels, len(result.centre_index), names[0], "Classes")
+    else:
+        codes = plots.scatter(plane, names, "Codes")
+        classes = plots.classes(plane, result.labels, result.centre_index, names, "Classes")
+    plots.save(codes, folder / "z_pca.png")
+    plots.save(classes, kmeans / "z_pca.png")
     if result.umap is None:
         return
     axes = ("UMAP1", "UMAP2")

@@ -119,6 +119,32 @@ def classes(
     return fig
 
 
+def without_tails(values: Array, name: str) -> tuple[Array, str]:
+    """``values`` (P,) with those beyond ten quartile ranges moved in to there, and the axis name that says so."""
+    low, high = np.percentile(values, [25, 75])
+    reach = 10 * (high - low) or np.inf
+    kept = np.clip(values, low - reach, high + reach)
+    moved = int((kept != values).sum())
+    return kept, f"{name}; {moved:,} farther out drawn at the edge" if moved else name
+
+
+def histogram(values: Array, labels: Array, k: int, name: str = "PC1", title: str = "") -> Figure:
+    """Particles over a code of one dimension, ``values`` (P,), stacked by ``labels`` (P,) of ``k`` classes."""
+    fig = _figure()
+    values, name = without_tails(np.asarray(values), name)
+    axes = _axes(fig, title, name, "particles")
+    edges = np.histogram_bin_edges(values, int(np.clip(2 * len(values) ** 0.5, 5, 80)))
+    below = np.zeros(len(edges) - 1)
+    for c, colour in enumerate(class_colours(k)):
+        counts = np.histogram(values[np.asarray(labels) == c], edges)[0]
+        axes.bar(edges[:-1], counts, np.diff(edges), below, align="edge", color=colour, label=str(c))
+        below += counts
+    if k > 1:
+        axes.legend(title="class", loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + k // 16,
+                    frameon=False, fontsize=7, title_fontsize=7, labelcolor=INK)  # fmt: skip
+    return fig
+
+
 def viewing_direction(
     xy: Array, direction: Array, names: tuple[str, str] = ("UMAP1", "UMAP2"), title: str = ""
 ) -> Figure:
@@ -179,23 +205,32 @@ def _curve(axes: Axes, x: Array, y: Array | None, colour: str, label: str, marke
     axes.plot(x[good], y[good], color=colour, linewidth=1.6, marker=marker or None, markersize=3.5, label=label)
 
 
-def fsc_curves(frequency: Array, curves: Mapping[str, Array], title: str = "Half-map FSC") -> Figure:
+def fsc_curves(
+    frequency: Array,
+    curves: Mapping[str, Array],
+    title: str = "Half-map FSC",
+    particles: Mapping[str, int] | None = None,
+) -> Figure:
     """FSC ``curves`` (name to (S,)) over ``frequency`` (S,) in 1/Angstrom, with the 0.143 and 0.5 thresholds.
 
-    The curve called ``random`` is a control and drawn dashed.
+    The curve called ``random`` is a control and drawn grey and dashed.  ``particles``: how many made each curve.
     """
-    fig = _figure(5.6, 3.6)
+    columns = 1 + (len(curves) - 1) // 20  # of the legend, beside the curves
+    fig = _figure(5.6 + 1.0 * columns, 3.6)
+    counts = {name: f"{name} ({count:,})" for name, count in (particles or {}).items()}
     axes = _axes(fig, title, "resolution (Å)", "FSC")
     own = [name for name in curves if name != "random"]
     for name, colour in zip(own, class_colours(len(own)), strict=True):
-        axes.plot(frequency, curves[name], color=colour, linewidth=1.4, label=name)
+        axes.plot(frequency, curves[name], color=colour, linewidth=1.4, label=counts.get(name, name))
     if "random" in curves:
-        axes.plot(frequency, curves["random"], color=MUTED, linewidth=1.4, linestyle="--", label="random")
+        label = counts.get("random", "random")
+        axes.plot(frequency, curves["random"], color=MUTED, linewidth=1.4, linestyle="--", label=label)
     for level in (0.143, 0.5):
         axes.axhline(level, color=MUTED, linewidth=0.7, linestyle=":")
     axes.set_ylim(-0.1, 1.05)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{1 / s:.0f}" if s > 1e-6 else "∞"))
-    axes.legend(frameon=False, fontsize=7, labelcolor=INK, ncols=1 + len(curves) // 7)
+    axes.legend(title="map (particles)" if counts else None, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns,
+                frameon=False, fontsize=7, title_fontsize=7, labelcolor=INK)  # fmt: skip
     return fig
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 
 from opustomo import __version__
 from opustomo.analysis import page, plots
-from opustomo.analysis.data_maps import read_fsc
+from opustomo.analysis.data_maps import contributing, read_fsc
 from opustomo.analysis.latents import (
     Analysis,
     analysis_folder,
     analyze,
+    in_use,
     pca_plane,
     principal_components,
     stored_analysis,
@@ -37,7 +39,7 @@ from opustomo.data.atomic import write_text
 from opustomo.data.readers.relion import tomograms
 from opustomo.data.star import read_star
 from opustomo.errors import UserError
-from opustomo.monitor import METRIC_COLUMNS, read_rows
+from opustomo.monitor import METRIC_COLUMNS, NOTABLE, read_rows
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -47,6 +49,9 @@ log = logging.getLogger(__name__)
 DEFAULT_CLUSTERS = 16
 TRAVERSED = 2  # components shown
 STEPS = 5  # maps shown on each
+MOST = 0.9  # of the particles decide on the scales of the class maps
+OTHER_CLASS = r"label-free class \1 (evaluate's own numbering)"
+FEW = 5  # particles; a smaller class is pointed out
 Volumes = NDArray[np.float32]
 
 
@@ -71,8 +76,8 @@ def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Pat
         _codes(run, analysis),
         _classes(analysis, class_volumes(run, analysis)),
         *_tomograms(run, analysis),
-        _traversals(run),
-        *_data_resolution(analysis),
+        *_traversals(run),
+        *_data_resolution(run, analysis),
         *truth,
         _next(run, analysis),
         _settings(run),
@@ -116,35 +121,60 @@ def _tiles(run: Run, analysis: Analysis, metrics: dict[str, NDArray[np.float64]]
     yield page.tile(f"{grid.box}³", f"voxels of {grid.pixel_size:.4g} Å")
     yield page.tile(f"{grid.working_pixel:.4g} Å", f"working pixel: {2 * grid.working_pixel:.3g} Å at best")
     yield page.tile(f"{grid.crop}³", "voxels decoded, the mask's crop")
-    yield page.tile(str(run.codes.shape[1]), "dimensions of the code")
+    used, zdim = in_use(analysis.explained), run.codes.shape[1]
+    yield page.tile(str(zdim) if used == zdim else f"{used} of {zdim}", "dimensions of the code in use")
     gain = held_out_gain(metrics)
     if gain is not None:
-        yield page.tile(
-            f"{gain:+.4g}", "nats per held-out particle over the linear stage", "good" if gain > 0 else "warn"
-        )
+        kind = "good" if gain > NOTABLE else "warn" if gain < -NOTABLE else ""
+        yield page.tile(f"{gain:+.4g}", "nats per held-out particle over the linear stage", kind)
 
 
 def _training(metrics: dict[str, NDArray[np.float64]]) -> Iterator[Section]:
     if not metrics:
         return
     gain = held_out_gain(metrics)
-    note = "The loss should fall and level off. "
-    if gain is not None and gain > 0:
-        note += (
-            f'The network explains held-out particles <b class="good">better</b> than the linear stage, by {gain:.4g} '
-        )
-    elif gain is not None:
-        note += (
-            f'The network explains held-out particles <b class="warn">worse</b> than the linear stage, by {-gain:.4g} '
-        )
+    note = "The loss should fall and level off."
     if gain is not None:
-        note += "nats each."
-        note += "" if gain > 0 else " Trust the linear stage's codes, or train longer or with a smaller --lr."
+        note += f" The network explains held-out particles {_verdict(gain)}"
     body = page.figure(plots.training_curves(metrics), "From metrics.csv", wide=True)
     yield Section("training", "Training", note, body)
 
 
+def _verdict(gain: float) -> str:
+    """What a difference of held-out ELBO means (HTML)."""
+    if abs(gain) <= NOTABLE:
+        return f"no different from the linear stage ({gain:+.2g} nats each)."
+    if gain > 0:
+        return f'<b class="good">better</b> than the linear stage, by {gain:.4g} nats each.'
+    return (
+        f'<b class="warn">worse</b> than the linear stage, by {-gain:.4g} nats each. '
+        "Trust the linear stage's codes, or train longer or with a smaller --lr."
+    )
+
+
 def _codes(run: Run, analysis: Analysis) -> Section:
+    used, note = in_use(analysis.explained), ""
+    if used < 2:
+        figures = _one_dimension(run, analysis)
+        note = (
+            "The codes vary along 1 dimension only: a histogram instead of maps. "
+            if used
+            else "The codes do not vary. "
+        )
+    else:
+        figures = _planes(run, analysis)
+    figures.append(page.figure(plots.explained_variance(analysis.explained), "Variance on each component"))
+    sizes = plots.class_sizes(analysis.labels, len(analysis.centre_index))
+    figures.append(page.figure(sizes, "Particles in each class"))
+    note += (
+        "One point is one particle. Colours should mix evenly in the viewing-direction pictures: groups of one colour "
+        "mean that the missing wedge, not structure, separates the particles."
+    )
+    return Section("codes", "Codes", note, page.row(figures))
+
+
+def _planes(run: Run, analysis: Analysis) -> list[str]:
+    """The codes on two components and in UMAP, by class and by viewing direction."""
     direction = np.asarray(run.rotation)[:, 2, :]
     maps = [(*pca_plane(analysis.pca_scores, analysis.explained), "Principal components")]
     if analysis.umap is not None:
@@ -155,14 +185,18 @@ def _codes(run: Run, analysis: Analysis) -> Section:
         figures.append(page.figure(coloured, f"{what}, coloured by class"))
         seen = plots.viewing_direction(xy, direction, names)
         figures.append(page.figure(seen, f"{what}, coloured by viewing direction"))
-    figures.append(page.figure(plots.explained_variance(analysis.explained), "Variance on each component"))
-    sizes = plots.class_sizes(analysis.labels, len(analysis.centre_index))
-    figures.append(page.figure(sizes, "Particles in each class"))
-    note = (
-        "One point is one particle. Colours should mix evenly in the viewing-direction pictures: groups of one colour "
-        "mean that the missing wedge, not structure, separates the particles."
-    )
-    return Section("codes", "Codes", note, page.row(figures))
+    return figures
+
+
+def _one_dimension(run: Run, analysis: Analysis) -> list[str]:
+    """A code of one dimension: its histogram by class, and over it the beam's angle to z."""
+    direction = np.asarray(run.rotation)[:, 2, :]
+    plane, names = pca_plane(analysis.pca_scores, analysis.explained)
+    coloured = plots.histogram(plane[:, 0], analysis.labels, len(analysis.centre_index), names[0])
+    angle = np.degrees(np.arccos(np.clip(direction[:, 2], -1, 1)))
+    code, name = plots.without_tails(plane[:, 0], names[0])
+    seen = plots.viewing_direction(np.stack([code, angle], axis=1), direction, (name, "beam axis to z (degrees)"))
+    return [page.figure(coloured, "The code, by class"), page.figure(seen, "The code, coloured by viewing direction")]
 
 
 def class_volumes(run: Run, analysis: Analysis) -> Volumes:
@@ -179,10 +213,12 @@ def class_volumes(run: Run, analysis: Analysis) -> Volumes:
 def _classes(analysis: Analysis, volumes: Volumes) -> Section:
     sizes = np.bincount(analysis.labels, minlength=len(volumes))
     colours = plots.class_colours(len(volumes))
-    level, reach = contour(volumes)
-    limits = plots.slice_limits(volumes)
-    mean = np.average(volumes, axis=0, weights=sizes)
-    spread = float(np.percentile(np.abs(volumes - mean), 99.8)) or 1.0
+    most = _most(sizes)
+    typical, weights = volumes[most], sizes[most]
+    level, reach = contour(typical, weights)
+    limits = plots.slice_limits(typical)
+    mean = np.average(typical, axis=0, weights=weights)
+    spread = float(np.percentile(np.abs(typical - mean), 99.8)) or 1.0
     cards = []
     for i, volume in enumerate(volumes):
         views = page.image(plots.two_views(volume, level, reach, colours[i]), f"class {i}, front and side")
@@ -193,9 +229,22 @@ def _classes(analysis: Analysis, volumes: Volumes) -> Section:
         cards.append(page.class_card(i, int(sizes[i]), int(sizes.sum()), colours[i], pictures))
     note = (
         "Surfaces share one contour level. Slices are central, across z, y and x, on one grey scale; below, the same "
-        "slices minus the mean of all classes (red: more density, blue: less). Classes near in number are near in code."
+        "slices minus the mean (red: more density, blue: less). Level, scale and mean are those of the largest "
+        f"classes, which hold {sizes[most].sum() / sizes.sum():.0%} of the particles. "
+        "Classes near in number are near in code."
     )
+    few = int((sizes < FEW).sum())
+    if few:
+        have = "class has" if few == 1 else "classes have"
+        note += f' <b class="warn">{few} {have} fewer than {FEW} particles: likely outliers.</b>'
     return Section("classes", "Classes", note, f'<div class="classes">{"".join(cards)}</div>')
+
+
+def _most(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The largest classes that together hold most particles: a few odd ones may be decoded far too bright."""
+    order = np.argsort(-sizes, kind="stable")
+    before = np.cumsum(sizes[order]) - sizes[order]
+    return order[before < MOST * sizes.sum()]
 
 
 def _tomograms(run: Run, analysis: Analysis) -> Iterator[Section]:
@@ -212,23 +261,27 @@ def _tomograms(run: Run, analysis: Analysis) -> Iterator[Section]:
     yield Section("tomograms", "Tomograms", note, page.row([page.figure(fig, "Share of every class")]))
 
 
-def _traversals(run: Run) -> Section:
+def _traversals(run: Run) -> Iterator[Section]:
+    """Only along components that carry variance."""
     components = principal_components(np.asarray(run.codes, np.float64))
     figures = []
-    for pc in range(1, min(TRAVERSED, len(components.axes)) + 1):
+    for pc in range(1, min(TRAVERSED, in_use(components.explained)) + 1):
         codes = traversal(components, pc, STEPS)
         score = (codes - components.mean) @ components.axes[pc - 1]
         fig = plots.montage(run.decode(codes.astype(np.float32)), [f"PC{pc} = {value:+.2f}" for value in score])
         figures.append(page.figure(fig, f"Along PC{pc}, from its 5th to its 95th percentile", wide=True))
     note = "Decoded maps along the principal components, through the mean code: front and side, and central slices."
-    return Section("traversals", "Along the components", note, page.row(figures))
+    if figures:
+        yield Section("traversals", "Along the components", note, page.row(figures))
 
 
-def _data_resolution(analysis: Analysis) -> Iterator[Section]:
+def _data_resolution(run: Run, analysis: Analysis) -> Iterator[Section]:
     path = analysis.clusters_folder / "fsc_data.csv"
     if not path.is_file():
         return
-    fig = plots.fsc_curves(*read_fsc(path), "Half maps of the data at each class centre")
+    frequency, curves = read_fsc(path)
+    counts = contributing(run.codes, np.asarray(run.codes)[analysis.centre_index], list(curves))
+    fig = plots.fsc_curves(frequency, curves, "Half maps of the data at each class centre", counts)
     note = (
         "Averages of the particles around each class centre, made without the decoder, in two random disjoint halves. "
         "Dashed: the same for randomly chosen particles, which is what every subset shares."
@@ -244,21 +297,25 @@ def _truth(path: Path) -> Iterator[Section]:
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); write it again with `opustomo evaluate`") from None
     note = "The data are simulated: the benchmark's metrics against what was put in."
-    yield Section("truth", "Against the truth", note, page.table(dict(page.leaves(found))))
+    own = {re.sub(r"\bclass(\d+)\b", OTHER_CLASS, name): value for name, value in page.leaves(found)}
+    yield Section("truth", "Against the truth", note, page.table(own))
 
 
 def _next(run: Run, analysis: Analysis) -> Section:
     k = len(analysis.centre_index)
     sizes = np.bincount(analysis.labels, minlength=k)
     largest = " ".join(str(c) for c in sorted(np.argsort(-sizes, kind="stable")[:2]))
-    where, star, mask = shlex.quote(str(run.path)), shlex.quote(str(run.star)), option(run.config, "mask")
-    flag = f" -r {shlex.quote(mask)}" if mask else ""
+    where, star = shlex.quote(str(run.path)), shlex.quote(str(run.star))
+    again = _options(run.config, "mask", "downfrac", "contrast", "normalisation")
+    datadir = _options(run.config, "datadir")
+    # names in selected.star are relative to the folder of the STAR file that it was taken from
+    source = datadir or f" --datadir {shlex.quote(str(run.star.parent))}"
     fewer = max(2, k // 2)
     steps = {
         "Keep the classes that look right (here the two largest: edit the numbers) as a STAR file with every column": (
             f"opustomo select {star} --run {where} --kmeans {k} --classes {largest} -o selected"
         ),
-        "Train again on those particles alone": f"opustomo train selected/selected.star{flag} -o selected-run",
+        "Train again on those particles alone": f"opustomo train selected/selected.star{source}{again} -o selected-run",
         "Class maps at the pixel size and box of the subtomograms": (
             f"opustomo volumes {where} --kmeans {k} --angpix {run.grid.pixel_size:g} --box {run.grid.box} -o maps"
         ),
@@ -271,9 +328,17 @@ def _next(run: Run, analysis: Analysis) -> Section:
         ),
     }
     if run.kind == "linear":
-        steps = {"Train the network, which starts from this stage": f"opustomo train {star}{flag} -o network"} | steps
+        steps = {
+            "Train the network, which starts from this stage": f"opustomo train {star}{datadir}{again} -o network"
+        } | steps
     body = "".join(page.command(purpose, line) for purpose, line in steps.items())
     return Section("next", "What to do next", "", body)
+
+
+def _options(config: dict[str, Any], *names: str) -> str:
+    """The named options of a run as typed on a command line; those not set or left to detection are left out."""
+    values = {name: option(config, name) for name in names}
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in values.items() if value not in ("", "auto"))
 
 
 def _settings(run: Run) -> Section:

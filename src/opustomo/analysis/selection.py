@@ -15,10 +15,12 @@ import yaml
 from numpy.typing import NDArray
 
 from opustomo import __version__
-from opustomo.compat.legacy_files import load_indices, load_labels
+from opustomo.checkpoint import read_config
+from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
 from opustomo.config import SelectConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.export import write_subset
+from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
+from opustomo.data.readers.relion import identities
 from opustomo.data.star import StarFile, read_star
 from opustomo.errors import UserError
 
@@ -30,11 +32,12 @@ def main(config: SelectConfig) -> int:
     labels_file, epoch = find_labels(config.run, config.epoch, config.kmeans)
     labels = load_labels(labels_file)
     star = read_star(config.star)
-    rows = trained_rows(config.run, len(star.particles))
+    rows = trained_rows(config.run, star)
+    poses = _corrected(config.run, epoch) if config.corrected else None
     if config.classes:
-        paths = [_write_union(star, labels, config.classes, config.output, rows)]
+        paths = [_write_union(star, labels, config.classes, config.output, rows, poses)]
     else:
-        paths = write_classes(config.star, labels, config.output, rows)
+        paths = write_classes(config.star, labels, config.output, rows, poses)
     _write_manifest(config, epoch, labels, paths)
     for path in paths:
         log.info("wrote %s", path)
@@ -42,32 +45,46 @@ def main(config: SelectConfig) -> int:
 
 
 def write_classes(
-    star: Path, labels: NDArray[np.integer], outdir: Path, rows: NDArray[np.int64] | None = None
+    star: Path,
+    labels: NDArray[np.integer],
+    outdir: Path,
+    rows: NDArray[np.int64] | None = None,
+    poses: CorrectedPoses | None = None,
 ) -> list[Path]:
     """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
 
-    labels: (P,) 0-based class of every row of ``star``, or of its ``rows``.  UserError: counts differ, ambiguous
-    identities.
+    labels: (P,) 0-based class of every row of ``star``, or of its ``rows``; poses: of the same.  UserError: counts
+    differ, ambiguous identities.
     """
     table = read_star(star)
     rows = _rows_of(table, labels, rows)
     paths = []
     for label in np.unique(labels):
         path = outdir / f"pre{label}.star"
-        write_subset(table, rows[labels == label], path)
+        member = labels == label
+        write_subset(table, rows[member], path, poses=poses.at(member) if poses else None)
         paths.append(path)
     return paths
 
 
-def trained_rows(run: Path, particles: int) -> NDArray[np.int64] | None:
-    """Rows of the STAR file that a run was trained on (``--ind``), None for all of them.
+def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
+    """Rows of the STAR file that a run was made from (``--ind``), None for all of them.
 
-    particles: rows of the STAR file.  UserError: the file given with ``--ind`` is gone or does not fit.
+    UserError: the file given with ``--ind`` is gone or does not fit, or the particles are not the run's, in its order.
     """
     config = run / "config.yaml"
     values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    ind = values.get("ind") if isinstance(values, dict) else None
-    return load_indices(Path(ind), particles) if ind else None
+    values = values if isinstance(values, dict) else {}
+    rows = load_indices(Path(values["ind"]), len(star.particles)) if values.get("ind") else None
+    names = identities(star) if rows is None else identities(star)[rows]
+    known, count = values.get("identity"), values.get("particles")
+    # another number of particles is named with both numbers where labels meet rows
+    if known is not None and len(names) == count and fingerprint_of(names) != known:
+        raise UserError(
+            f"{star.path}: other particles than {run} was made from, or in another order, so its classes do not fit; "
+            f"give {values.get('star', 'the STAR file of the run')}"
+        )
+    return rows
 
 
 def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
@@ -93,6 +110,7 @@ def _write_union(
     classes: tuple[int, ...],
     outdir: Path,
     rows: NDArray[np.int64] | None,
+    poses: CorrectedPoses | None,
 ) -> Path:
     rows = _rows_of(star, labels, rows)
     absent = sorted(set(classes) - set(labels.tolist()))
@@ -103,8 +121,18 @@ def _write_union(
         )
     chosen = np.isin(labels, classes)
     path = outdir / "selected.star"
-    write_subset(star, rows[chosen], path, labels[chosen])
+    write_subset(star, rows[chosen], path, labels[chosen], poses.at(chosen) if poses else None)
     return path
+
+
+def _corrected(run: Path, epoch: int) -> CorrectedPoses:
+    """The run's poses at an epoch; UserError where it did not correct them."""
+    config = read_config(run)
+    if not config.get("estpose"):
+        raise UserError(f"--corrected: {run} has the poses of the STAR file (--no-estpose); leave --corrected out")
+    stored = load_poses(run / f"pose.{epoch}.pkl")
+    origin = np.asarray(stored.origin, float) * config["box"]
+    return CorrectedPoses(np.asarray(stored.euler, float), origin, float(config["pixel_size"]))
 
 
 def _rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
@@ -125,6 +153,7 @@ def _write_manifest(config: SelectConfig, epoch: int, labels: NDArray[np.int64],
         "run": str(config.run.absolute()),
         "epoch": epoch,
         "kmeans": config.kmeans,
+        "corrected_poses": config.corrected,
         "selected": sorted(set(config.classes)) or values.tolist(),
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "files": [path.name for path in paths],

@@ -17,13 +17,14 @@ SIDE: NDArray[np.float64] = np.array([[0, 0, -1.0], [0, 1, 0], [1, 0, 0]])  # a 
 DEPTHS_PER_VOXEL = 2.0
 
 
-def contour(volumes: NDArray[np.float32]) -> tuple[float, float]:
+def contour(volumes: NDArray[np.float32], weights: NDArray[np.integer] | None = None) -> tuple[float, float]:
     """One (level, reach) for all ``volumes`` (n, C, C, C), so that their surfaces can be compared.
 
     level: Otsu's threshold of the positive densities of the mean map (the zeros outside the mask say nothing
-    about it).  reach: distance in voxels from the centre voxel C//2 to the farthest density above the level.
+    about it); of the weighted mean with ``weights`` (n,).  reach: distance in voxels from the centre voxel C//2 to
+    the farthest density above the level.
     """
-    mean = np.asarray(volumes, np.float32).mean(axis=0)
+    mean = np.average(np.asarray(volumes, np.float32), axis=0, weights=weights).astype(np.float32)
     positive = mean[mean > 0.02 * mean.max()] if mean.max() > 0 else mean[:0]
     flat = positive.size < 2 or float(np.ptp(positive)) == 0.0
     level = (float(mean.max()) or 1.0) if flat else float(threshold_otsu(positive))

@@ -69,6 +69,6 @@ def write_poses(star: StarFile, box: int, angpix: float, path: Path) -> None:
 
 def write_label_stars(star: StarFile, labels: Path, outdir: Path, run: Path | None = None) -> None:
     """``outdir``/preI.star for every class I of ``labels``; ``run`` knows the rows it was trained on (``--ind``)."""
-    rows = None if run is None else trained_rows(run, len(star.particles))
+    rows = None if run is None else trained_rows(run, star)
     paths = write_classes(star.path, load_labels(labels), outdir, rows)
     print(f"{len(paths)} STAR files written: {paths[0]} ... {paths[-1].name}")

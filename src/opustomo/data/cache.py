@@ -171,7 +171,7 @@ def _allocate(folder: Path, grid: Grid, count: int) -> None:
         free = shutil.disk_usage(folder.parent).free
         raise UserError(
             f"{folder}: disk full: the cache needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "free space, give another folder with --cache, lower --downfrac, or use --no-cache"
+            "free space, give another folder for the cache, lower --downfrac, or use --no-cache"
         ) from None
 
 
@@ -269,7 +269,7 @@ def rows_without_disk(
 def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: str) -> None:
     if folder.exists():
         if any(folder.iterdir()) and not (folder / _MANIFEST).exists() and not (folder / _NOISE).exists():
-            raise UserError(f"{folder}: not empty and not a cache; choose another folder with --cache")
+            raise UserError(f"{folder}: not empty and not a cache; choose another folder for the cache")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     _save_noise(folder, noise)  # first: it marks the folder as a cache, should the next step be killed

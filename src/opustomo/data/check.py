@@ -5,6 +5,7 @@ Owns: the order of the questions and the exit status (0; 1 with any error).  The
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opustomo.config import CheckConfig, InputOptions
+from opustomo.config import CheckConfig, GridOptions, InputOptions
 from opustomo.data.checks import crop, headers, images, signal, transfer, wedge
 from opustomo.data.checks import particles as table
 from opustomo.data.findings import Finding, Report
@@ -133,9 +134,16 @@ def _file_findings(star: Path, options: InputOptions) -> list[Finding]:
 def _next_step(config: CheckConfig, report: Report) -> str:
     if report.count("error"):
         return "mend the errors, then check again"
-    if config.grid.mask is None:
-        return f"next: opustomo average {config.star} -o average"
-    return f"next: opustomo train {config.star} --mask {config.grid.mask} -o run"
+    mask, star = config.grid.mask, shlex.quote(str(config.star))
+    typed = {
+        "datadir": config.input.datadir,
+        "contrast": config.input.contrast if config.input.contrast != "auto" else None,
+        "normalisation": config.input.normalisation if config.input.normalisation != "auto" else None,
+        "mask": mask,
+        "downfrac": config.grid.downfrac if config.grid.downfrac != GridOptions().downfrac else None,
+    }
+    flags = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in typed.items() if value is not None)
+    return f"next: opustomo train {star}{flags} -o run" if mask else f"next: opustomo average {star}{flags} -o average"
 
 
 def _width() -> int | None:

@@ -18,6 +18,8 @@ from opustomo.errors import UserError
 from opustomo.physics.grid import Grid, make_grid, mask_extent
 from opustomo.physics.volume import spherical_mask
 
+LEAST_MASK = 100  # voxels: fewer hold no molecule
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -31,10 +33,12 @@ class Inputs:
 def read_mask(path: Path | None, box: int, pixel_size: float) -> Tensor:
     """Solvent mask (N, N, N) in [0, 1]; without a path a sphere of 0.4 box with a soft edge.
 
-    Raises UserError for another box or pixel size, values outside [0, 1] or an empty mask.
+    Raises UserError for another box or pixel size, values outside [0, 1] and a mask that is empty or a speck.
     """
     if path is None:
         return spherical_mask(box, 0.4 * box, 0.08 * box)
+    if not path.exists():
+        raise UserError(f"{path}: no such mask; check the name after -r (--mask)")
     data, pixel = read_volume(path)
     if data.shape != (box,) * 3:
         shape = "x".join(map(str, data.shape))
@@ -44,12 +48,19 @@ def read_mask(path: Path | None, box: int, pixel_size: float) -> Tensor:
         raise UserError(
             f"{path}: mask pixel size {pixel:g} A where the subtomograms have {pixel_size:g} A; resample it"
         )
-    if not np.isfinite(data).all() or data.min() < -0.01 or data.max() > 1.01:
+    if bad := int((~np.isfinite(data)).sum()):
+        raise UserError(f"{path}: the mask has NaN or infinite values ({bad} voxels); make it again")
+    if data.min() < -0.01 or data.max() > 1.01:
         raise UserError(
             f"{path}: mask values span {data.min():.3g} to {data.max():.3g}, expected 0 to 1; make a mask, not a map"
         )
     if data.max() < 0.1:
         raise UserError(f"{path}: the mask is empty (largest value {data.max():.3g}); `opustomo average` proposes one")
+    if (covered := int((data > 0.5).sum())) < LEAST_MASK:
+        raise UserError(
+            f"{path}: the mask covers only {covered} voxels (values above 0.5), which hold no molecule; "
+            "`opustomo average` proposes one"
+        )
     return torch.from_numpy(data).clamp(0.0, 1.0)
 
 

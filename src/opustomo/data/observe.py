@@ -169,7 +169,8 @@ def observe_all(
     def make(i: int) -> tuple[int, Tensor, Tensor]:
         return (i, *observe(particles, i, grid, noise, crop))
 
-    count = workers or os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    count = min(workers or cores, cores)
     # torch keeps the number of threads per thread: every worker is told, so that bits do not depend on the machine
     with one_thread_each(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for start in range(0, len(rows), 64):  # bounded, so that a slow consumer does not fill the memory

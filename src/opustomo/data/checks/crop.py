@@ -21,7 +21,8 @@ from opustomo.physics.grid import Grid, make_grid, mask_extent
 # CPU-seconds per particle and step, forward and backward, of the default CPU network (a quarter of the full width),
 # by size of the decoder's volume; measured on two cores.
 _STEP_SECONDS = {32: 0.015, 48: 0.04, 64: 0.09, 96: 0.2, 128: 0.4, 160: 0.75, 192: 1.3, 256: 3.0}
-_CACHE_SECONDS, _LINEAR_SECONDS = 0.02, 0.06  # CPU-seconds per particle at a working box of 32
+# CPU-seconds per particle at a working box of 32; rows are made three times: at the poses given and in two rounds
+_CACHE_SECONDS, _LINEAR_SECONDS = 3 * 0.025, 0.07
 _ACTIVATIONS_GB = 0.13  # per particle of a batch, decoder of 128, a quarter of the full width
 _PROGRAM_GB, _LINEAR_COLUMNS = 0.8, 13
 

@@ -79,21 +79,11 @@ class Locator:
         return f"{self.star}: {count}, first: {first} (row {absent[0] + 1}); folders tried: {tried}; {self._fix(first)}"
 
     def _fix(self, name: str) -> str:
-        """The ``--datadir`` that would work: RELION names files relative to its project, some folders up."""
-        near = [folder for start in self._folders for folder in (start, *start.parents)]
-        below = [path for start in self._folders for path in _subfolders(start)]
-        for folder in dict.fromkeys([*near, *below]):
+        """The ``--datadir`` that would work: RELION names files relative to its project, some folders up.
+
+        Only folders above the STAR file: those beside it may hold files of the same names of another set.
+        """
+        for folder in self.star.absolute().parents:
             if (folder / name).exists():
                 return f"try --datadir {folder}"
-        for folder in dict.fromkeys([*near, *below]):
-            if (folder / Path(name).name).exists():
-                return f"{Path(name).name} lies in {folder}: try --datadir {folder}"
         return "give the folder in front of these names with --datadir"
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir())[:1000]
-    except OSError:
-        return []
