@@ -167,7 +167,7 @@ def test_a_finished_run_is_not_overwritten(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     assert train(small_set, finished_run, "-n", "1") == 2
-    assert "--load latest" in capsys.readouterr().err
+    assert "opustomo train --resume" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 

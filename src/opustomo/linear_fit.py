@@ -57,6 +57,7 @@ MAX_COMPONENTS = 12
 EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
 POSE_ROUNDS = 4
 LAST_STEPS, MIXTURE_STEPS = 4, 5
+SETTLED = 0.25  # of the standard deviation of the given poses' errors: smaller corrections are not worth a round
 WORTH = 0.5  # nats per held-out particle: a round that gains less is the last
 
 
@@ -271,6 +272,9 @@ def _correct_poses(
     """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises."""
     for number in range(1, POSE_ROUNDS + 1):
         error = pose_error(found.model, rows, grid, found.posterior.code, found.posterior.gain)
+        scale = torch.tensor(found.model.pose_scale).repeat_interleave(3)
+        if number > 1 and float((error / scale).square().mean().sqrt()) < SETTLED:
+            break  # rows are the dearest part of a round
         candidate = move_poses(particles, error, grid)
         candidate_rows = make_rows(candidate)
         model = fit(found.model, candidate_rows, train, grid, mask, EM_STEPS)
