@@ -36,6 +36,7 @@ class FakeRun:
     epoch: int = 3
     grid: Grid = GRID
     config: dict[str, Any] = field(default_factory=dict)
+    linear: dict[str, NDArray[Any]] | None = None  # linear/linear.npz
     mask: torch.Tensor = field(default_factory=lambda: torch.ones(GRID.crop, GRID.crop, GRID.crop))
 
     @property
@@ -50,6 +51,9 @@ class FakeRun:
     @property
     def typical(self) -> NDArray[np.bool_]:
         return np.ones(len(self.codes), bool)
+
+    def linear_results(self) -> dict[str, NDArray[Any]] | None:
+        return self.linear
 
     def linear_stage(self) -> FakeRun | None:
         return None

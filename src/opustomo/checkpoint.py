@@ -192,13 +192,20 @@ class Run:
         stored = self.weights.get("typical")
         return np.ones(len(self.codes), bool) if stored is None else np.asarray(stored, bool)
 
-    def linear_stage(self) -> Run | None:
-        """The linear stage that the network started from, as a run of its own; None where its files are not there."""
+    def linear_results(self) -> dict[str, NDArray[Any]] | None:
+        """The arrays of linear/linear.npz, or None where it is not there."""
         path = self.path / "linear" / "linear.npz"
-        if self.kind == "linear" or not path.is_file():
+        if not path.is_file():
             return None
         with np.load(path, allow_pickle=False) as stored:
-            codes = np.asarray(stored["code"], np.float32)
+            return {name: stored[name] for name in stored.files}
+
+    def linear_stage(self) -> Run | None:
+        """The linear stage that the network started from, as a run of its own; None where its files are not there."""
+        stored = self.linear_results()
+        if self.kind == "linear" or stored is None:
+            return None
+        codes = np.asarray(stored["code"], np.float32)
         state = {name: self.weights["model"][name] for name in ("mask", "mean", "components")}
         return replace(self, kind="linear", codes=codes, sigma=None, weights={"model": state})
 

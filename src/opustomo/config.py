@@ -224,6 +224,10 @@ class VolumesConfig:
     """Decode the centres of analyze.N/kmeansK."""
     pc: int = 0
     """Decode the traversal of principal component number PC (1-based)."""
+    axis: int = 0
+    """Decode along independent axis number AXIS (1-based, as in axes.csv): its groups, or a traversal."""
+    groups: Switch = False
+    """Decode the mean code of every group of particles (analyze.N/groups), where an axis is discrete."""
     zfile: Path | None = None
     """Decode every row of this text file of codes."""
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
@@ -256,6 +260,8 @@ class SelectConfig:
     """Epoch (0-based; -1: the latest)."""
     kmeans: int = 16
     """K of the k-means analysis."""
+    groups: Switch = False
+    """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
     classes: tuple[int, ...] = ()
     """Classes to join into selected.star (default: one file per class)."""
     corrected: Switch = False

@@ -31,6 +31,7 @@ from opustomo.reconstruct import (
     Rows,
     batch_size,
     batches,
+    local_amplitude,
     mean_volume,
     precision_of,
     shell_power,
@@ -53,6 +54,7 @@ class LinearModel:
     """mean (C, C, C); components (K, C, C, C), scaled so that z has unit variance; spectra (M//2+1,).
 
     pose_scale: standard deviation of the pose error per axis: rotation in radians, shift in working voxels.
+    amplitude: (2, C, C, C) local amplitude in the prior of the mean and of the components; None: 1 everywhere.
     """
 
     mean: Tensor
@@ -60,6 +62,7 @@ class LinearModel:
     mean_power: Tensor
     component_power: Tensor
     pose_scale: tuple[float, float] = (math.radians(1.5), 0.25)
+    amplitude: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -257,11 +260,18 @@ def maximise(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, mask: Te
     spectra = torch.cat([model.mean_power[None], model.component_power.expand(model.size, -1)])
     precision = precision_of(spectra, grid, 1e-8 * float(model.mean_power.max()))
     start = torch.cat([model.mean[None], model.components])
-    solved = solve_masked(system, right, precision, mask, grid, start, 5)
+    amplitude = torch.ones(2, *mask.shape) if model.amplitude is None else model.amplitude
+    each = torch.cat([amplitude[:1], amplitude[1:].expand(model.size, *mask.shape)])
+    solved = solve_masked(system, right, precision, mask, grid, start, 5, each)
     diagonal = system.diagonal(dim1=-2, dim2=-1).T
     power = shell_power(solved, diagonal, precision, mask, grid, PRIOR_VARIANCE_SHARE)
     shared = power[1:].mean(0) if model.size else model.component_power
-    return replace(model, mean=solved[0], components=solved[1:], mean_power=power[0], component_power=shared)
+    changed = local_amplitude(solved[1:], mask, grid) if model.size else amplitude[1]
+    return replace(
+        model,
+        mean=solved[0], components=solved[1:], mean_power=power[0], component_power=shared,
+        amplitude=torch.stack([local_amplitude(solved[:1], mask, grid), changed]),
+    )  # fmt: skip
 
 
 def rescale(model: LinearModel, post: Posterior, prior: Tensor, *, codes: bool = True) -> LinearModel:

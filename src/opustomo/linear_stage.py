@@ -98,6 +98,7 @@ def write_results(
     independent, mixing = independent_components(code.numpy(), seed)
     # under the Gaussian prior: a mixture may have a place for the outliers
     score = outlier_score(post.code, post.gain, post.evidence, result.brightness)
+    pull = result.statistics.first[:, 1:] - result.statistics.second[:, 0, 1:]
     with atomic(folder / "linear.npz") as temporary, temporary.open("wb") as handle:
         np.savez(
             handle,
@@ -105,6 +106,7 @@ def write_results(
             evidence=codes.evidence.numpy(), pose=result.pose_error.numpy(), pose_scale=np.array(model.pose_scale),
             gaussian=codes.share.float().numpy(), gaussian_mean=result.mixture.mean.numpy(),
             gaussian_covariance=result.mixture.covariance.numpy(), gaussian_share=result.mixture.share.numpy(),
+            information=result.statistics.second[:, 1:, 1:].float().numpy(), pull=pull.float().numpy(),
             independent=independent, mixing=mixing, outlier=score.numpy(), trail=np.array(result.trail),
         )  # fmt: skip
     checkpoint.write_map(folder / "mean.mrc", model.mean, grid)

@@ -6,16 +6,20 @@ the interface ``Rows`` through which all of them read a data set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from opustomo.physics.fourier import band_index, irfft3, radial, rfft3, shell_sum
+from opustomo.physics.fourier import band_index, frequencies, irfft3, radial, rfft3, shell_sum
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop, centre_pad
+
+AMPLITUDE_BLUR = 0.7  # voxels over which local power is averaged: measured (docs/experiments.md)
+AMPLITUDE_RANGE = (0.02, 100.0)  # of a^2: nowhere is density impossible
 
 
 class Rows(Protocol):
@@ -64,13 +68,21 @@ def unpack(flat: Tensor, k: int) -> Tensor:
 
 
 def solve_masked(
-    system: Tensor, right: Tensor, precision: Tensor, mask: Tensor, grid: Grid, start: Tensor, iterations: int
+    system: Tensor,
+    right: Tensor,
+    precision: Tensor,
+    mask: Tensor,
+    grid: Grid,
+    start: Tensor,
+    iterations: int,
+    amplitude: Tensor | None = None,
 ) -> Tensor:
-    """Volumes V = mask x that minimise ``1/2 <V, (S + precision) V> - <V, right>``, by conjugate gradients.
+    """Volumes V = a U, U = mask x, that minimise ``1/2 <V, S V> - <V, right> + 1/2 <U, precision U>``.
 
-    system: (n, k, k) symmetric matrix S at each band voxel; precision: (k, n), the prior; right, start:
-    (k, C, C, C).  Masking makes a cropped right side exact: only its part inside the mask matters.  Beyond the band,
-    where no data are, each volume has the precision of its weakest shell: the mask would carry noise there.
+    By conjugate gradients.  system: (n, k, k) symmetric matrix S at each band voxel; precision: (k, n), the prior;
+    right, start: (k, C, C, C); amplitude: (k, C, C, C) local amplitude a that the prior gives each volume (None: 1).
+    Masking makes a cropped right side exact: only its part inside the mask matters.  Beyond the band, where no data
+    are, each volume has the precision of its weakest shell: the mask would carry noise there.
     """
     size = grid.working_box
     inside = band_index(size)
@@ -79,30 +91,40 @@ def solve_masked(
     beyond = precision.amax(1)
 
     def through(kernel: Tensor, outside: Tensor, x: Tensor) -> Tensor:
-        spectrum = rfft3(centre_pad(x * mask, size))
+        spectrum = rfft3(centre_pad(x, size))
         flat = spectrum.flatten(-3)
         mixed = torch.einsum("nab,bn->an", kernel.to(flat.dtype), flat[:, inside])
         flat = flat * outside[:, None]
         flat[:, inside] = mixed
         flat[:, 0] = 0.0  # k = 0 is neither observed nor penalised
-        return mask * centre_crop(irfft3(flat.unflatten(-1, spectrum.shape[-3:])), grid.crop)
+        return centre_crop(irfft3(flat.unflatten(-1, spectrum.shape[-3:])), grid.crop)
 
-    x = torch.where(mask > 1e-3, start / mask.clamp(min=1e-3), 0.0)
-    residual = mask * right - through(matrix, beyond, x)
-    direction = through(inverse, 1.0 / beyond, residual)
+    def normal(x: Tensor) -> Tensor:
+        if amplitude is None:
+            return mask * through(matrix, beyond, mask * x)
+        prior = through(torch.diag_embed(precision.T), beyond, mask * x)
+        return mask * (amplitude * through(system, torch.zeros_like(beyond), amplitude * mask * x) + prior)
+
+    def conditioned(x: Tensor) -> Tensor:
+        return mask * through(inverse, 1.0 / beyond, mask * x)
+
+    reach = mask if amplitude is None else mask * amplitude
+    x = torch.where(reach > 1e-3, start / reach.clamp(min=1e-3), 0.0)
+    residual = reach * right - normal(x)
+    direction = conditioned(residual)
     rho = (residual * direction).sum()
-    tolerance = 1e-8 * (mask * right).square().sum()
+    tolerance = 1e-8 * (reach * right).square().sum()
     for _ in range(iterations):
-        image = through(matrix, beyond, direction)
+        image = normal(direction)
         step = rho / (direction * image).sum().clamp(min=1e-30)
         x = x + step * direction
         residual = residual - step * image
         if residual.square().sum() <= tolerance:
             break
-        conditioned = through(inverse, 1.0 / beyond, residual)
-        rho, previous = (residual * conditioned).sum(), rho
-        direction = conditioned + (rho / previous.clamp(min=1e-30)) * direction
-    return mask * x
+        smooth = conditioned(residual)
+        rho, previous = (residual * smooth).sum(), rho
+        direction = smooth + (rho / previous.clamp(min=1e-30)) * direction
+    return reach * x
 
 
 def shell_power(
@@ -118,6 +140,22 @@ def shell_power(
     share = float(mask.square().sum()) / size**3
     second = model_band(volumes, size).abs().square() / share + variance / (diagonal + precision)
     return shell_sum(second, size) / shell_sum(torch.ones_like(second[0]), size).clamp(min=1)
+
+
+def local_amplitude(volumes: Tensor, mask: Tensor, grid: Grid) -> Tensor:
+    """Local amplitude ``a`` that the ``volumes`` (k, C, C, C) share, from their local power: (C, C, C).
+
+    In the prior V = a U, U is stationary: it has its spectrum and no preferred place.  ``a`` says where density, or
+    change, has been found, so that it is looked for there and noise elsewhere is held back (empirical Bayes in real
+    space, as ``shell_power`` is in Fourier space).  The mean of a^2 over the mask is 1; the spectrum has the scale.
+    """
+    size = grid.working_box
+    kernel = torch.exp(-2.0 * (math.pi * AMPLITUDE_BLUR / size) ** 2 * frequencies(size).square().sum(-1))
+    both = torch.stack([volumes.square().sum(0), mask.square()])
+    power, inside = centre_crop(irfft3(rfft3(centre_pad(both, size)) * kernel), grid.crop)
+    square = power / inside.clamp(min=1e-3)  # both blurred, so that the edge of the mask is no loss of power
+    mean = (square * mask.square()).sum() / mask.square().sum()
+    return (square / mean.clamp(min=1e-30)).clamp(*AMPLITUDE_RANGE).sqrt()
 
 
 def precision_of(power: Tensor, grid: Grid, floor: float) -> Tensor:

@@ -20,6 +20,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from opustomo.analysis import plots
+from opustomo.analysis.axes import write_axes
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
 from opustomo.data.atomic import write_text
@@ -103,6 +104,7 @@ def analyze(
         save_pickle(folder / "umap.pkl", embedding.astype(np.float32))
     result = Analysis(folder, components.scores, components.explained, labels, centre_index, embedding)
     _write_classes(result, codes)
+    write_axes(run, folder)
     _draw(result, np.asarray(run.rotation))
     return result
 

@@ -163,6 +163,28 @@ def viewing_direction(
     return fig
 
 
+def independent_axes(panels: Sequence[tuple[Array, Array, Array, str]]) -> Figure:
+    """One panel for each axis: where the data put the particles (P,), by group (P,), and what the fitted law expects.
+
+    panels: (place (P,), group (P,), law (n, 2) of positions and densities, title).
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    fig = _figure(3.2 * columns, 2.5 * rows)
+    places = fig.add_gridspec(rows, columns)
+    for number, (place, group, law, title) in enumerate(panels):
+        low, high = np.percentile(place, [0.5, 99.5])
+        edges = np.linspace(low, high, int(np.clip(1.5 * len(place) ** 0.5, 8, 60)))
+        axes = _axes(fig, title, "position", "particles", places[number // columns, number % columns])
+        k = int(group.max()) + 1
+        for colour, part in zip(class_colours(k), range(k), strict=True):
+            axes.hist(np.clip(place[group == part], low, high), edges.tolist(), color=colour, alpha=0.6)
+        scale = len(place) * (edges[1] - edges[0])
+        axes.plot(law[:, 0], law[:, 1] * scale, color=INK, linewidth=1.2)
+        axes.set_xlim(low, high)
+    return fig
+
+
 def explained_variance(ratio: Array) -> Figure:
     """Bars: fraction of the variance of the codes on each principal component, (n,)."""
     fig = _figure(5.6, 3.0)

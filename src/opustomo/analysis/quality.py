@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import score_codes, score_maps, score_poses
+from opustomo.analysis.axes import axes_of, joint_groups
 from opustomo.analysis.truth import Truth, read_truth
 from opustomo.config import EvaluateConfig
 from opustomo.data.atomic import write_text
@@ -57,11 +59,16 @@ def _codes_and_maps(run: Run, known: Truth, rows: NDArray[np.int64]) -> dict[str
     codes = run.codes[rows]
     states = 1 if known.state is None else len(np.unique(known.state[rows]))
     scores: dict[str, Any] = {}
+    axes = axes_of(run)
+    groups = joint_groups(axes)[rows] if axes else np.zeros(len(rows), np.int64)
     if known.state is not None and states > 1:
         scores["composition"] = score_codes.composition(score_codes.active(codes), known.state[rows])
+        scores["composition"]["groups"] = len(np.unique(groups))
+        scores["composition"]["groups_ari"] = float(adjusted_rand_score(known.state[rows], groups))
     scores["conformation"] = _conformation(run, known)
-    # k-means: the classes that analyze shows and volumes decodes
-    scores["volumes"] = score_maps.volumes(run, known, rows, score_codes.kmeans_classes(codes, states))
+    # the classes that analyze shows and volumes decodes: groups along discrete axes, or k-means where there are none
+    classes = groups if groups.any() else score_codes.kmeans_classes(codes, states)
+    scores["volumes"] = score_maps.volumes(run, known, rows, classes)
     return scores
 
 

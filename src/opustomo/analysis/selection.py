@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def main(config: SelectConfig) -> int:
     """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
-    labels_file, epoch = find_labels(config.run, config.epoch, config.kmeans)
+    labels_file, epoch = find_labels(config.run, config.epoch, 0 if config.groups else config.kmeans)
     labels = load_labels(labels_file)
     star = read_star(config.star)
     rows = trained_rows(config.run, star)
@@ -88,9 +88,12 @@ def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
 
 
 def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
-    """``labels.pkl`` of a k-means analysis and its epoch (-1: the latest analysed).  UserError when there is none."""
-    found = {}
-    for path in run.glob(f"analyze.*/kmeans{clusters}/labels.pkl"):
+    """``labels.pkl`` of a k-means analysis (0 clusters: of the groups) and its epoch (-1: the latest analysed).
+
+    UserError when there is none.
+    """
+    name, found = f"kmeans{clusters}" if clusters else "groups", {}
+    for path in run.glob(f"analyze.*/{name}/labels.pkl"):
         number = re.fullmatch(r"analyze\.(\d+)", path.parent.parent.name)
         if number:
             found[int(number.group(1))] = path
@@ -99,8 +102,10 @@ def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
     chosen = max(found, default=-1) if epoch < 0 else epoch
     if chosen not in found:
         which = f"analyze.{epoch}" if epoch >= 0 else "analyze.N"
-        command = f"opustomo analyze {run} --clusters {clusters}" + (f" --epoch {epoch}" if epoch >= 0 else "")
-        raise UserError(f"{run}: has no {which}/kmeans{clusters}/labels.pkl; run `{command}`")
+        command = f"opustomo analyze {run}" + (f" --clusters {clusters}" if clusters else "")
+        command += f" --epoch {epoch}" if epoch >= 0 else ""
+        hint = "" if clusters else ", which writes groups where an axis of axes.csv is discrete"
+        raise UserError(f"{run}: has no {which}/{name}/labels.pkl; run `{command}`{hint}")
     return found[chosen], chosen
 
 
@@ -152,7 +157,7 @@ def _write_manifest(config: SelectConfig, epoch: int, labels: NDArray[np.int64],
         "source": str(config.star.absolute()),
         "run": str(config.run.absolute()),
         "epoch": epoch,
-        "kmeans": config.kmeans,
+        "kmeans": None if config.groups else config.kmeans,
         "corrected_poses": config.corrected,
         "selected": sorted(set(config.classes)) or values.tolist(),
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},

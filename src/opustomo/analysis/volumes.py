@@ -37,10 +37,11 @@ def main(config: VolumesConfig) -> None:
     from opustomo.analysis.data_maps import write_data_volumes, write_full_volumes
     from opustomo.checkpoint import open_run
 
-    chosen = [name for name in ("kmeans", "pc", "zfile") if getattr(config, name)]
+    chosen = [name for name in ("kmeans", "pc", "axis", "groups", "zfile") if getattr(config, name)]
     if len(chosen) != 1:
         raise UserError(
-            f"volumes: give one of --kmeans K, --pc I or --zfile FILE, not {' and '.join(chosen) or 'none'}"
+            "volumes: give one of --kmeans K, --pc I, --axis J, --groups or --zfile FILE, not "
+            f"{' and '.join(chosen) or 'none'}"
         )
     if Path(config.prefix).name != config.prefix:
         raise UserError(f"--prefix {config.prefix}: is a name, not a path; -o chooses the folder")
@@ -62,7 +63,14 @@ def _source(run: Run, config: VolumesConfig) -> Path:
     if config.zfile:
         return config.zfile
     folder, fix = analysis_folder(run), f"opustomo analyze {run.path} --epoch {run.epoch}"
-    if config.kmeans:
+    if config.groups:
+        path, fix = (
+            folder / "groups" / "centers.txt",
+            f"{fix}`, if an axis shows groups (axes.csv), or use `--kmeans K",
+        )
+    elif config.axis:
+        path = folder / f"axis{config.axis}" / "z_axis.txt"
+    elif config.kmeans:
         path, fix = folder / f"kmeans{config.kmeans}" / "centers.txt", f"{fix} --clusters {config.kmeans}"
     else:
         path, fix = folder / f"pc{config.pc}" / "z_pc.txt", f"{fix} --pcs {config.pc}"
