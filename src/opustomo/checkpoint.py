@@ -180,7 +180,9 @@ class Run:
 
     @property
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row numbers for training and for validation."""
+        """Row numbers for training and for validation; new particles of ``encode`` have trained nothing."""
+        if self.config.get("encoded_with"):
+            return np.arange(0), np.arange(len(self.codes))
         stored = Path(self.config["split"])
         here = self.path / stored.name  # also after the folder has moved
         order = load_split(stored if stored.is_file() else here, len(self.codes))

@@ -76,6 +76,15 @@ class LinearResult:
     trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
     typical: Tensor  # (P,) bool: particles that take part in fits
     brightness: Tensor  # (P,) see ``change_over_average``, the largest found
+    usual: tuple[Tensor, Tensor]  # (K+3,) each: median and robust spread of the fitted particles' ``features``
+
+    @property
+    def features(self) -> Tensor:
+        """What shows that a particle is not like the others, (P, K+3): code, gain, evidence, brightness.
+
+        Under the Gaussian prior: a mixture may have a place for the outliers.
+        """
+        return features(self.posterior, self.brightness)
 
     @cached_property
     def codes(self) -> CodePosterior:
@@ -118,7 +127,7 @@ def fit_linear(
     while True:
         train, fitted, probe = _parts(plan, typical)
         found = _choose(plan, rows, fitted, probe, grid, mask)
-        brightness = torch.maximum(brightness, change_over_average(found))
+        brightness = torch.maximum(brightness, change_over_average(found.model, found.posterior.code))
         strange = typical & (brightness > 1.0)
         if not strange.any() or strange.sum() > MOST_OUTLIERS * typical.sum():
             break
@@ -126,7 +135,11 @@ def fit_linear(
     _name_outliers(typical)
     if plan.estpose:
         given = particles
-        particles, rows, found = _correct_poses(particles, rows, found, make_rows, grid, mask, fitted, probe)
+
+        def refit(last: Fit, rows: Rows) -> Fit:
+            return judged(fit(last.model, rows, fitted, grid, mask, EM_STEPS), rows, grid, last.trail)
+
+        particles, rows, found = correct_poses(particles, rows, found, make_rows, grid, probe, refit)
         if particles is not given:
             # what was noise about poses that are wrong may be a component now; from the start, since many EM steps
             # overfit the spectrum of the components
@@ -159,7 +172,7 @@ def _choose(plan: Plan, rows: Rows, fitted: Tensor, probe: Tensor, grid: Grid, m
     model, trail = choose_components(
         rows, fitted, probe, grid, mask, limit, plan.iterations, plan.seed, exactly=bool(plan.components)
     )
-    return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
+    return judged(model, rows, grid, trail)
 
 
 def linear_result(
@@ -171,12 +184,17 @@ def linear_result(
     trail: list[tuple[int, float]],
     typical: Tensor,
     brightness: Tensor,
+    usual: tuple[Tensor, Tensor] | None = None,
 ) -> LinearResult:
-    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture."""
+    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture.
+
+    usual: what is usual among the particles that the model was fitted to (None: these are those).
+    """
     about = code_statistics(model, rows, posterior.gain, grid)
     code = condition(mixture, about).centre().float()
     error = pose_error(model, rows, grid, code, posterior.gain)
-    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness)
+    usual = usual or usual_range(features(posterior, brightness))
+    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness, usual)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:
@@ -215,6 +233,22 @@ class Fit:
         return float(self.posterior.evidence[index].mean())
 
 
+def judged(model: LinearModel, rows: Rows, grid: Grid, trail: list[tuple[int, float]]) -> Fit:
+    """A model with the posteriors of all rows."""
+    return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
+
+
+def features(posterior: Posterior, brightness: Tensor) -> Tensor:
+    """See ``LinearResult.features``."""
+    return torch.cat([posterior.code, posterior.gain[:, None], posterior.evidence[:, None], brightness[:, None]], 1)
+
+
+def usual_range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and robust standard deviation of each column of (P, q): outliers do not set the scale."""
+    centre = values.median(0).values
+    return centre, (1.4826 * (values - centre).abs().median(0).values).clamp(min=1e-6)
+
+
 def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Tensor:
     """Which particles may take part in fits, (P,) bool: all but those that the average explains far too well.
 
@@ -228,26 +262,29 @@ def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Te
     return evidence <= centre + OUTLIER_LIMIT * spread
 
 
-def change_over_average(found: Fit) -> Tensor:
+def change_over_average(model: LinearModel, code: Tensor) -> Tensor:
     """Norm of each particle's difference from the average over that of the average itself, (P,).
 
     No state of a molecule is above 1; gold, ice and other bright things that evidence under the average cannot tell
     from good particles are, and would keep a component for themselves.
     """
-    components, mean = found.model.components.flatten(1), found.model.mean
-    gram = components @ components.T
-    change = torch.einsum("pk,kl,pl->p", found.posterior.code, gram, found.posterior.code)
-    return (change / mean.square().sum()).sqrt()
+    components = model.components.flatten(1)
+    change = torch.einsum("pk,kl,pl->p", code, components @ components.T, code)
+    return (change / model.mean.square().sum()).sqrt()
 
 
 def _name_outliers(typical: Tensor) -> None:
-    unusual = torch.nonzero(~typical)[:, 0]
-    if len(unusual):
-        first = ", ".join(str(int(i) + 1) for i in unusual[:8]) + (", ..." if len(unusual) > 8 else "")
+    if not typical.all():
         log.warning(
             "%d particle(s) are far brighter than the others (rows %s): left out of the fits, they still get codes; "
-            "look at them, and at outlier_score in linear/particles.csv", len(unusual), first,
+            "look at them, and at outlier_score in linear/particles.csv", int((~typical).sum()), first_rows(~typical),
         )  # fmt: skip
+
+
+def first_rows(which: Tensor) -> str:
+    """The first rows, counted from 1, at which ``which`` (P,) bool holds, for a message."""
+    found = torch.nonzero(which)[:, 0]
+    return ", ".join(str(int(i) + 1) for i in found[:8]) + (", ..." if len(found) > 8 else "")
 
 
 # ------------------------------------------------------------------------------------------------ poses
@@ -259,28 +296,32 @@ def pose_error(model: LinearModel, rows: Rows, grid: Grid, code: Tensor, gain: T
     return own_pose_error(model, rows, torch.arange(len(rows)), grid, code, gain) * scale
 
 
-def _correct_poses(
+def correct_poses(
     particles: Particles,
     rows: Rows,
     found: Fit,
     make_rows: Callable[[Particles], Rows],
     grid: Grid,
-    mask: Tensor,
-    train: Tensor,
     probe: Tensor,
+    refit: Callable[[Fit, Rows], Fit],
+    *,
+    map_held: bool = False,
 ) -> tuple[Particles, Rows, Fit]:
-    """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises."""
+    """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises.
+
+    refit: the fit at new rows, from the last one.  map_held: it has the same model (see ``move_poses``).
+    """
     for number in range(1, POSE_ROUNDS + 1):
         error = pose_error(found.model, rows, grid, found.posterior.code, found.posterior.gain)
         scale = torch.tensor(found.model.pose_scale).repeat_interleave(3)
         if number > 1 and float((error / scale).square().mean().sqrt()) < SETTLED:
             break  # rows are the dearest part of a round
-        candidate = move_poses(particles, error, grid)
+        candidate = move_poses(particles, error, grid, map_held=map_held)
         candidate_rows = make_rows(candidate)
-        model = fit(found.model, candidate_rows, train, grid, mask, EM_STEPS)
-        refined = Fit(model, infer(model, candidate_rows, torch.arange(len(rows)), grid), found.trail)
+        refined = refit(found, candidate_rows)
         gain = refined.evidence(probe) - found.evidence(probe)
-        log.info("poses corrected, round %d: %+.2f nats per held-out particle", number, gain)
+        who = "particle" if map_held else "held-out particle"
+        log.info("poses corrected, round %d: %+.2f nats per %s", number, gain, who)
         if not gain > 0:
             return particles, make_rows(particles), found
         particles, rows, found = candidate, candidate_rows, refined

@@ -27,7 +27,9 @@ _HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "log_interval", "tmp_p
 # sizes of the network, and what the stored poses and codes belong to
 _FIXED = ("zdim", "templateres", "width", "star", "ind", "estpose")
 # what a checkpoint of train has and neither one of the linear stage nor of an earlier version
-_NEEDED = frozenset({"model", "optimizer", "bank", "gain", "typical", "grid", "noise", "mixture", "linear", "rotation"})
+_NEEDED = frozenset(
+    {"model", "optimizer", "bank", "gain", "typical", "usual", "grid", "noise", "mixture", "linear", "rotation"}
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _weights(path: Path, spelt: str) -> dict[str, Any]:
     weights = load_tensors(path)
     if missing := _NEEDED - weights.keys():
         raise UserError(
-            f"{path}: has no {', '.join(sorted(missing))}, it is of the linear stage or of an earlier version; "
+            f"{path}: has no {', '.join(sorted(missing))}, it is of the linear stage, encode or an earlier version; "
             f"start a new run without {spelt}"
         )
     return weights
