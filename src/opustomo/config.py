@@ -136,6 +136,8 @@ class TrainConfig:
     """Particles per step on each GPU."""
     zdim: int = 12
     """Dimension of the composition code."""
+    encode_mode: Literal["grad", "fixed"] = "grad"
+    """fixed: no codes and no network, one map of all particles, each half's poses corrected against its own map."""
     lr: float = 1e-3
     """Initial learning rate of AdamW."""
     wd: float = 0.0

@@ -43,7 +43,7 @@ from opustomo.monitor import setup_log
 from opustomo.objective import residual_density
 from opustomo.physics.fourier import band_multiplicity
 from opustomo.physics.observation import model_band
-from opustomo.preparation import RowMaker, prepare_process
+from opustomo.preparation import RowMaker, prepare_process, tell
 from opustomo.reconstruct import Rows
 from opustomo.start import Context, Start, context_of, device_of, stored_linear
 
@@ -185,13 +185,10 @@ def noise_in_units_of(model: LinearModel, inputs: Inputs, config: EncodeConfig) 
         log.info("grey values: %.2f times those of the run for the same density; they are rescaled", scale)
     else:
         scale = math.copysign(1.0, scale)
-    factor = noise.contrast / scale
-    log.info(
-        "%d particles: protein is %s, tilts %s, noise calibration %.2f",
-        len(particles), "bright" if factor > 0 else "dark",
-        "averaged" if noise.mean_normalised else "as in the file", noise.calibration,
-    )  # fmt: skip
-    return dataclasses.replace(noise, contrast=factor, power=noise.power / scale**2, contrast_sure=True)
+    factor, power = noise.contrast / scale, noise.power / scale**2
+    noise = dataclasses.replace(noise, contrast=factor, power=power, contrast_sure=True)
+    tell(len(particles), grid, noise)
+    return noise
 
 
 def _in_model(run: checkpoint.Run, model: LinearModel, inputs: Inputs, make_rows: RowMaker) -> Start:

@@ -96,8 +96,8 @@ class LinearResult:
 class Plan:
     """How the linear stage is fitted: the particles of each part (row numbers), K and EM steps.
 
-    components: K, or 0 to choose it by held-out evidence up to ``limit``; estpose: correct the poses; use_held: once K
-    is chosen the held-out particles take part in the last steps.
+    components: K, or 0 to choose it by held-out evidence up to ``limit`` (0: the average alone); estpose: correct the
+    poses; use_held: once K is chosen the held-out particles take part in the last steps.
     """
 
     train: Tensor
@@ -117,6 +117,46 @@ def fit_linear(
 
     make_rows gives the rows of the particles at the poses they have.  Raises UserError with less than 2 particles.
     """
+    settled = settle(particles, make_rows, grid, mask, plan)
+    rows, found, probe = settled.rows, settled.fit, settled.probe
+    rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
+    log.info(
+        "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
+        "errors of the given poses of %.2f degrees and %.2f A per axis",
+        found.model.size, found.evidence(probe), found.trail[0][1], rotation, shift,
+    )  # fmt: skip
+    about = code_statistics(found.model, rows, found.posterior.gain, grid)
+    mixture = choose_mixture(about, settled.fitted, probe, plan.seed)
+    # everything is chosen now: those held out for the choice may take part, unless they judge a network later
+    last = torch.nonzero(settled.typical)[:, 0] if plan.use_held else settled.train
+    model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
+    final = infer(model, rows, torch.arange(len(rows)), grid)
+    typical, brightness = settled.typical, settled.brightness
+    return (
+        settled.particles,
+        rows,
+        linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness),
+    )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Particles at their last poses, their rows and the model chosen for them; who took part in what (see ``Plan``)."""
+
+    particles: Particles
+    rows: Rows
+    fit: Fit
+    train: Tensor  # row numbers: those of the plan that are typical
+    fitted: Tensor  # those the model was fitted to
+    probe: Tensor  # those whose evidence decided
+    typical: Tensor  # (P,) bool
+    brightness: Tensor  # (P,)
+
+
+def settle(
+    particles: Particles, make_rows: Callable[[Particles], Rows], grid: Grid, mask: Tensor, plan: Plan
+) -> Settled:
+    """Which particles take part, how many components, which poses.  Arguments and errors as for ``fit_linear``."""
     if len(plan.train) < 2:
         raise UserError(
             f"{len(plan.train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac"
@@ -145,18 +185,7 @@ def fit_linear(
             # overfit the spectrum of the components
             again = _choose(plan, rows, fitted, probe, grid, mask)
             found = again if again.evidence(probe) > found.evidence(probe) else replace(found, trail=again.trail)
-    rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
-    log.info(
-        "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
-        "errors of the given poses of %.2f degrees and %.2f A per axis",
-        found.model.size, found.evidence(probe), found.trail[0][1], rotation, shift,
-    )  # fmt: skip
-    mixture = choose_mixture(code_statistics(found.model, rows, found.posterior.gain, grid), fitted, probe, plan.seed)
-    # everything is chosen now: those held out for the choice may take part, unless they judge a network later
-    last = torch.nonzero(typical)[:, 0] if plan.use_held else train
-    model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
-    final = infer(model, rows, torch.arange(len(rows)), grid)
-    return particles, rows, linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness)
+    return Settled(particles, rows, found, train, fitted, probe, typical, brightness)
 
 
 def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:

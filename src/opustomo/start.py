@@ -269,13 +269,15 @@ def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray
     return group
 
 
-def save_config(config: TrainConfig, start: Start, split_file: Path) -> None:
+def save_config(
+    config: TrainConfig, kind: checkpoint.Kind, inputs: Inputs, rows: Path | None, split_file: Path | None
+) -> None:
     """config.yaml and config.pkl: the options as typed, the sizes that followed, and where the rows are."""
-    inputs = start.inputs
-    values = {"kind": "network", **checkpoint.flatten(config), **inputs.grid._asdict()}
-    values["rows"] = str(start.place.resolve()) if start.place else None
+    values = {"kind": kind, **checkpoint.flatten(config), **inputs.grid._asdict()}
+    values["rows"] = str(rows.resolve()) if rows else None
     values["identity"] = fingerprint_of(inputs.particles.names)
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
-    values |= {"split": str(split_file.resolve()), "particles": len(inputs.particles), "load": None, "latents": None}
+    values["split"] = str(split_file.resolve()) if split_file else None
+    values |= {"particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)

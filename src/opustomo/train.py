@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo import checkpoint
+from opustomo import checkpoint, homogeneous
 from opustomo.analysis import plots
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import batch_order
@@ -65,7 +65,9 @@ CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
 def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
-    """``opustomo train``.  given: names of the options that were typed (for --load)."""
+    """``opustomo train``.  given: names of the options that were typed (None: all that differ from their defaults)."""
+    if config.encode_mode == "fixed":
+        return homogeneous.main(config, given)
     config, continuation = resolve(config, given)
     _refuse_foreign_output(config, continuation)
     setup_log(config.output, config.verbose)
@@ -82,7 +84,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
     model, context = build(config, start, continuation, device)
-    save_config(config, start, split_file)
+    save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=device.type == "cuda")
     bank = linear.codes.centre().float()
