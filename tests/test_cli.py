@@ -36,6 +36,7 @@ TRAIN_OPTIONS = [
     "-n/--epochs",
     "-b/--batch",
     "--zdim",
+    "--encode-mode",
     "--lr",
     "--wd",
     "--accum-step",
