@@ -36,6 +36,7 @@ TRAIN_OPTIONS = [
     "-n/--epochs",
     "-b/--batch",
     "--zdim",
+    "--encode-mode",
     "--lr",
     "--wd",
     "--accum-step",
@@ -198,7 +199,7 @@ def test_a_switch_that_is_off_has_no_twin(capsys: pytest.CaptureFixture[str]) ->
 
 def sample(option: options.Option, default: object) -> list[str]:
     """argv that sets an option to something else than its default."""
-    literal = {"contrast": "black", "normalisation": "sum", "beta": "cos", "device": "cpu"}
+    literal = {"contrast": "black", "normalisation": "sum", "beta": "cos", "encode_mode": "fixed", "device": "cpu"}
     if isinstance(default, bool):
         return [option.flags[-1]]
     if isinstance(default, int | float):
@@ -409,7 +410,7 @@ def test_a_verbs_status_is_the_programs_status(monkeypatch: pytest.MonkeyPatch) 
 
 def test_stages_of_the_demo_are_valid_command_lines(tmp_path: Path) -> None:
     verbs = [cli.parse_verb(arguments) and arguments[0] for arguments in demo.command_lines(tmp_path, 1)]
-    assert set(cli.VERBS) - set(verbs) == {"linear", "cache", "demo"}  # the first two are part of train
+    assert set(cli.VERBS) - set(verbs) == {"linear", "cache", "encode", "demo"}  # the first two are part of train
 
 
 def test_the_demo_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_both_spellings_of_an_option(calls: list[tuple]) -> None:
     ("line", "words"),
     [
         ("--pe-type linear", "--pe-type linear: only 'vanilla' exists here"),
-        ("--encode-mode fixed", "--encode-mode fixed: only 'grad' exists here"),
+        ("--encode-mode conv", "argument --encode-mode: invalid choice: 'conv'"),
         ("--template-type atom", "--template-type atom: only 'conv' exists here"),
         ("--ctf x.pkl", "unknown option --ctf"),
         ("--template 160", "did you mean '--templateres'?"),  # no silent abbreviation

@@ -17,7 +17,7 @@ from opustomo import linear
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.inputs import read_inputs
 from opustomo.linear import LinearModel
-from opustomo.linear_fit import typical_particles
+from opustomo.linear_fit import typical_particles, usual_range
 from opustomo.linear_stage import independent_components, outlier_score
 from opustomo.mixture import Mixture, condition, reduce_statistics
 from opustomo.physics.fourier import (
@@ -202,7 +202,9 @@ def test_contrast_of_a_particle_is_its_own_and_not_in_the_code(planted: Planted,
 def test_outliers_stand_out() -> None:
     code = torch.randn((200, 3), generator=torch.Generator().manual_seed(0))
     code[7] += 12
-    score = outlier_score(code, torch.ones(200) + 0.01 * torch.randn(200), 50 + torch.randn(200), torch.rand(200))
+    rest = torch.stack([torch.ones(200) + 0.01 * torch.randn(200), 50 + torch.randn(200), torch.rand(200)], 1)
+    values = torch.cat([code, rest], 1)
+    score = outlier_score(values, usual_range(values))
     assert int(score.argmax()) == 7 and float(score[7]) > 3 * float(score.median())
 
 

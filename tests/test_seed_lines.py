@@ -191,7 +191,7 @@ def test_the_resume_line_starts_warm_and_says_so(resumed: tuple[Path, str]) -> N
         assert change in warm
     assert warm.count("->") == 6 and "from epoch 0" in warm
     assert said.count("only mode") == 1
-    assert all(flag in said for flag in ("--lazy-single", "--pe-type", "--encode-mode", "--template-type"))
+    assert all(flag in said for flag in ("--lazy-single", "--pe-type", "--template-type"))
     assert re.search(r"/sp/z\.0\.pkl is not there; \S+/ribo/z\.0\.pkl", log)
 
     after, before = open_run(run, 1), open_run(run, 0)

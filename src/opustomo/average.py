@@ -142,19 +142,26 @@ def main(config: AverageConfig) -> int:
         halves, full, fsc = half_maps(numerator, weight, size, mask)
         write_volume(config.output / "mask.mrc", fourier_resize(mask, grid.box).clamp(0, 1).numpy(), grid.pixel_size)
         log.info("proposed mask: mask.mrc, %.1f %% of the box; look at it before training", 100 * float(mask.mean()))
+    write_maps(config.output, halves, full, fsc, mask, grid, len(particles))
+    return 0
+
+
+def write_maps(
+    folder: Path, halves: Tensor, full: Tensor, fsc: Tensor, mask: Tensor, grid: Grid, particles: int
+) -> None:
+    """average.mrc, half1.mrc, half2.mrc, fsc.csv, fsc.png and average.png of ``half_maps``, and a line of the log."""
     for name, volume in (("average", full), ("half1", halves[0]), ("half2", halves[1])):
-        write_volume(config.output / f"{name}.mrc", volume.numpy(), grid.working_pixel)
-    _write_fsc(config.output, fsc, grid)
+        write_volume(folder / f"{name}.mrc", volume.numpy(), grid.working_pixel)
+    _write_fsc(folder, fsc, grid)
     figure = plots.montage(np.stack([full.numpy(), (full * mask).numpy()]), ["average", "masked average"])
-    plots.save(figure, config.output / "average.png")
+    plots.save(figure, folder / "average.png")
     log.info(
         "average of %d particles: FSC 0.5 at %.1f A, 0.143 at %.1f A (Nyquist %.1f A); %s",
-        len(particles), resolution(fsc, 0.5, grid.extent), resolution(fsc, 0.143, grid.extent),
-        2 * grid.working_pixel, config.output / "average.png",
+        particles, resolution(fsc, 0.5, grid.extent), resolution(fsc, 0.143, grid.extent),
+        2 * grid.working_pixel, folder / "average.png",
     )  # fmt: skip
-    if len(particles) < FEW:
-        log.warning("%d particles are too few: resolution figures mean nothing below %d", len(particles), FEW)
-    return 0
+    if particles < FEW:
+        log.warning("%d particles are too few: resolution figures mean nothing below %d", particles, FEW)
 
 
 def _write_fsc(folder: Path, fsc: Tensor, grid: Grid) -> None:

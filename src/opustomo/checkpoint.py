@@ -36,7 +36,7 @@ from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 
-Kind = Literal["network", "linear"]
+Kind = Literal["network", "linear", "map"]  # map: of --encode-mode fixed, without codes
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -145,6 +145,8 @@ def save_epoch(
 
 def neighbours(code: Tensor, count: int = 8) -> Tensor:
     """Rows of the nearest codes of every particle, nearest first, (P, at most ``count``) int64."""
+    if code.shape[1] == 0:
+        return torch.zeros(len(code), 0, dtype=torch.int64)
     values = code.double().numpy()
     wanted = min(count + 1, len(values))
     near = np.asarray(cKDTree(values).query(values, wanted)[1]).reshape(len(values), wanted)
@@ -180,7 +182,9 @@ class Run:
 
     @property
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row numbers for training and for validation."""
+        """Row numbers for training and for validation; new particles of ``encode`` have trained nothing."""
+        if self.config.get("encoded_with"):
+            return np.arange(0), np.arange(len(self.codes))
         stored = Path(self.config["split"])
         here = self.path / stored.name  # also after the folder has moved
         order = load_split(stored if stored.is_file() else here, len(self.codes))
@@ -203,7 +207,7 @@ class Run:
     def linear_stage(self) -> Run | None:
         """The linear stage that the network started from, as a run of its own; None where its files are not there."""
         stored = self.linear_results()
-        if self.kind == "linear" or stored is None:
+        if self.kind != "network" or stored is None:
             return None
         codes = np.asarray(stored["code"], np.float32)
         state = {name: self.weights["model"][name] for name in ("mask", "mean", "components")}
@@ -227,7 +231,7 @@ class Run:
 
     @torch.no_grad()
     def _decode(self, codes: Tensor) -> Tensor:
-        if self.kind == "linear":
+        if self.kind != "network":
             state = self.weights["model"]
             return state["mean"] + torch.einsum("bk,kzyx->bzyx", codes, state["components"])
         linear, nonlinear = self.model.linear(codes), self.model.nonlinear(codes)
@@ -264,9 +268,17 @@ def build_model(weights: dict[str, Any]) -> Vae:
     return model.eval()
 
 
-def open_run(path: Path, epoch: int = -1) -> Run:
-    """Open a run folder at an epoch (0-based; -1: the latest).  Raises UserError if there is none."""
+def open_run(path: Path, epoch: int = -1, *, needs_codes: bool = True) -> Run:
+    """Open a run folder at an epoch (0-based; -1: the latest).
+
+    Raises UserError if there is none, or no codes in it where they are needed.
+    """
     config = read_config(path)
+    if needs_codes and config.get("kind") == "map":
+        raise UserError(
+            f"{path}: is one map (--encode-mode fixed) and has no codes; look at its average.mrc and `opustomo report "
+            f"{path}`, or train without --encode-mode"
+        )
     present = epochs_of(path)
     if not present:
         raise UserError(f"{path}: no finished epoch (weights.N.pkl with z.N.pkl) yet; wait for the first checkpoint")

@@ -42,6 +42,7 @@ VERBS = {
         "  opustomo train --resume run                  continue an interrupted run exactly\n"
         "  opustomo train --resume run -n 40            go on to 40 epochs, schedules stretched",
     ),
+    "encode": Verb("encode", "EncodeConfig", "opustomo encode run more_particles.star -o more"),
     "analyze": Verb("analysis.latents", "AnalyzeConfig", "opustomo analyze run --pcs 4 --clusters 16"),
     "volumes": Verb(
         "analysis.volumes",
@@ -71,6 +72,7 @@ Before training
   cache      numerators and weights in the consensus frame (train makes them when missing)
 Training
   train      train the network, started from the linear stage; writes a code for every particle
+  encode     codes and poses of other particles in a finished run, without fitting anything again
 After training
   analyze    PCA, k-means and UMAP of the codes
   volumes    density maps at cluster centres, along components or at any list of codes

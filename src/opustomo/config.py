@@ -136,6 +136,8 @@ class TrainConfig:
     """Particles per step on each GPU."""
     zdim: int = 12
     """Dimension of the composition code."""
+    encode_mode: Literal["grad", "fixed"] = "grad"
+    """fixed: no codes and no network, one map of all particles, each half's poses corrected against its own map."""
     lr: float = 1e-3
     """Initial learning rate of AdamW."""
     wd: float = 0.0
@@ -195,11 +197,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EncodeConfig:
+    """Give other particles of the same molecule codes, poses and evidence in a finished run, fitting nothing."""
+
+    run: Run
+    """Run folder of train or linear."""
+    star: Star
+    """STAR file of the new particles: same box and pixel size, aligned to the same consensus map."""
+    output: Output
+    """Run folder for the new particles; analyze, volumes, select and report work on it."""
+    input: InputOptions = InputOptions()
+    epoch: int = -1
+    """Epoch of the run (0-based; -1: the latest)."""
+    workers: int = 0
+    """Threads, not processes (0: all cores)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
 class AnalyzeConfig:
     """PCA, traversals, k-means and UMAP of the codes, with pictures."""
 
     run: Run
-    """Run folder of train or linear."""
+    """Run folder of train, linear or encode."""
     epoch: int = -1
     """Epoch (0-based; -1: the latest)."""
     pcs: int = 4
@@ -217,7 +238,7 @@ class VolumesConfig:
     """Decode volumes at cluster centres, along components or at any list of codes."""
 
     run: Run
-    """Run folder of train or linear."""
+    """Run folder of train, linear or encode."""
     epoch: int = -1
     """Epoch (0-based; -1: the latest)."""
     kmeans: int = 0

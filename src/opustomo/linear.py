@@ -377,7 +377,7 @@ def choose_components(
             failures += 1
         if failures == 2:
             break
-    if best.size == 0:
+    if best.size == 0 and limit:
         log.warning(
             "held-out particles are explained best by the average alone: one component is kept so that there is a "
             "code, but take no class for real that the data do not show by themselves (volumes --from-data)"

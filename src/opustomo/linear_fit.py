@@ -76,6 +76,15 @@ class LinearResult:
     trail: list[tuple[int, float]]  # (K, held-out evidence in nats per particle)
     typical: Tensor  # (P,) bool: particles that take part in fits
     brightness: Tensor  # (P,) see ``change_over_average``, the largest found
+    usual: tuple[Tensor, Tensor]  # (K+3,) each: median and robust spread of the fitted particles' ``features``
+
+    @property
+    def features(self) -> Tensor:
+        """What shows that a particle is not like the others, (P, K+3): code, gain, evidence, brightness.
+
+        Under the Gaussian prior: a mixture may have a place for the outliers.
+        """
+        return features(self.posterior, self.brightness)
 
     @cached_property
     def codes(self) -> CodePosterior:
@@ -87,8 +96,8 @@ class LinearResult:
 class Plan:
     """How the linear stage is fitted: the particles of each part (row numbers), K and EM steps.
 
-    components: K, or 0 to choose it by held-out evidence up to ``limit``; estpose: correct the poses; use_held: once K
-    is chosen the held-out particles take part in the last steps.
+    components: K, or 0 to choose it by held-out evidence up to ``limit`` (0: the average alone); estpose: correct the
+    poses; use_held: once K is chosen the held-out particles take part in the last steps.
     """
 
     train: Tensor
@@ -108,6 +117,46 @@ def fit_linear(
 
     make_rows gives the rows of the particles at the poses they have.  Raises UserError with less than 2 particles.
     """
+    settled = settle(particles, make_rows, grid, mask, plan)
+    rows, found, probe = settled.rows, settled.fit, settled.probe
+    rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
+    log.info(
+        "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
+        "errors of the given poses of %.2f degrees and %.2f A per axis",
+        found.model.size, found.evidence(probe), found.trail[0][1], rotation, shift,
+    )  # fmt: skip
+    about = code_statistics(found.model, rows, found.posterior.gain, grid)
+    mixture = choose_mixture(about, settled.fitted, probe, plan.seed)
+    # everything is chosen now: those held out for the choice may take part, unless they judge a network later
+    last = torch.nonzero(settled.typical)[:, 0] if plan.use_held else settled.train
+    model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
+    final = infer(model, rows, torch.arange(len(rows)), grid)
+    typical, brightness = settled.typical, settled.brightness
+    return (
+        settled.particles,
+        rows,
+        linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness),
+    )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Particles at their last poses, their rows and the model chosen for them; who took part in what (see ``Plan``)."""
+
+    particles: Particles
+    rows: Rows
+    fit: Fit
+    train: Tensor  # row numbers: those of the plan that are typical
+    fitted: Tensor  # those the model was fitted to
+    probe: Tensor  # those whose evidence decided
+    typical: Tensor  # (P,) bool
+    brightness: Tensor  # (P,)
+
+
+def settle(
+    particles: Particles, make_rows: Callable[[Particles], Rows], grid: Grid, mask: Tensor, plan: Plan
+) -> Settled:
+    """Which particles take part, how many components, which poses.  Arguments and errors as for ``fit_linear``."""
     if len(plan.train) < 2:
         raise UserError(
             f"{len(plan.train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac"
@@ -118,7 +167,7 @@ def fit_linear(
     while True:
         train, fitted, probe = _parts(plan, typical)
         found = _choose(plan, rows, fitted, probe, grid, mask)
-        brightness = torch.maximum(brightness, change_over_average(found))
+        brightness = torch.maximum(brightness, change_over_average(found.model, found.posterior.code))
         strange = typical & (brightness > 1.0)
         if not strange.any() or strange.sum() > MOST_OUTLIERS * typical.sum():
             break
@@ -126,24 +175,17 @@ def fit_linear(
     _name_outliers(typical)
     if plan.estpose:
         given = particles
-        particles, rows, found = _correct_poses(particles, rows, found, make_rows, grid, mask, fitted, probe)
+
+        def refit(last: Fit, rows: Rows) -> Fit:
+            return judged(fit(last.model, rows, fitted, grid, mask, EM_STEPS), rows, grid, last.trail)
+
+        particles, rows, found = correct_poses(particles, rows, found, make_rows, grid, probe, refit)
         if particles is not given:
             # what was noise about poses that are wrong may be a component now; from the start, since many EM steps
             # overfit the spectrum of the components
             again = _choose(plan, rows, fitted, probe, grid, mask)
             found = again if again.evidence(probe) > found.evidence(probe) else replace(found, trail=again.trail)
-    rotation, shift = math.degrees(found.model.pose_scale[0]), found.model.pose_scale[1] * grid.working_pixel
-    log.info(
-        "linear stage: %d components; evidence of held-out particles %.2f nats (average alone %.2f); the data show "
-        "errors of the given poses of %.2f degrees and %.2f A per axis",
-        found.model.size, found.evidence(probe), found.trail[0][1], rotation, shift,
-    )  # fmt: skip
-    mixture = choose_mixture(code_statistics(found.model, rows, found.posterior.gain, grid), fitted, probe, plan.seed)
-    # everything is chosen now: those held out for the choice may take part, unless they judge a network later
-    last = torch.nonzero(typical)[:, 0] if plan.use_held else train
-    model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
-    final = infer(model, rows, torch.arange(len(rows)), grid)
-    return particles, rows, linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness)
+    return Settled(particles, rows, found, train, fitted, probe, typical, brightness)
 
 
 def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +201,7 @@ def _choose(plan: Plan, rows: Rows, fitted: Tensor, probe: Tensor, grid: Grid, m
     model, trail = choose_components(
         rows, fitted, probe, grid, mask, limit, plan.iterations, plan.seed, exactly=bool(plan.components)
     )
-    return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
+    return judged(model, rows, grid, trail)
 
 
 def linear_result(
@@ -171,12 +213,17 @@ def linear_result(
     trail: list[tuple[int, float]],
     typical: Tensor,
     brightness: Tensor,
+    usual: tuple[Tensor, Tensor] | None = None,
 ) -> LinearResult:
-    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture."""
+    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture.
+
+    usual: what is usual among the particles that the model was fitted to (None: these are those).
+    """
     about = code_statistics(model, rows, posterior.gain, grid)
     code = condition(mixture, about).centre().float()
     error = pose_error(model, rows, grid, code, posterior.gain)
-    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness)
+    usual = usual or usual_range(features(posterior, brightness))
+    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness, usual)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:
@@ -215,6 +262,22 @@ class Fit:
         return float(self.posterior.evidence[index].mean())
 
 
+def judged(model: LinearModel, rows: Rows, grid: Grid, trail: list[tuple[int, float]]) -> Fit:
+    """A model with the posteriors of all rows."""
+    return Fit(model, infer(model, rows, torch.arange(len(rows)), grid), trail)
+
+
+def features(posterior: Posterior, brightness: Tensor) -> Tensor:
+    """See ``LinearResult.features``."""
+    return torch.cat([posterior.code, posterior.gain[:, None], posterior.evidence[:, None], brightness[:, None]], 1)
+
+
+def usual_range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and robust standard deviation of each column of (P, q): outliers do not set the scale."""
+    centre = values.median(0).values
+    return centre, (1.4826 * (values - centre).abs().median(0).values).clamp(min=1e-6)
+
+
 def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Tensor:
     """Which particles may take part in fits, (P,) bool: all but those that the average explains far too well.
 
@@ -228,26 +291,29 @@ def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Te
     return evidence <= centre + OUTLIER_LIMIT * spread
 
 
-def change_over_average(found: Fit) -> Tensor:
+def change_over_average(model: LinearModel, code: Tensor) -> Tensor:
     """Norm of each particle's difference from the average over that of the average itself, (P,).
 
     No state of a molecule is above 1; gold, ice and other bright things that evidence under the average cannot tell
     from good particles are, and would keep a component for themselves.
     """
-    components, mean = found.model.components.flatten(1), found.model.mean
-    gram = components @ components.T
-    change = torch.einsum("pk,kl,pl->p", found.posterior.code, gram, found.posterior.code)
-    return (change / mean.square().sum()).sqrt()
+    components = model.components.flatten(1)
+    change = torch.einsum("pk,kl,pl->p", code, components @ components.T, code)
+    return (change / model.mean.square().sum()).sqrt()
 
 
 def _name_outliers(typical: Tensor) -> None:
-    unusual = torch.nonzero(~typical)[:, 0]
-    if len(unusual):
-        first = ", ".join(str(int(i) + 1) for i in unusual[:8]) + (", ..." if len(unusual) > 8 else "")
+    if not typical.all():
         log.warning(
             "%d particle(s) are far brighter than the others (rows %s): left out of the fits, they still get codes; "
-            "look at them, and at outlier_score in linear/particles.csv", len(unusual), first,
+            "look at them, and at outlier_score in linear/particles.csv", int((~typical).sum()), first_rows(~typical),
         )  # fmt: skip
+
+
+def first_rows(which: Tensor) -> str:
+    """The first rows, counted from 1, at which ``which`` (P,) bool holds, for a message."""
+    found = torch.nonzero(which)[:, 0]
+    return ", ".join(str(int(i) + 1) for i in found[:8]) + (", ..." if len(found) > 8 else "")
 
 
 # ------------------------------------------------------------------------------------------------ poses
@@ -259,28 +325,32 @@ def pose_error(model: LinearModel, rows: Rows, grid: Grid, code: Tensor, gain: T
     return own_pose_error(model, rows, torch.arange(len(rows)), grid, code, gain) * scale
 
 
-def _correct_poses(
+def correct_poses(
     particles: Particles,
     rows: Rows,
     found: Fit,
     make_rows: Callable[[Particles], Rows],
     grid: Grid,
-    mask: Tensor,
-    train: Tensor,
     probe: Tensor,
+    refit: Callable[[Fit, Rows], Fit],
+    *,
+    map_held: bool = False,
 ) -> tuple[Particles, Rows, Fit]:
-    """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises."""
+    """Rounds of moving the poses and fitting again, while the evidence of the particles at ``probe`` rises.
+
+    refit: the fit at new rows, from the last one.  map_held: it has the same model (see ``move_poses``).
+    """
     for number in range(1, POSE_ROUNDS + 1):
         error = pose_error(found.model, rows, grid, found.posterior.code, found.posterior.gain)
         scale = torch.tensor(found.model.pose_scale).repeat_interleave(3)
         if number > 1 and float((error / scale).square().mean().sqrt()) < SETTLED:
             break  # rows are the dearest part of a round
-        candidate = move_poses(particles, error, grid)
+        candidate = move_poses(particles, error, grid, map_held=map_held)
         candidate_rows = make_rows(candidate)
-        model = fit(found.model, candidate_rows, train, grid, mask, EM_STEPS)
-        refined = Fit(model, infer(model, candidate_rows, torch.arange(len(rows)), grid), found.trail)
+        refined = refit(found, candidate_rows)
         gain = refined.evidence(probe) - found.evidence(probe)
-        log.info("poses corrected, round %d: %+.2f nats per held-out particle", number, gain)
+        who = "particle" if map_held else "held-out particle"
+        log.info("poses corrected, round %d: %+.2f nats per %s", number, gain, who)
         if not gain > 0:
             return particles, make_rows(particles), found
         particles, rows, found = candidate, candidate_rows, refined

@@ -25,6 +25,7 @@ from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
+from opustomo.data.observe import Noise
 from opustomo.data.poses import move_poses
 from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.monitor import setup_log
@@ -50,13 +51,14 @@ def main(config: LinearConfig) -> int:
         train, held, config.estpose, config.seed, config.components, iterations=config.iterations, use_held=True
     )
     particles, rows, result = fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
-    _write_run(config, dataclasses.replace(inputs, particles=particles), result)
+    assert make_rows.noise is not None
+    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result)
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
     log.info("next: opustomo analyze %s ; opustomo report %s", config.output, config.output)
     return 0
 
 
-def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> None:
+def _write_run(config: LinearConfig, inputs: Inputs, noise: Noise, result: LinearResult) -> None:
     grid = inputs.grid
     values: dict[str, Any] = {
         "kind": "linear", **checkpoint.flatten(config), **grid._asdict(),
@@ -67,26 +69,42 @@ def _write_run(config: LinearConfig, inputs: Inputs, result: LinearResult) -> No
     }  # fmt: skip
     checkpoint.write_config(config.output, values)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, grid)
-    particles = inputs.particles
-    if config.estpose:
-        particles = move_poses(particles, result.pose_error, grid)
     state = {"mask": inputs.mask, "mean": result.model.mean, "components": result.model.components}
+    weights = {"kind": "linear", "epoch": 0, "model": state, **stage_state(inputs, noise, result)}
     code, sigma = result.codes.centre().float(), result.codes.spread().float()
-    poses = (particles.rotation, particles.origin / grid.box, particles.euler)
-    weights = {"kind": "linear", "epoch": 0, "model": state, "mixture": dataclasses.asdict(result.mixture)}
-    weights["typical"] = result.typical
+    poses = last_poses(inputs, result, config.estpose)
     checkpoint.save_epoch(config.output, 0, weights, code, sigma, poses)
 
 
-def outlier_score(code: Tensor, gain: Tensor, evidence: Tensor, brightness: Tensor) -> Tensor:
-    """How unlike the others a particle is, (P,): robust distance of all these from their centre.
+def stage_state(inputs: Inputs, noise: Noise, result: LinearResult) -> dict[str, Any]:
+    """What a checkpoint keeps of the linear stage and of the particles that it speaks of."""
+    model, particles = result.model, inputs.particles
+    return {
+        "gain": result.posterior.gain,
+        "typical": result.typical,
+        "usual": list(result.usual),
+        "grid": list(inputs.grid),
+        "noise": dataclasses.asdict(noise),
+        "mixture": dataclasses.asdict(result.mixture),
+        "linear": {"mean": model.mean, "components": model.components, "pose_scale": list(model.pose_scale)},
+        # origins in pixels: a resumed run has the very same poses, so that its cache is still good
+        **{k: torch.from_numpy(np.ascontiguousarray(getattr(particles, k))) for k in ("rotation", "origin", "euler")},
+    }
 
-    Medians and median absolute deviations, so that the outliers themselves do not set the scale.
-    """
-    features = torch.cat([code, gain[:, None], evidence[:, None], brightness[:, None]], 1)
-    centre = features.median(0).values
-    spread = 1.4826 * (features - centre).abs().median(0).values
-    return ((features - centre) / spread.clamp(min=1e-6)).square().mean(1).sqrt()
+
+def last_poses(
+    inputs: Inputs, result: LinearResult, estpose: bool, *, map_held: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Poses as ``save_epoch`` takes them: those of the rows, moved by what the linear stage still finds."""
+    particles = inputs.particles
+    if estpose:
+        particles = move_poses(particles, result.pose_error, inputs.grid, map_held=map_held)
+    return particles.rotation, particles.origin / inputs.grid.box, particles.euler
+
+
+def outlier_score(features: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
+    """How unlike the particles that were fitted a particle is, (P,): robust distance of its features from theirs."""
+    return ((features - usual[0]) / usual[1]).square().mean(1).sqrt()
 
 
 def write_results(
@@ -96,8 +114,7 @@ def write_results(
     model, post, codes = result.model, result.posterior, result.codes
     code = codes.centre().float()
     independent, mixing = independent_components(code.numpy(), seed)
-    # under the Gaussian prior: a mixture may have a place for the outliers
-    score = outlier_score(post.code, post.gain, post.evidence, result.brightness)
+    score = outlier_score(result.features, result.usual)
     pull = result.statistics.first[:, 1:] - result.statistics.second[:, 0, 1:]
     with atomic(folder / "linear.npz") as temporary, temporary.open("wb") as handle:
         np.savez(
@@ -117,7 +134,7 @@ def write_results(
         shown += [model.mean - 2 * component, model.mean + 2 * component]
     titles = ["mean", *(f"component {j // 2 + 1}: {'+-'[j % 2 == 0]}2 sd" for j in range(len(shown) - 1))]
     plots.save(plots.montage(torch.stack(shown).numpy(), titles), folder / "components.png")
-    if model.size:
+    if model.size and result.typical.any():
         typical = result.typical.numpy()
         _write_clusters(folder, code.numpy(), typical, rows, grid, mask, min(clusters, int(typical.sum())), seed)
     if not result.typical.all():

@@ -24,6 +24,7 @@ from opustomo.data.particles import Particles
 from opustomo.data.poses import moved_from, same_poses
 from opustomo.errors import UserError
 from opustomo.monitor import progress
+from opustomo.physics.grid import Grid
 from opustomo.reconstruct import Rows
 
 log = logging.getLogger("opustomo")
@@ -92,20 +93,23 @@ class RowMaker:
             cache.hold()
         self.noise, self.place = cache.noise, folder
         if first:
-            log.info(
-                "%d particles on a working box of %d (%.2f A), crop %d; "
-                "protein is %s, tilts %s, noise calibration %.2f",
-                len(cache), grid.working_box, grid.working_pixel, grid.crop,
-                "bright" if cache.noise.contrast > 0 else "dark",
-                "averaged" if cache.noise.mean_normalised else "as in the file", cache.noise.calibration,
-            )  # fmt: skip
-            if not cache.noise.contrast_sure:
-                log.warning(
-                    "contrast %s is a guess: look at `opustomo average`; where protein is dark give --contrast %s",
-                    *(("white", "black") if cache.noise.contrast > 0 else ("black", "white")),
-                )
+            tell(len(cache), grid, cache.noise)
         cache.moved = moved_from(particles, self.inputs.particles, grid)
         return cache
+
+
+def tell(count: int, grid: Grid, noise: Noise) -> None:
+    """A line about particles, sizes and noise; a warning where the contrast is a guess."""
+    log.info(
+        "%d particles on a working box of %d (%.2f A), crop %d; protein is %s, tilts %s, noise calibration %.2f",
+        count, grid.working_box, grid.working_pixel, grid.crop, "bright" if noise.contrast > 0 else "dark",
+        "averaged" if noise.mean_normalised else "as in the file", noise.calibration,
+    )  # fmt: skip
+    if not noise.contrast_sure:
+        log.warning(
+            "contrast %s is a guess: look at `opustomo average`; where protein is dark give --contrast %s",
+            *(("white", "black") if noise.contrast > 0 else ("black", "white")),
+        )
 
 
 def _bar(items: Iterable[Row], total: int) -> Iterable[Row]:

@@ -27,7 +27,9 @@ _HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "log_interval", "tmp_p
 # sizes of the network, and what the stored poses and codes belong to
 _FIXED = ("zdim", "templateres", "width", "star", "ind", "estpose")
 # what a checkpoint of train has and neither one of the linear stage nor of an earlier version
-_NEEDED = frozenset({"model", "optimizer", "bank", "gain", "typical", "grid", "noise", "mixture", "linear", "rotation"})
+_NEEDED = frozenset(
+    {"model", "optimizer", "bank", "gain", "typical", "usual", "grid", "noise", "mixture", "linear", "rotation"}
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
         return config, None
     folder, epoch = _source(config, spelt)
     stored = _stored(folder)
-    typed = {k: v for k, v in _typed(config, given).items() if not _same(k, stored.get(k), v, folder)}
+    typed = {k: v for k, v in typed_options(config, given).items() if not _same(k, stored.get(k), v, folder)}
     changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE | _HARMLESS}
     _refuse(config, stored, changed, folder, epoch, spelt)
     weights = _weights(folder / f"weights.{epoch}.pkl", spelt)
@@ -79,11 +81,11 @@ def _refuse(
     for name in _FIXED:
         if name in changed:
             raise UserError(
-                f"{_spelt(name, changed[name])} where {folder} was trained with {stored[name]}; give what it was "
+                f"{spelt_option(name, changed[name])} where {folder} was trained with {stored[name]}; give what it was "
                 f"trained with, or start a new run without {spelt}"
             )
     if config.load == "latest" and changed.keys() - {"epochs"}:
-        listing = ", ".join(f"{_spelt(k, v)} (was {stored[k]})" for k, v in changed.items())
+        listing = ", ".join(f"{spelt_option(k, v)} (was {stored[k]})" for k, v in changed.items())
         resumed = spelt == "--resume"
         raise UserError(
             f"{spelt if resumed else '--load latest'} continues exactly, but options changed: {listing}; "
@@ -96,7 +98,7 @@ def _weights(path: Path, spelt: str) -> dict[str, Any]:
     weights = load_tensors(path)
     if missing := _NEEDED - weights.keys():
         raise UserError(
-            f"{path}: has no {', '.join(sorted(missing))}, it is of the linear stage or of an earlier version; "
+            f"{path}: has no {', '.join(sorted(missing))}, it is of no network or of an earlier version; "
             f"start a new run without {spelt}"
         )
     return weights
@@ -115,7 +117,7 @@ def _listing(stored: dict[str, Any], changed: dict[str, Any]) -> str:
     return "".join(f"{', ' if i else ': '}{k} {stored[k]} -> {v}" for i, (k, v) in enumerate(changed.items()))
 
 
-def _spelt(name: str, value: Any) -> str:
+def spelt_option(name: str, value: Any) -> str:
     """An option as it is typed."""
     if name == "star":
         return f"STAR file {value}"
@@ -148,7 +150,8 @@ def _source(config: TrainConfig, spelt: str) -> tuple[Path, int]:
     return path.parent, int(match[1])
 
 
-def _typed(config: TrainConfig, given: frozenset[str] | None) -> dict[str, Any]:
+def typed_options(config: TrainConfig, given: frozenset[str] | None) -> dict[str, Any]:
+    """The options that were typed (given None: those that differ from their defaults) with their values."""
     values = flatten(config)
     if given is None:
         default = flatten(TrainConfig(config.star, config.output))

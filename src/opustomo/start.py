@@ -27,7 +27,14 @@ from opustomo.data.particles import Particles
 from opustomo.data.readers import with_poses
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer, pose_modes, pose_prior
-from opustomo.linear_fit import MAX_COMPONENTS, LinearResult, Plan, fit_linear, linear_result
+from opustomo.linear_fit import (
+    MAX_COMPONENTS,
+    LinearResult,
+    Plan,
+    change_over_average,
+    fit_linear,
+    linear_result,
+)
 from opustomo.linear_stage import write_results
 from opustomo.mixture import Mixture, Statistics
 from opustomo.model.vae import Vae
@@ -61,18 +68,23 @@ class Context:
 
 def choose_device(config: TrainConfig) -> torch.device:
     """The device, with one line about it; fewer GPUs than asked keep the global batch."""
-    present = torch.cuda.device_count()
-    if config.device == "cuda" and present == 0:
-        raise UserError("--device cuda: this machine shows no GPU; use --device auto, or look at nvidia-smi")
-    use = torch.device("cuda" if present and config.device != "cpu" else "cpu")
+    use = device_of(config.device)
     if config.num_gpus > 1:
         log.info(
             "--num-gpus %d: %d GPU(s) present, training in one process on %s with the same global batch of %d",
-            config.num_gpus, present, use.type, global_batch(config),
+            config.num_gpus, torch.cuda.device_count(), use.type, global_batch(config),
         )  # fmt: skip
     else:
         log.info("training on %s", torch.cuda.get_device_name(0) if use.type == "cuda" else "the CPU")
     return use
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``--device`` names: auto, cpu or cuda.  Raises UserError for a GPU that is not there."""
+    present = torch.cuda.device_count()
+    if name == "cuda" and present == 0:
+        raise UserError("--device cuda: this machine shows no GPU; use --device auto, or look at nvidia-smi")
+    return torch.device("cuda" if present and name != "cpu" else "cpu")
 
 
 def global_batch(config: TrainConfig) -> int:
@@ -156,10 +168,12 @@ def start_from_linear(
         if tuple(stored["grid"]) == tuple(grid):
             make_rows.noise = Noise(**stored["noise"])
         rows = make_rows(particles)
-        model = _stored_linear(continuation, grid, mask)
+        model = stored_linear(stored, grid, mask)
         posterior = infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
         mixture, typical = Mixture(**stored["mixture"]), stored["typical"]
-        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, torch.zeros(len(rows)))
+        brightness = change_over_average(model, posterior.code)
+        usual = (stored["usual"][0], stored["usual"][1]) if continuation.optimiser else None
+        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
     else:
         plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
@@ -178,9 +192,9 @@ def _with_stored_poses(particles: Particles, stored: dict[str, Any]) -> Particle
     return dataclasses.replace(particles, **{k: stored[k].numpy() for k in ("rotation", "origin", "euler")})
 
 
-def _stored_linear(continuation: Continuation, grid: Grid, mask: Tensor) -> LinearModel:
+def stored_linear(weights: dict[str, Any], grid: Grid, mask: Tensor) -> LinearModel:
     """The linear model of a checkpoint on this run's grid (its volumes are resampled if the grid has changed)."""
-    state, old = continuation.weights["linear"], Grid(*continuation.weights["grid"])
+    state, old = weights["linear"], Grid(*weights["grid"])
     volumes = torch.cat([state["mean"][None], state["components"]])
     if tuple(old[:4]) != tuple(grid[:4]):
         band = model_band(volumes, old.working_box)
@@ -197,30 +211,35 @@ def build(
     config: TrainConfig, start: Start, continuation: Continuation | None, device: torch.device
 ) -> tuple[Vae, Context]:
     """The network, started at the linear stage or at a checkpoint, and what its steps need."""
-    inputs, rows, linear = start.inputs, start.rows, start.linear
-    grid, model = inputs.grid, linear.model
+    grid, model = start.inputs.grid, start.linear.model
     modes = pose_modes(model.mean, model.pose_scale, grid)
     network = Vae(
-        inputs.mask, model.mean, model.components, modes,
+        start.inputs.mask, model.mean, model.components, modes,
         templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
     )  # fmt: skip
     if continuation is not None:
         learned = {k: v for k, v in continuation.weights["model"].items() if k.split(".")[0] in _LEARNED}
         network.load_state_dict(learned, strict=False)
-    context = Context(
+    group = _orientation_groups(config, start.inputs.particles.rotation)
+    return network.to(device), context_of(start, group, device)
+
+
+def context_of(start: Start, group: np.ndarray, device: torch.device) -> Context:
+    """What a network needs to know of the particles; group (P,): wedge orientations."""
+    inputs, rows, linear = start.inputs, start.rows, start.linear
+    return Context(
         rows=rows,
-        grid=grid,
+        grid=inputs.grid,
         statistics=linear.statistics.to(device),
         mixture=linear.mixture.to(device),
         gain=linear.posterior.gain.to(device),
-        pose_prior=pose_prior(model, rows, torch.arange(len(rows))).to(device),
+        pose_prior=pose_prior(linear.model, rows, torch.arange(len(rows))).to(device),
         typical=linear.typical,
-        precision=residual_precision(model, inputs.mask, grid).to(device),
-        group=_orientation_groups(config, inputs.particles.rotation),
+        precision=residual_precision(linear.model, inputs.mask, inputs.grid).to(device),
+        group=group,
         device=device,
         autocast=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
-    return network.to(device), context
 
 
 _LEARNED = frozenset({"encoder", "decoder", "scale"})
@@ -250,13 +269,15 @@ def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray
     return group
 
 
-def save_config(config: TrainConfig, start: Start, split_file: Path) -> None:
+def save_config(
+    config: TrainConfig, kind: checkpoint.Kind, inputs: Inputs, rows: Path | None, split_file: Path | None
+) -> None:
     """config.yaml and config.pkl: the options as typed, the sizes that followed, and where the rows are."""
-    inputs = start.inputs
-    values = {"kind": "network", **checkpoint.flatten(config), **inputs.grid._asdict()}
-    values["rows"] = str(start.place.resolve()) if start.place else None
+    values = {"kind": kind, **checkpoint.flatten(config), **inputs.grid._asdict()}
+    values["rows"] = str(rows.resolve()) if rows else None
     values["identity"] = fingerprint_of(inputs.particles.names)
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
-    values |= {"split": str(split_file.resolve()), "particles": len(inputs.particles), "load": None, "latents": None}
+    values["split"] = str(split_file.resolve()) if split_file else None
+    values |= {"particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)

@@ -7,7 +7,6 @@ stage's.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from opustomo import checkpoint
+from opustomo import checkpoint, homogeneous
 from opustomo.analysis import plots
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import batch_order
-from opustomo.data.poses import move_poses
+from opustomo.encode import correction, encode_all, known, read_batch
 from opustomo.errors import UserError
-from opustomo.mixture import CodePosterior, condition
+from opustomo.linear_stage import last_poses, stage_state
+from opustomo.mixture import CodePosterior
 from opustomo.model.vae import Vae
 from opustomo.monitor import NOTABLE, Metrics, Window, peak_memory_gb, progress, setup_log
 from opustomo.objective import (
@@ -35,7 +34,6 @@ from opustomo.objective import (
     evidence,
     learning_rate,
     pose_nuisance,
-    residual_density,
     spectral_prior,
 )
 from opustomo.physics.fourier import from_band, irfft3
@@ -67,7 +65,9 @@ CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
 def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
-    """``opustomo train``.  given: names of the options that were typed (for --load)."""
+    """``opustomo train``.  given: names of the options that were typed (None: all that differ from their defaults)."""
+    if config.encode_mode == "fixed":
+        return homogeneous.main(config, given)
     config, continuation = resolve(config, given)
     _refuse_foreign_output(config, continuation)
     setup_log(config.output, config.verbose)
@@ -84,7 +84,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
     model, context = build(config, start, continuation, device)
-    save_config(config, start, split_file)
+    save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=device.type == "cuda")
     bank = linear.codes.centre().float()
@@ -129,33 +129,7 @@ def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | Non
         )
 
 
-# ------------------------------------------------------------------------------------------------ batches
-
-
-def read_batch(context: Context, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerators and weights of a batch with the particles' gains applied, on the device."""
-    gain = context.gain[index.to(context.device)]
-    numerator = context.rows.numerator(index).to(context.device, non_blocking=True) * gain[:, None, None, None]
-    weight = context.rows.weight(index).to(context.device, non_blocking=True) * gain[:, None].square()
-    return numerator, weight
-
-
 # ------------------------------------------------------------------------------------------------ one step
-
-
-def correction(
-    model: Vae, context: Context, prior: CodePosterior, numerator: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shift and log scale (b, K) that the encoder gives the linear stage's posterior of a batch."""
-    density = residual_density(numerator, weight, model.mean, context.precision, model.mask, context.grid.working_box)
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
-        shift, log_scale = model.encode(density, prior.centre().float(), prior.spread().float())
-    return shift.double(), log_scale.double()
-
-
-def known(context: Context, index: Tensor) -> CodePosterior:
-    """What the linear stage knows of the codes of a batch."""
-    return condition(context.mixture, context.statistics.at(index.to(context.device)))
 
 
 def log_evidence(
@@ -323,19 +297,6 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
     return {"val_nll": -(bound + kl), "val_kl": kl, "val_elbo": bound}
 
 
-@torch.no_grad()
-def encode_all(model: Vae, context: Context) -> tuple[Tensor, Tensor]:
-    """Codes and their standard deviations of every particle, (P, K) each."""
-    model.eval()
-    means, sigmas = [], []
-    for index in torch.arange(len(context.gain)).split(32):
-        linear = known(context, index)
-        posterior = linear.moved(*correction(model, context, linear, *read_batch(context, index)))
-        means.append(posterior.centre().float().cpu())
-        sigmas.append(posterior.spread().float().cpu())
-    return torch.cat(means), torch.cat(sigmas)
-
-
 def save(
     config: TrainConfig,
     start: Start,
@@ -346,15 +307,9 @@ def save(
     epoch: int,
 ) -> None:
     """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses."""
-    particles, linear, grid = start.inputs.particles, start.linear.model, context.grid
-    # dimensions without a component have the prior's code: as many columns as --zdim, as users of such files expect
-    unused = (0, config.zdim - linear.size)
-    code, sigma = encode_all(model, context)
-    code, sigma = functional.pad(code, unused), functional.pad(sigma, unused, value=1.0)
-    best = particles
-    if config.estpose:  # the rows' poses are one step behind what the linear stage knows
-        best = move_poses(particles, start.linear.pose_error, grid)
-    poses = (best.rotation, best.origin / grid.box, best.euler)
+    code, sigma = encode_all(model, context, config.zdim)
+    poses = last_poses(start.inputs, start.linear, config.estpose)
+    grid = context.grid
     weights: dict[str, Any] = {
         "kind": "network",
         "epoch": epoch,
@@ -362,14 +317,7 @@ def save(
         "shape": {"templateres": grid.templateres, "width": config.width, "encoderres": config.encoderres},
         "optimizer": optimizer.state_dict(),
         "bank": bank.cpu(),
-        "gain": context.gain.cpu(),
-        "typical": context.typical,
-        "grid": list(grid),
-        "noise": dataclasses.asdict(start.noise),
-        "mixture": dataclasses.asdict(start.linear.mixture),
-        "linear": {"mean": linear.mean, "components": linear.components, "pose_scale": list(linear.pose_scale)},
-        # origins in pixels: a resumed run has the very same poses, so that its cache is still good
-        **{k: torch.from_numpy(np.ascontiguousarray(getattr(particles, k))) for k in ("rotation", "origin", "euler")},
+        **stage_state(start.inputs, start.noise, start.linear),
     }
     checkpoint.save_epoch(config.output, epoch, weights, code, sigma, poses)
 

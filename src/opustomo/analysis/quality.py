@@ -16,6 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import score_codes, score_maps, score_poses
 from opustomo.analysis.axes import axes_of, joint_groups
+from opustomo.analysis.selection import trained_rows
 from opustomo.analysis.truth import Truth, read_truth
 from opustomo.config import EvaluateConfig
 from opustomo.data.atomic import write_text
@@ -38,7 +39,7 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     Sections and metrics that the set or the run cannot give are left out (a single state, no decoys, no metrics.csv).
     Decoys are scored under ``junk`` and left out everywhere else.  UserError: no truth, or not of this set.
     """
-    known = read_truth(truth, len(run.codes))
+    known = _truth(run, truth)
     rows = np.flatnonzero(~known.junk)
     if len(rows) < FEWEST:
         raise UserError(f"--truth {truth}: only {len(rows)} particles to score; simulate at least {FEWEST}")
@@ -52,6 +53,18 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     if start is not None:
         scores["linear_stage"] = _codes_and_maps(start, known, rows)
     return {"run": _identity(run), **{name: section for name, section in scores.items() if section}}
+
+
+def _truth(run: Run, folder: Path) -> Truth:
+    """The truth of the run's particles, which may be some of the set (--ind)."""
+    rows = _subset(run)
+    if rows is None:
+        return read_truth(folder, len(run.codes))
+    return read_truth(folder, len(read_star(run.star).particles)).at(rows)
+
+
+def _subset(run: Run) -> NDArray[np.int64] | None:
+    return trained_rows(run.path, read_star(run.star)) if run.config.get("ind") else None
 
 
 def _codes_and_maps(run: Run, known: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -92,9 +105,13 @@ def _poses(run: Run, truth: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:
         return {}
     star = read_star(run.star)
     euler, origin = relion.eulers(star), relion.origins(star, run.grid.pixel_size)[0]
+    subset = _subset(run)
+    if subset is not None:
+        euler, origin = euler[subset], origin[subset]
     if len(euler) != len(run.codes):
         raise UserError(
-            f"{run.star}: has {len(euler)} rows but the run has {len(run.codes)} codes; evaluate a full run"
+            f"{run.star}: has {len(euler)} rows but the run has {len(run.codes)} codes; give back the STAR file that "
+            "the run was made with"
         )
     true = (score_poses.rotation_matrices(truth.euler)[rows], truth.origin[rows])
     before = score_poses.pose_errors(score_poses.rotation_matrices(euler)[rows], origin[rows], *true)

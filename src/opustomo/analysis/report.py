@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo import __version__
-from opustomo.analysis import page, plots
+from opustomo.analysis import page, plots, report_map
 from opustomo.analysis.data_maps import contributing, read_fsc
 from opustomo.analysis.latents import (
     Analysis,
@@ -59,7 +59,7 @@ def main(config: ReportConfig) -> None:
     """Verb ``report``."""
     from opustomo.checkpoint import open_run
 
-    path = write_report(open_run(config.run, config.epoch), config.clusters, config.output)
+    path = write_report(open_run(config.run, config.epoch, needs_codes=False), config.clusters, config.output)
     log.info("report: %s", path)
 
 
@@ -68,6 +68,9 @@ def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Pat
 
     ``clusters``: K of the k-means shown (0: the largest analysed, else 16).  UserError: not writable.
     """
+    if run.kind == "map":
+        sections = [*report_map.sections(run), _settings(run)]
+        return _save(run, "one map", [*report_map.tiles(run)], sections, output)
     analysis = stored_analysis(run, clusters) or _analyzed(run, clusters)
     metrics = read_metrics(run.path / "metrics.csv")
     truth = [*_truth(run.path / "evaluation.json")]  # before the slow parts: a damaged file fails at once
@@ -82,11 +85,18 @@ def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Pat
         _next(run, analysis),
         _settings(run),
     ]
-    stage = "linear stage" if run.kind == "linear" else "network"
+    found = f"{len(analysis.centre_index)} classes"
+    return _save(run, found, [*_tiles(run, analysis, metrics)], sections, output)
+
+
+STAGES = {"linear": "linear stage", "network": "network", "map": "poses and map"}
+
+
+def _save(run: Run, found: str, tiles: list[str], sections: list[Section], output: Path | None) -> Path:
     text = page.assemble(
-        f"{run.path.resolve().name}: {len(run.codes):,} particles, {len(analysis.centre_index)} classes",
-        f"{stage}, epoch {run.epoch}, from {run.star}",
-        [*_tiles(run, analysis, metrics)],
+        f"{run.path.resolve().name}: {len(run.codes):,} particles, {found}",
+        f"{STAGES[run.kind]}, epoch {run.epoch}, from {run.star}",
+        tiles,
         sections,
         f"opustomo {__version__}, {datetime.now():%Y-%m-%d %H:%M}, {run.path}",
     )

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -29,8 +30,7 @@ log = logging.getLogger(__name__)
 
 def main(config: SelectConfig) -> int:
     """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
-    labels_file, epoch = find_labels(config.run, config.epoch, 0 if config.groups else config.kmeans)
-    labels = load_labels(labels_file)
+    labels, epoch = _labels(config)
     star = read_star(config.star)
     rows = trained_rows(config.run, star)
     poses = _corrected(config.run, epoch) if config.corrected else None
@@ -42,6 +42,22 @@ def main(config: SelectConfig) -> int:
     for path in paths:
         log.info("wrote %s", path)
     return 0
+
+
+def _labels(config: SelectConfig) -> tuple[NDArray[np.int64], int]:
+    """Class of every particle and the epoch; all are of class 0 where the run is one map (--encode-mode fixed)."""
+    values = _stored(config.run)
+    if values.get("kind") == "map":
+        return np.zeros(int(values["particles"]), np.int64), 0
+    labels_file, epoch = find_labels(config.run, config.epoch, 0 if config.groups else config.kmeans)
+    return load_labels(labels_file), epoch
+
+
+def _stored(run: Path) -> dict[str, Any]:
+    """config.yaml of a run, {} where there is none."""
+    path = run / "config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values if isinstance(values, dict) else {}
 
 
 def write_classes(
@@ -72,9 +88,7 @@ def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
 
     UserError: the file given with ``--ind`` is gone or does not fit, or the particles are not the run's, in its order.
     """
-    config = run / "config.yaml"
-    values = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    values = values if isinstance(values, dict) else {}
+    values = _stored(run)
     rows = load_indices(Path(values["ind"]), len(star.particles)) if values.get("ind") else None
     names = identities(star) if rows is None else identities(star)[rows]
     known, count = values.get("identity"), values.get("particles")

@@ -6,7 +6,7 @@ Owns: the reading and checking of that folder.  Row i of every label is row i of
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,19 @@ class Truth:
     defocus: NDArray[np.float64] | None  # (P,) Angstrom
     tilt_count: NDArray[np.float64] | None  # (P,)
     maps: tuple[TruthMap, ...]
+
+    def at(self, rows: NDArray[np.int64]) -> Truth:
+        """That of some of the particles."""
+        return replace(
+            self,
+            state=None if self.state is None else self.state[rows],
+            coordinates={name: value[rows] for name, value in self.coordinates.items()},
+            junk=self.junk[rows],
+            euler=None if self.euler is None else self.euler[rows],
+            origin=None if self.origin is None else self.origin[rows],
+            defocus=None if self.defocus is None else self.defocus[rows],
+            tilt_count=None if self.tilt_count is None else self.tilt_count[rows],
+        )
 
     def nearest_map(self, state: int, hinge: float) -> TruthMap | None:
         """The map of ``state`` whose hinge is nearest (any, if ``hinge`` is NaN); None if the state has no map."""

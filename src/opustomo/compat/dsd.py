@@ -22,7 +22,7 @@ NATIVE = TrainConfig(star=Path(), output=Path())
 NATIVE_GRID = GridOptions()
 PLOT_INTERVAL = 1000  # particles between pictures where --plot is given alone
 # Arguments of the seed that name the one way this program works: the accepted value, and the flag.
-ONLY_MODE = {"lazy_single": True, "pe_type": "vanilla", "encode_mode": "grad", "template_type": "conv"}
+ONLY_MODE = {"lazy_single": True, "pe_type": "vanilla", "template_type": "conv"}
 
 
 def pose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +109,10 @@ def network_arguments(parser: argparse.ArgumentParser) -> None:
     add("--estpose", action="store_true", help="correct every subtomogram's pose (without it they are kept)")
     add("--lazy-single", action="store_true", help="accepted; subtomograms are always read as needed")
     add("--pe-type", default="vanilla", help="accepted; only vanilla exists")
-    add("--encode-mode", default="grad", help="accepted; only grad exists")
+    add(
+        "--encode-mode", choices=("grad", "fixed"), default="grad",
+        help="fixed: no codes, one map of all subtomograms with half maps",
+    )  # fmt: skip
     add("--template-type", default="conv", help="accepted; only conv exists")
 
 

@@ -50,7 +50,7 @@ class Noise:
     """
 
     power: Tensor
-    contrast: float  # +1: protein is bright in the files, -1: dark
+    contrast: float  # factor on the grey values; +1: protein is bright in the files, -1: dark
     mean_normalised: bool  # r = 1/m: the file holds means over covering tilts
     explained: Tensor  # (M//2+1,) fraction of each shell's power that the consensus explains
     calibration: float = 1.0  # var of probe residuals over their expectation; 1 when nats are counted right

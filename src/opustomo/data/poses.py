@@ -18,9 +18,12 @@ from opustomo.physics.geometry import matrix_to_euler, rotation_from_vector, upd
 from opustomo.physics.grid import Grid
 
 
-def move_poses(particles: Particles, move: Tensor, grid: Grid) -> Particles:
-    """Particles at poses moved by ``move`` (P, 6), less its mean: a common move is one of the map, not of the poses."""
-    move = (move - move.mean(0)).double()
+def move_poses(particles: Particles, move: Tensor, grid: Grid, *, map_held: bool = False) -> Particles:
+    """Particles at poses moved by ``move`` (P, 6), less its mean: a common move is one of the map, not of the poses.
+
+    map_held: the map stays as it is, so a common move counts as well.
+    """
+    move = (move if map_held else move - move.mean(0)).double()
     rotation, origin = update_pose(
         torch.from_numpy(particles.rotation),
         torch.from_numpy(particles.origin),
