@@ -59,6 +59,8 @@ def quality_figure(rows: Sequence[ClassQuality]) -> Figure:
     worth.xaxis.set_major_locator(FixedLocator([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]))
     worth.xaxis.set_minor_locator(NullLocator())
     change.set_xscale("symlog", linthresh=10)
+    change.xaxis.set_major_locator(FixedLocator([-100, -10, -5, 0, 5, 10, 30, 100, 300, 1000, 3000]))
+    change.xaxis.set_minor_locator(NullLocator())
     for axes in (worth, change):
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for marker, name in (("|", "random classes of the same size"), ("x", "what a choice by noise reaches at most")):

@@ -297,9 +297,8 @@ def in_words(row: ClassQuality) -> str:
         return f"{start}, {row.note}"
     reach = "no resolution" if math.isnan(row.resolution) else f"{row.resolution:.1f} A"
     line = f"{start}, each worth {row.worth:.2f} ({row.worth_low:.2f} to {row.worth_high:.2f}) typical ones, {reach}"
-    if row.distinct:
-        line += f", differs by {row.nats:.1f} nats each (chance: {row.nats_chance:.1f} at most)"
-    return line
+    verdict = {"yes": "distinct", "no": "not distinct"}.get(row.distinct)
+    return f"{line}, {verdict} ({row.nats:.1f} nats each; by chance at most {row.nats_chance:.1f})" if verdict else line
 
 
 def _write(rows: list[ClassQuality], measured: dict[int, list[Agreement]], extent: float, folder: Path) -> None:

@@ -184,7 +184,8 @@ def _certainty(run: Run, analysis: Analysis) -> str:
     sure = (class_probability(run.codes, run.sigma, analysis.labels) >= CERTAIN).mean()
     return (
         f" <b>{sure:.0%} of the particles are certain of their class</b>: given how well their codes are known, they "
-        f"belong there with probability {CERTAIN:g} or more. The others lie near a border; fewer classes have fewer."
+        f"belong there with probability {CERTAIN:g} or more. The others lie near a "
+        "border, of which fewer classes have fewer."
     )
 
 
