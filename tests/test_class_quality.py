@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,12 +229,14 @@ def test_the_report_shows_the_quality_of_its_classes_only(finished_run: Path, tm
     folder = copy_run(finished_run, tmp_path / "run", 2)
     run = checkpoint.open_run(folder)
     analysis = latents.analyze(run, pcs=1, clusters=2, skip_umap=True)
-    assert 'id="quality"' not in report.write_report(run).read_text()
+    assert list(report._quality(analysis)) == []
     assert cli.main(["quality", str(folder), "--kmeans", "2"]) == 0
-    text = report.write_report(run).read_text()
-    assert 'id="quality"' in text and "From quality_fsc.csv" in text and "of the particles are certain" in text
-    save_pickle(analysis.clusters_folder / "labels.pkl", 1 - analysis.labels)
-    assert 'id="quality"' not in report.write_report(run).read_text()
+    [section] = report._quality(analysis)
+    assert "From quality_fsc.csv" in section.body and section.body.count("<tr><td>") >= 2 and "nan" not in section.body
+    assert "of the particles are certain of their class" in report._certainty(run, analysis)
+    made = (analysis.clusters_folder / "quality.csv").stat().st_mtime
+    os.utime(analysis.clusters_folder / "labels.pkl", (made + 5, made + 5))
+    assert list(report._quality(analysis)) == []
 
 
 def test_mistakes_are_one_line(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
