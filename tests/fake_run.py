@@ -34,6 +34,7 @@ class FakeRun:
     rotation: NDArray[np.float64]
     kind: Literal["network", "linear"] = "network"
     epoch: int = 3
+    sigma: NDArray[np.float32] | None = None
     grid: Grid = GRID
     config: dict[str, Any] = field(default_factory=dict)
     linear: dict[str, NDArray[Any]] | None = None  # linear/linear.npz

@@ -156,7 +156,7 @@ def test_examples_under_the_help_can_be_typed(verb: str) -> None:
 def test_examples_of_the_overview_can_be_typed() -> None:
     lines = [line.split("#")[0].split() for line in cli.OVERVIEW.split("The whole path:")[1].splitlines()]
     typed = [words for words in lines if words[:1] == ["opustomo"]]
-    assert len(typed) == 7
+    assert len(typed) == 8
     for words in typed:
         cli.parse_verb(words[1:])
 

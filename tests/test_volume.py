@@ -15,9 +15,13 @@ from opustomo.physics.volume import (
     centred_coordinates,
     cosine_edge,
     fourier_shell_correlation,
+    randomise_phases,
     rotate_volume,
     sample_at,
+    shell_counts,
+    shell_numbers,
     spherical_mask,
+    substituted_fsc,
 )
 
 SIZE = 32
@@ -157,3 +161,26 @@ def test_rotation_after_resizing_has_the_same_centre() -> None:
     one = fourier_resize(rotate_volume(volume, turn), 20)
     two = rotate_volume(fourier_resize(volume, 20), turn)
     assert float((one - two).norm() / one.norm()) < 0.01
+
+
+def test_random_phases_keep_amplitudes_and_the_shells_below() -> None:
+    volume = torch.randn((SIZE, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+    changed = randomise_phases(volume, 5, torch.Generator().manual_seed(2))
+    before, after = rfft3(volume), rfft3(changed)
+    torch.testing.assert_close(after.abs(), before.abs(), atol=1e-4, rtol=1e-4)
+    below = shell_numbers(SIZE) < 5
+    torch.testing.assert_close(after[below], before[below], atol=1e-4, rtol=1e-4)
+    assert fourier_shell_correlation(volume, changed)[6:].abs().max() < 0.1
+
+
+def test_shells_hold_every_voxel_once() -> None:
+    full = torch.fft.fftfreq(8, 1 / 8)
+    radius = torch.stack(torch.meshgrid(full, full, full, indexing="ij"), -1).norm(dim=-1).round()
+    assert shell_counts(8).tolist() == [float((radius == shell).sum()) for shell in range(5)]
+
+
+def test_what_noise_has_is_taken_from_the_fsc_beyond_the_first_shell() -> None:
+    total, noise = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.3]), torch.tensor([1.0, 0.9, 0.6, 0.4, 0.0])
+    expected = torch.tensor([1.0, 0.9, 0.25, 0.0, 0.3])
+    torch.testing.assert_close(substituted_fsc(total, noise, 1), expected)
+    assert substituted_fsc(total, noise, 2)[2] == total[2]

@@ -49,6 +49,7 @@ VERBS = {
         "VolumesConfig",
         "opustomo volumes run --kmeans 16 --angpix 4\n  opustomo volumes run --pc 1",
     ),
+    "quality": Verb("analysis.class_quality", "QualityConfig", "opustomo quality run --kmeans 16"),
     "select": Verb(
         "analysis.selection",
         "SelectConfig",
@@ -76,6 +77,7 @@ Training
 After training
   analyze    PCA, k-means and UMAP of the codes
   volumes    density maps at cluster centres, along components or at any list of codes
+  quality    how good every class is, from half maps of the data, against random classes of its size
   select     STAR files of chosen classes, in the dialect that came in
   report     one self-contained HTML page about a run
 Known truth
@@ -89,6 +91,7 @@ The whole path:
   opustomo train particles.star -r average/mask.mrc -o run
   opustomo analyze run --clusters 16
   opustomo volumes run --kmeans 16
+  opustomo quality run --kmeans 16
   opustomo select particles.star --run run -o classes --kmeans 16
   opustomo report run                                     # open run/report.html
 

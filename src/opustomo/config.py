@@ -268,6 +268,24 @@ class VolumesConfig:
 
 
 @dataclass(frozen=True)
+class QualityConfig:
+    """How good every class is, from the data alone: half maps, differences and random classes of the same size."""
+
+    run: Run
+    """Run folder of train or linear."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    kmeans: int = 0
+    """The classes of analyze.N/kmeansK."""
+    labels: Annotated[Path | None, arg(metavar="PKL")] = None
+    """Any other classes: a class for every particle, 0-based (pickle, as labels.pkl)."""
+    output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
+    """Output folder (default: the folder of the classes)."""
+    seed: int = 0
+    """Random seed of the halves and of the random classes."""
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """Write the particles of one or more classes as STAR files in the dialect that came in."""
 

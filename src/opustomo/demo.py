@@ -79,6 +79,7 @@ def command_lines(output: Path, seed: int) -> list[list[str]]:
         ["analyze", str(run), "--pcs", "2", "--clusters", k],
         ["volumes", str(run), "--kmeans", k],
         ["volumes", str(run), "--pc", "1"],
+        ["quality", str(run), "--kmeans", k],
         ["select", star, "--run", str(run), "-o", str(output / "classes"), "--kmeans", k],
         ["evaluate", str(run), "--truth", str(data)],
         ["report", str(run), "--clusters", k],

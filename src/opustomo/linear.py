@@ -380,7 +380,7 @@ def choose_components(
     if best.size == 0 and limit:
         log.warning(
             "held-out particles are explained best by the average alone: one component is kept so that there is a "
-            "code, but take no class for real that the data do not show by themselves (volumes --from-data)"
+            "code, but take no class for real that the data do not show by themselves (opustomo quality)"
         )
         return single, trail
     return best, trail

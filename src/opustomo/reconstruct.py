@@ -163,8 +163,13 @@ def precision_of(power: Tensor, grid: Grid, floor: float) -> Tensor:
     return torch.stack([1.0 / radial(p.clamp(min=floor), grid.working_box) for p in power])
 
 
-def mean_volume(total_weight: Tensor, total_numerator: Tensor, mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Masked average (C, C, C) of summed rows and the spectrum (M//2+1,) of its own prior."""
+def mean_volume(
+    total_weight: Tensor, total_numerator: Tensor, mask: Tensor, grid: Grid, variance: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Masked average (C, C, C) of summed rows and the spectrum (M//2+1,) of its own prior.
+
+    variance: as in ``shell_power``.
+    """
     size = grid.working_box
     system, right = total_weight[:, None, None], total_numerator[None]
     shells = shell_sum(total_weight, size) / shell_sum(torch.ones_like(total_weight), size).clamp(min=1)
@@ -172,24 +177,32 @@ def mean_volume(total_weight: Tensor, total_numerator: Tensor, mask: Tensor, gri
     volume, power = torch.zeros_like(right), shells
     for _ in range(3):
         volume = solve_masked(system, right, precision, mask, grid, volume, 8)
-        power = shell_power(volume, total_weight[None], precision, mask, grid)[0]
-        precision = precision_of(power[None], grid, 1e-8 * float(power.max()))
+        power = shell_power(volume, total_weight[None], precision, mask, grid, variance)[0]
+        precision = own_precision(power, grid)
     return volume[0], power
 
 
+def own_precision(power: Tensor, grid: Grid) -> Tensor:
+    """The prior (1, n) that ``mean_volume`` has found, from its spectrum (M//2+1,)."""
+    return precision_of(power[None], grid, 1e-8 * float(power.max()))
+
+
 def totals(rows: Rows, index: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the rows at ``index``: weight (n,) and numerator (C, C, C)."""
+    """Weighted sums of the rows at ``index``: weight (n,) and numerator (C, C, C).
+
+    weight: (len(index),), or (g, len(index)) for g sums in one pass over the rows, (g, n) and (g, C, C, C).
+    """
     summed_w: Tensor | None = None
-    summed_b = torch.zeros(grid.crop**3)
+    summed_b = torch.zeros((*weight.shape[:-1], grid.crop**3))
     position = 0
     for part in batches(index, batch_size(grid)):
-        here = weight[position : position + len(part)]
+        here = weight[..., position : position + len(part)]
         position += len(part)
         w = here @ rows.weight(part)
         summed_w = w if summed_w is None else summed_w + w
         summed_b += here @ rows.numerator(part).flatten(1)
     assert summed_w is not None
-    return summed_w, summed_b.unflatten(0, (grid.crop,) * 3)
+    return summed_w, summed_b.unflatten(-1, (grid.crop,) * 3)
 
 
 def reconstruct(rows: Rows, weight: Tensor, grid: Grid, mask: Tensor) -> Tensor:

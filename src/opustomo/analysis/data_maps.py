@@ -56,7 +56,7 @@ def write_data_volumes(
     tenth, at least 32).  Two random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random``
     is the same for randomly chosen particles: what every subset shares.  UserError: the run has no cache.
     """
-    rows = _cache(run)
+    rows = open_rows(run)
     grid, n = run.grid, len(run.codes)
     pixel, size = target(grid, angpix, box)
     rng = np.random.default_rng(seed)
@@ -161,7 +161,7 @@ def _half_map_fsc(run: Run, rows: Rows, weight: Floats, half: NDArray[np.bool_])
     return np.asarray(fourier_shell_correlation(first, second), np.float64)
 
 
-def _cache(run: Run) -> Rows:
+def open_rows(run: Run) -> Rows:
     """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
     folder = Path(run.config.get("rows") or run.path / "cache")
     if not folder.is_dir() and (run.path / folder.name).is_dir():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 TRAVERSAL_POINTS = 10
 FEWEST_FOR_UMAP = 10
+DRAWS = 32  # of each code, for the probability of its class
+CERTAIN = 0.9  # probability of its class above which a particle is called certain
 Floats = NDArray[np.float64]
 
 
@@ -172,6 +175,26 @@ def cluster(
     # the nearest *member*: a centre between two dense classes may have a nearer neighbour in the other one
     nearest = [int(np.flatnonzero(labels == c)[distance[labels == c].argmin()]) for c in range(k)]
     return labels.astype(np.int64), np.array(nearest, np.int64)
+
+
+def class_probability(
+    codes: NDArray[np.floating], sigma: NDArray[np.floating], labels: NDArray[np.integer], seed: int = 0
+) -> Floats:
+    """(P,) how likely each particle belongs to its class, given how well its code is known.
+
+    The share of codes drawn from N(code, sigma^2) whose nearest particle is of the same class: holds for any partition.
+    codes, sigma: (P, zdim); columns that do not vary say nothing and are left out.
+    """
+    used = np.ptp(codes, axis=0) > 0
+    if not used.any():
+        return np.ones(len(codes))
+    centre, spread = np.asarray(codes, np.float64)[:, used], np.asarray(sigma, np.float64)[:, used]
+    tree, rng, same = cKDTree(centre), np.random.default_rng(seed), np.zeros(len(codes))
+    for _ in range(DRAWS):
+        nearest = tree.query(centre + spread * rng.standard_normal(centre.shape))[1]
+        same += labels[nearest] == labels
+    probability: Floats = same / DRAWS
+    return probability
 
 
 def embed(codes: Floats, seed: int) -> Floats | None:

@@ -61,7 +61,7 @@ def direction_colours(direction: Array) -> NDArray[np.float64]:
 
 
 def _axes(fig: Figure, title: str = "", xlabel: str = "", ylabel: str = "", place: Any = 111) -> Axes:
-    axes = fig.add_subplot(place)
+    axes = fig.add_subplot(*place) if isinstance(place, tuple) else fig.add_subplot(place)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel(xlabel, fontsize=9, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=9, color=MUTED)

@@ -20,11 +20,15 @@ from numpy.typing import NDArray
 
 from opustomo import __version__
 from opustomo.analysis import page, plots, report_map
+from opustomo.analysis.class_page import quality_section
+from opustomo.analysis.class_quality import read_quality, tomogram_names
 from opustomo.analysis.data_maps import contributing, read_fsc
 from opustomo.analysis.latents import (
+    CERTAIN,
     Analysis,
     analysis_folder,
     analyze,
+    class_probability,
     in_use,
     pca_plane,
     principal_components,
@@ -36,8 +40,6 @@ from opustomo.analysis.surface import contour
 from opustomo.analysis.volumes import option, save_volumes
 from opustomo.config import ReportConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.readers.relion import tomograms
-from opustomo.data.star import read_star
 from opustomo.errors import UserError
 from opustomo.monitor import METRIC_COLUMNS, NOTABLE, read_rows
 
@@ -78,6 +80,7 @@ def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Pat
         *_training(metrics),
         _codes(run, analysis),
         _classes(analysis, class_volumes(run, analysis)),
+        *_quality(analysis),
         *_tomograms(run, analysis),
         *_traversals(run),
         *_data_resolution(run, analysis),
@@ -180,7 +183,20 @@ def _codes(run: Run, analysis: Analysis) -> Section:
         "One point is one particle. Colours should mix evenly in the viewing-direction pictures: groups of one colour "
         "mean that the missing wedge, not structure, separates the particles."
     )
+    note += _certainty(run, analysis)
     return Section("codes", "Codes", note, page.row(figures))
+
+
+def _certainty(run: Run, analysis: Analysis) -> str:
+    """How many particles are sure of their class, as a sentence; nothing where the run has no uncertainties."""
+    if run.sigma is None or len(analysis.centre_index) < 2:
+        return ""
+    sure = (class_probability(run.codes, run.sigma, analysis.labels) >= CERTAIN).mean()
+    return (
+        f" <b>{sure:.0%} of the particles are certain of their class</b>: given how well their codes are known, they "
+        f"belong there with probability {CERTAIN:g} or more. The others lie near a "
+        "border, of which fewer classes have fewer."
+    )
 
 
 def _planes(run: Run, analysis: Analysis) -> list[str]:
@@ -257,12 +273,23 @@ def _most(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return order[before < MOST * sizes.sum()]
 
 
+def _quality(analysis: Analysis) -> Iterator[Section]:
+    """Left out where it has not been measured since the classes were made."""
+    folder = analysis.clusters_folder
+    if not (folder / "quality.csv").is_file():
+        return
+    if (folder / "quality.csv").stat().st_mtime < (folder / "labels.pkl").stat().st_mtime:
+        log.warning("%s: older than the classes, left out; run `opustomo quality` again", folder / "quality.csv")
+        return
+    rows = read_quality(folder / "quality.csv")
+    curves = folder / "quality_fsc.csv"
+    yield quality_section(rows, *(read_fsc(curves) if curves.is_file() else (np.zeros(0), {})))
+
+
 def _tomograms(run: Run, analysis: Analysis) -> Iterator[Section]:
     """Left out where the STAR file has gone, the run took a subset of it, or there is one tomogram."""
-    if not run.star.is_file():
-        return
-    names = tomograms(read_star(run.star))
-    if len(names) != len(analysis.labels) or len(np.unique(names.astype(str))) < 2:
+    names = tomogram_names(run)
+    if names is None:
         return
     fig = plots.tomogram_fractions(analysis.labels, names, len(analysis.centre_index))
     note = (
@@ -331,6 +358,9 @@ def _next(run: Run, analysis: Analysis) -> Section:
         ),
         "What the data, not the decoder, show at every class, with half-map FSC": (
             f"opustomo volumes {where} --kmeans {k} --from-data"
+        ),
+        "How good every class is: half maps of its members against random classes of its size, shown on this page": (
+            f"opustomo quality {where} --kmeans {k}\nopustomo report {where} --clusters {k}"
         ),
         "All ten maps along the first component": f"opustomo volumes {where} --pc 1",
         "Another number of classes, and this page again": (
