@@ -228,6 +228,8 @@ def test_rows_on_the_fly_give_the_run_of_the_cache(
         ("--seed", "1"),
         ("--accum-step", "2"),
         ("--prior", "0"),
+        ("--tv", "0.1"),
+        ("--l1", "0.1"),
     ],
     ids=" ".join,
 )
@@ -331,7 +333,7 @@ def test_every_accumulated_gradient_is_the_mean_of_its_batches(
     def step(model: torch.nn.Linear, context: object, index: torch.Tensor, *_: object) -> training.Step:
         seen.append(float(numbers[index].mean()))
         nothing = torch.zeros(len(index))
-        return training.Step(numbers[index] * model.weight[0, 0], nothing, nothing, nothing[:, None])
+        return training.Step(numbers[index] * model.weight[0, 0], nothing, nothing, nothing[:, None], nothing, nothing)
 
     taken: list[float] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

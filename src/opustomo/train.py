@@ -22,7 +22,7 @@ from torch.nn import functional
 from opustomo import checkpoint
 from opustomo.analysis import plots
 from opustomo.config import TrainConfig
-from opustomo.data.dataset import batch_order
+from opustomo.data.dataset import bank_rows, batch_order
 from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
 from opustomo.mixture import CodePosterior, condition
@@ -34,9 +34,12 @@ from opustomo.objective import (
     envelope,
     evidence,
     learning_rate,
+    magnitude,
     pose_nuisance,
     residual_density,
+    resolved,
     spectral_prior,
+    total_variation,
 )
 from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.observation import model_band
@@ -59,7 +62,6 @@ from opustomo.start import (
 log = logging.getLogger("opustomo")
 
 EVALUATION_PAIRS = 4  # of opposite samples: they cancel what is odd in the code
-BANK_CLASSES_SAMPLE = 12_800
 CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
@@ -166,12 +168,13 @@ def log_evidence(
     numerator: Tensor,
     weight: Tensor,
     damping: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,), and D(z) on the band (b, n)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,); D(z), (b, C, C, C), and as the
+    data see it on the band, (b, n)."""
     size = context.grid.working_box
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
-        nonlinear = model.nonlinear(code)
-    nonlinear = nonlinear.float()
+        density = model.nonlinear(code)
+    nonlinear = density = density.float()
     band = model_band(nonlinear, size)
     if damping is not None:
         band = band * damping
@@ -179,17 +182,23 @@ def log_evidence(
     linear = model.linear(code)
     nuisance = pose_nuisance(model.pose_modes, numerator, weight, context.pose_prior[index.to(context.device)], size)
     fit, _ = evidence(linear + nonlinear, model_band(linear, size) + band, numerator, weight, nuisance, size)
-    return fit, band
+    return fit, density, band
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and the codes' means (b, K)."""
+    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and what the priors look at.
+
+    code: (b, K) means; resolved: (b,), see ``objective.resolved``; density: (b, C, C, C), D(z) in units of the
+    components' density.
+    """
 
     nll: Tensor
     kl: Tensor
     prior: Tensor
     code: Tensor
+    resolved: Tensor
+    density: Tensor
 
 
 def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, generator: torch.Generator) -> Step:
@@ -199,11 +208,29 @@ def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | No
     shift, log_scale = correction(model, context, linear, numerator, weight)
     posterior = linear.moved(shift, log_scale)
     code = posterior.sample(*draw(linear, generator))
-    fit, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
+    fit, density, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
     kl = linear.moved(shift.detach(), log_scale.detach()).log_density(code) - context.mixture.log_density(code)
     prior = spectral_prior(band, context.precision, context.grid.working_box)
-    return Step(-fit, kl.float(), prior, posterior.centre().float())
+    gate = resolved(posterior.spread().detach().square(), context.mixture.variance())
+    return Step(-fit, kl.float(), prior, posterior.centre().float(), gate.float(), density / model.scale[0])
+
+
+def penalties(config: TrainConfig, out: Step, others: Tensor, particles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted spectral prior, TV and L1, and disentanglement prior, each (b,) in nats.
+
+    others: codes of other orientations (m, K); particles: how many are trained on.
+    """
+    # the prior belongs to the decoder, not to a particle: each carries its share
+    prior = config.prior / particles * out.prior
+    regulariser = disentangled = torch.zeros_like(prior)
+    if config.tv > 0:
+        regulariser = regulariser + config.tv * total_variation(out.density)
+    if config.l1 > 0:
+        regulariser = regulariser + config.l1 * magnitude(out.density)
+    if config.lamb > 0:
+        disentangled = config.lamb * out.resolved * disentanglement(out.code, others)
+    return prior, regulariser, disentangled
 
 
 def draw(posterior: CodePosterior, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -236,13 +263,10 @@ def train_epoch(
         beta = beta_weight(config.beta, done) * config.beta_control
         rate = learning_rate(config.lr, done)
         out = train_step(model, context, index, damping, generator)
-        # the prior belongs to the decoder, not to a particle: each carries its share
-        loss = out.nll + beta * out.kl + config.prior / len(train) * out.prior
+        others = bank_rows(train, context.group, index, generator) if config.lamb > 0 else index[:0]
+        added = penalties(config, out, bank[others.to(context.device)], len(train))
+        loss = out.nll + beta * out.kl + sum(added)
         objective = loss.mean()
-        if config.lamb > 0:
-            objective = (
-                objective + config.lamb * disentanglement(out.code, bank_sample(bank, context, index, generator)).mean()
-            )
         if not torch.isfinite(objective):
             raise UserError(_not_finite(loss, index, epoch))
         # the last group of an epoch may be shorter
@@ -254,7 +278,7 @@ def train_epoch(
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        window.add(len(index), float(objective.detach()), float(out.nll.mean().detach()), float(out.kl.mean().detach()))
+        window.add(len(index), *(float(part.mean().detach()) for part in (loss, out.nll, out.kl, *added)))
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
         if interval and window.count >= interval:
@@ -273,15 +297,6 @@ def _not_finite(loss: Tensor, index: Tensor, epoch: int) -> str:
         f"epoch {epoch}: the loss is not finite for particle row(s) {rows}; continue from the last checkpoint with a "
         "lower --lr, and look at these subtomograms with `opustomo check`"
     )
-
-
-def bank_sample(bank: Tensor, context: Context, index: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes of other wedge orientations than the batch's, at most 12,800, drawn at random."""
-    own = np.unique(context.group[index.numpy()])
-    others = torch.from_numpy(np.flatnonzero(~np.isin(context.group, own)))
-    if len(others) > BANK_CLASSES_SAMPLE:
-        others = others[torch.randperm(len(others), generator=generator)[:BANK_CLASSES_SAMPLE]]
-    return bank[others.to(context.device)]
 
 
 def damping_of(bfactor: float, epoch: int, context: Context) -> Tensor | None:
@@ -313,7 +328,7 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
         for _ in range(EVALUATION_PAIRS):
             part, noise = draw(linear, generator)
             for code in (posterior.sample(part, noise), posterior.sample(part, -noise)):
-                fit, _ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
+                fit, *_ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
                 density = posterior.log_density(code)
                 # what the linear stage makes of the same codes: together with its exact posterior it is its evidence
                 control = statistics.evidence(code) - linear.log_density(code)
