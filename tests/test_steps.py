@@ -209,21 +209,3 @@ def test_prior_on_the_codes_of_particles_that_say_nothing_is_off(prepared: Prepa
     config = dataclasses.replace(prepared.config, lamb=1.0)
     others = torch.ones(20, step.code.shape[1])
     assert float(training.penalties(config, step, others, 12)[2].detach().max()) < 0.01
-
-
-@pytest.mark.parametrize(
-    ("saved", "held", "words"),
-    [
-        ({0: 20.0, 1: 20.5}, 10, "better than the linear stage, by 0.50 nats"),
-        ({0: 20.0, 1: 20.01}, 10, "as well as the linear stage (+0.01 nats each)"),
-        ({0: 20.0, 1: 19.0}, 10, "worse than the linear stage (19.00 against 20.00 nats)"),
-        ({0: 20.4, 1: 20.2}, 10, "explained best after epoch 0, by 0.20 nats more than at the end: use --epoch 0"),
-        ({0: 20.0, 1: 25.0}, 0, "no particles were held out"),
-    ],
-)
-def test_verdict_says_what_was_found(
-    saved: dict[int, float], held: int, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO", logger="opustomo"):
-        training.write_verdict(tmp_path, saved, 20.0, held)
-    assert words in caplog.text

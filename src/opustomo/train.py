@@ -27,7 +27,7 @@ from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
 from opustomo.mixture import CodePosterior, condition
 from opustomo.model.vae import Vae
-from opustomo.monitor import NOTABLE, Metrics, Window, peak_memory_gb, progress, setup_log
+from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
 from opustomo.objective import (
     beta_weight,
     disentanglement,
@@ -58,6 +58,7 @@ from opustomo.start import (
     start_from_linear,
     with_sizes,
 )
+from opustomo.verdict import warn_of_codes, write_verdict
 
 log = logging.getLogger("opustomo")
 
@@ -110,10 +111,11 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
             epoch, scores["val_elbo"], bound, scores["val_elbo"] - bound,
         )  # fmt: skip
         if (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs:
-            save(config, start, model, context, optimizer, bank, epoch)
+            codes = save(config, start, model, context, optimizer, bank, epoch)
             saved[epoch] = scores["val_elbo"]
         preview(config, model, context, train, epoch)
     write_verdict(config.output, saved, bound, len(held))
+    warn_of_codes(config, start, *codes, scores["val_elbo"] - bound)
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - started, peak_memory_gb(), config.output, config.output)  # fmt: skip
     return 0
@@ -359,13 +361,16 @@ def save(
     optimizer: torch.optim.Optimizer,
     bank: Tensor,
     epoch: int,
-) -> None:
-    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses."""
+) -> tuple[Tensor, Tensor]:
+    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses.
+
+    Returns the codes and their standard deviations, (P, K) each.
+    """
     particles, linear, grid = start.inputs.particles, start.linear.model, context.grid
     # dimensions without a component have the prior's code: as many columns as --zdim, as users of such files expect
     unused = (0, config.zdim - linear.size)
-    code, sigma = encode_all(model, context)
-    code, sigma = functional.pad(code, unused), functional.pad(sigma, unused, value=1.0)
+    found = encode_all(model, context)
+    code, sigma = functional.pad(found[0], unused), functional.pad(found[1], unused, value=1.0)
     best = particles
     if config.estpose:  # the rows' poses are one step behind what the linear stage knows
         best = move_poses(particles, start.linear.pose_error, grid)
@@ -387,6 +392,7 @@ def save(
         **{k: torch.from_numpy(np.ascontiguousarray(getattr(particles, k))) for k in ("rotation", "origin", "euler")},
     }
     checkpoint.save_epoch(config.output, epoch, weights, code, sigma, poses)
+    return found
 
 
 @torch.no_grad()
@@ -407,36 +413,6 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     pictures = torch.stack([numerator, seen, numerator * model.mask], 1).sum(-3).cpu().numpy()
     titles = ("subtomogram", "reconstruction through its CTF", "masked subtomogram")
     plots.save(plots.picture_rows(pictures, titles), config.output / f"{config.tmp_prefix}.png")
-
-
-def write_verdict(folder: Path, saved: dict[int, float], linear: float, held: int) -> None:
-    """Say whether the network earned its place on held-out particles, and which of its epochs to use.
-
-    saved: held-out bound of every epoch with a checkpoint; linear: that of the linear stage; held: particles held out.
-    """
-    if held == 0:
-        log.warning("no particles were held out: nothing here says whether the network is better than the linear stage")
-        return
-    last = max(saved)
-    best = max(saved, key=lambda epoch: saved[epoch])
-    if saved[best] - saved[last] > NOTABLE:
-        log.warning(
-            "held-out particles were explained best after epoch %d, by %.2f nats more than at the end: use --epoch %d "
-            "in analyze, volumes and report, or train for fewer epochs", best, saved[best] - saved[last], best,
-        )  # fmt: skip
-    gain = saved[last] - linear
-    if gain > NOTABLE:
-        log.info("the network explains held-out particles better than the linear stage, by %.2f nats each", gain)
-    elif gain > -NOTABLE:
-        log.info(
-            "the network explains held-out particles as well as the linear stage (%+.2f nats each): at this number of "
-            "particles the linear model leaves nothing to be found", gain,
-        )  # fmt: skip
-    else:
-        log.warning(
-            "the network explains held-out particles worse than the linear stage (%.2f against %.2f nats): "
-            "prefer the linear codes in %s/linear, or lower --lr", saved[last], linear, folder,
-        )  # fmt: skip
 
 
 def _millions(model: torch.nn.Module) -> float:
