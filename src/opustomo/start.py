@@ -146,6 +146,11 @@ class Start:
     place: Path | None
     linear: LinearResult
 
+    @property
+    def rotation(self) -> np.ndarray:
+        """A (p, 3, 3) of the particles that take part in fits."""
+        return self.inputs.particles.rotation[self.linear.typical.numpy()]
+
 
 def start_from_linear(
     config: TrainConfig, inputs: Inputs, train: Tensor, held: Tensor, continuation: Continuation | None

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from opustomo import checkpoint
 from opustomo.analysis import plots
+from opustomo.choices import choices
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import bank_rows, batch_order
 from opustomo.data.poses import move_poses
@@ -80,7 +81,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     prepare_process(config.workers)
     torch.manual_seed(config.seed)
     device = choose_device(config)
-    config = with_sizes(config, device)
+    asked, config = config, with_sizes(config, device)
     inputs = select_inputs(config)
     train, held, split_file = split_of(config, len(inputs.particles))
     start = start_from_linear(config, inputs, train, held, continuation)
@@ -97,6 +98,9 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
         if continuation.optimiser:
             optimizer.load_state_dict(continuation.weights["optimizer"])
             bank = continuation.weights["bank"]
+    else:
+        for choice in choices(asked, config, given, start, len(train), device.type == "cuda"):
+            log.info("%s %s: %s", *choice)
     bank = bank.to(device)
     log.info("%.1f million parameters; the data are ready after %.0f s", _millions(model), time.time() - started)
     metrics = Metrics(config.output / "metrics.csv", first)

@@ -6,6 +6,7 @@ Owns: the lines that end ``train``.  Each says what was found and, where somethi
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,13 +75,17 @@ class Codes:
         return float(0.5 * np.log(prior / np.maximum(self.spread, 1e-12) ** 2).sum(1).mean())
 
 
+def former_codes(start: Start) -> Codes:
+    """The linear stage's, of the particles that take part in fits."""
+    codes, used = start.linear.codes, start.linear.typical
+    return Codes(codes.centre()[used].numpy(), codes.spread()[used].numpy())
+
+
 def warn_of_codes(config: TrainConfig, start: Start, mean: Tensor, spread: Tensor, gain: float) -> None:
     """A warning for everything that is wrong with the codes (P, K) of the last epoch; see ``faults``."""
-    linear, used = start.linear, start.linear.typical
+    used, prior = start.linear.typical, start.linear.mixture.variance().numpy()
     own = Codes(mean[used].numpy(), spread[used].numpy())
-    former = Codes(linear.codes.centre()[used].numpy(), linear.codes.spread()[used].numpy())
-    rotation = start.inputs.particles.rotation[used.numpy()]
-    for fault in faults(config, own, former, linear.mixture.variance().numpy(), rotation, gain):
+    for fault in faults(config, own, former_codes(start), prior, start.rotation, gain):
         log.warning("%s", fault)
 
 
@@ -131,21 +136,29 @@ def _stretch(config: TrainConfig, codes: Codes, linear: Codes, gain: float) -> s
 
 
 def _orientation(config: TrainConfig, codes: Codes, linear: Codes, rotation: Floats) -> str:
-    targets = directions(np.asarray(rotation, np.float64))
-    scores = {name: readable(codes.mean, value) for name, value in targets.items()}
-    name = max(scores, key=lambda target: scores[target])
-    # by chance alone the adjusted R^2 scatters by this much
-    chance = np.sqrt(4 * codes.mean.shape[1]) / len(codes.mean)
-    if scores[name] <= READABLE + 3 * chance:
+    name, score, chance = orientation(codes.mean, rotation)
+    if score <= chance:
         return ""
-    before = readable(linear.mean, targets[name])
-    found = f"{WORDS[name]} can be read from the codes (R^2 {scores[name]:.2f}, from the linear stage's {before:.2f}): "
-    if before > scores[name] / 2:
+    before = orientation(linear.mean, rotation)[1]
+    found = f"{name} can be read from the codes (R^2 {score:.2f}; from the linear stage's {max(before, 0.0):.2f}): "
+    if before > score / 2:
         return found + (
             "the missing wedge may separate the particles, unless the states do face different ways; correct the poses "
             "(--estpose), or lower --zdim"
         )
     return found + f"training has put the missing wedge into them; raise {_spelt(config, 'lamb')}, or lower --lr"
+
+
+def orientation(codes: Floats, rotation: Floats) -> tuple[str, float, float]:
+    """Which direction is read best from the codes (P, K), its adjusted R^2, and the R^2 that chance stays below.
+
+    rotation: A (P, 3, 3).
+    """
+    targets = directions(np.asarray(rotation, np.float64))
+    scores = {name: readable(codes, value) for name, value in targets.items()}
+    name = max(scores, key=lambda target: scores[target])
+    # by chance alone an adjusted R^2 of 2 K unknowns scatters by sqrt(4 K) / P
+    return WORDS[name], scores[name], READABLE + 6.0 * math.sqrt(codes.shape[1]) / len(codes)
 
 
 def _spelt(config: TrainConfig, name: str) -> str:
