@@ -77,3 +77,13 @@ def test_at_most_12800_codes_are_compared_with() -> None:
     rows = bank_rows(torch.arange(20_000), groups(20_000, 2), torch.arange(1), torch.Generator().manual_seed(1))
     few = bank_rows(torch.arange(60_000), groups(60_000, 3), torch.arange(1), torch.Generator().manual_seed(1))
     assert len(rows) < 12_800 == len(few) == len(set(few.tolist()))
+
+
+def test_particles_that_all_look_the_same_way_are_one_group() -> None:
+    """Also at the pole, where the tilt axis has no direction to start from; nothing is left to compare with."""
+    for rotation in (np.eye(3), Rotation.from_euler("zyz", [20, 70, 40], degrees=True).as_matrix()):
+        group = wedge_groups(np.repeat(rotation[None], 64, 0), 4)
+        assert group.tolist() == [0] * 64
+        batches = batch_order(torch.arange(64), group, 4, 0, 0)
+        assert sorted(torch.cat(batches).tolist()) == list(range(64))
+        assert len(bank_rows(torch.arange(64), group, batches[0], torch.Generator())) == 0

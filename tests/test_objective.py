@@ -193,13 +193,14 @@ def test_codes_of_one_batch_keep_apart() -> None:
     assert float(codes.grad[0, 0]) > float(codes.grad[1, 0])  # descent pushes the first left, the second right
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("others", [1, 3, 700])
-def test_prior_is_finite_where_codes_coincide(others: int) -> None:
+def test_prior_is_finite_where_codes_coincide(others: int, batch: int) -> None:
     """Hardly any other orientation, and unused dimensions start at zero for everyone: no NaN in value or gradient."""
-    codes = torch.zeros((3, 2), requires_grad=True)
+    codes = torch.zeros((batch, 2), requires_grad=True)
     value = objective.disentanglement(codes, torch.zeros((others, 2)))
     value.sum().backward()
-    assert value.shape == (3,) and torch.isfinite(value).all()
+    assert value.shape == (batch,) and torch.isfinite(value).all()
     assert codes.grad is not None and torch.isfinite(codes.grad).all()
 
 

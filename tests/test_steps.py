@@ -21,11 +21,13 @@ from opustomo.model.vae import Vae
 from opustomo.objective import magnitude, total_variation
 from opustomo.start import Context
 from small_set import (
+    EPOCHS,
     PARTICLES,
     MemoryRows,
     SmallSet,
     given_cache,
     hurry,
+    tensors,
     train_line,
 )
 
@@ -95,6 +97,18 @@ def test_accumulated_steps_are_one_larger_batch(prepared: Prepared, monkeypatch:
     for other in moved[1:]:
         for name, value in moved[0].items():
             assert torch.allclose(value, other[name], atol=1e-3 * largest), name
+
+
+@pytest.mark.parametrize("epoch", range(EPOCHS))
+def test_stored_codes_are_those_of_the_stored_weights(prepared: Prepared, finished_run: Path, epoch: int) -> None:
+    """Every particle, held-out ones too: no running average and nothing left over from an earlier epoch."""
+    model = prepared.model()
+    model.load_state_dict(tensors(finished_run / f"weights.{epoch}.pkl")["model"])
+    stored, used = tensors(finished_run / f"z.{epoch}.pkl"), len(model.components)
+    for found, name in zip(training.encode_all(model, prepared.context), ("mu", "sigma"), strict=True):
+        assert torch.allclose(found, stored[name][:, :used], atol=1e-6)
+    others = tensors(finished_run / f"z.{(epoch + 1) % EPOCHS}.pkl")
+    assert float((stored["mu"] - others["mu"])[:, :used].abs().max()) > 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ the start
