@@ -43,6 +43,8 @@ TRAIN_OPTIONS = [
     "--beta",
     "--beta-control",
     "--prior",
+    "--tv",
+    "--l1",
     "--lamb",
     "--bfactor",
     "--valfrac",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from opustomo.data.dataset import batch_order, wedge_groups
+from opustomo.data.dataset import bank_rows, batch_order, wedge_groups
 
 
 def groups(count: int, kinds: int) -> np.ndarray:
@@ -60,3 +60,30 @@ def test_wedges_turned_about_the_beam_are_told_apart() -> None:
     assert np.mean(first == same) > 0.999  # rounding at an edge
     assert np.mean(first == turned) < 0.01
     assert len(group) / len(np.unique(group)) >= 4 * 8
+
+
+def test_batches_are_compared_with_trained_particles_of_eight_other_orientations() -> None:
+    group, index = groups(3000, 12), torch.arange(0, 3000, 2)
+    batch = index[torch.from_numpy(group[index.numpy()] == 5)][:8]
+    rows = bank_rows(index, group, batch, torch.Generator().manual_seed(1))
+    found = set(group[rows.numpy()].tolist())
+    assert len(found) == 8 and 5 not in found
+    expected = index[torch.from_numpy(np.isin(group[index.numpy()], list(found)))]
+    assert not torch.equal(rows, expected) and torch.equal(rows.sort().values, expected)
+    assert len(bank_rows(index, np.zeros(3000, np.int64), batch, torch.Generator())) == 0
+
+
+def test_at_most_12800_codes_are_compared_with() -> None:
+    rows = bank_rows(torch.arange(20_000), groups(20_000, 2), torch.arange(1), torch.Generator().manual_seed(1))
+    few = bank_rows(torch.arange(60_000), groups(60_000, 3), torch.arange(1), torch.Generator().manual_seed(1))
+    assert len(rows) < 12_800 == len(few) == len(set(few.tolist()))
+
+
+def test_particles_that_all_look_the_same_way_are_one_group() -> None:
+    """Also at the pole, where the tilt axis has no direction to start from; nothing is left to compare with."""
+    for rotation in (np.eye(3), Rotation.from_euler("zyz", [20, 70, 40], degrees=True).as_matrix()):
+        group = wedge_groups(np.repeat(rotation[None], 64, 0), 4)
+        assert group.tolist() == [0] * 64
+        batches = batch_order(torch.arange(64), group, 4, 0, 0)
+        assert sorted(torch.cat(batches).tolist()) == list(range(64))
+        assert len(bank_rows(torch.arange(64), group, batches[0], torch.Generator())) == 0

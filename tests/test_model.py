@@ -127,3 +127,20 @@ def test_decoded_density_follows_the_datas_units() -> None:
     large.decoder.load_state_dict(small.decoder.state_dict())
     code = torch.randn(1, 3)
     assert torch.allclose(large.nonlinear(code), 1e3 * small.nonlinear(code), rtol=1e-4)
+
+
+def test_empty_volumes_make_no_nan() -> None:
+    """A particle whose residual is zero, components that are zero, a mean that is zero."""
+    model = vae()
+    for name in ("components", "mean"):
+        getattr(model, name).zero_()
+        model = Vae(model.mask, model.mean, model.components, model.pose_modes, templateres=16, width=0.1, encoderres=6)
+        torch.nn.init.normal_(model.encoder.head.weight)
+        torch.nn.init.normal_(model.decoder.rise[-1].weight)  # type: ignore[arg-type]
+        code, width = linear_posterior(2, 3)
+        found = (
+            *model.encode(torch.zeros(2, CROP, CROP, CROP), code, width),
+            model.linear(code),
+            model.nonlinear(code),
+        )
+        assert all(torch.isfinite(part).all() for part in found)

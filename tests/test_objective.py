@@ -193,15 +193,57 @@ def test_codes_of_one_batch_keep_apart() -> None:
     assert float(codes.grad[0, 0]) > float(codes.grad[1, 0])  # descent pushes the first left, the second right
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("others", [1, 3, 700])
-def test_prior_is_finite_where_codes_coincide(others: int) -> None:
+def test_prior_is_finite_where_codes_coincide(others: int, batch: int) -> None:
     """Hardly any other orientation, and unused dimensions start at zero for everyone: no NaN in value or gradient."""
-    codes = torch.zeros((3, 2), requires_grad=True)
+    codes = torch.zeros((batch, 2), requires_grad=True)
     value = objective.disentanglement(codes, torch.zeros((others, 2)))
     value.sum().backward()
-    assert value.shape == (3,) and torch.isfinite(value).all()
+    assert value.shape == (batch,) and torch.isfinite(value).all()
     assert codes.grad is not None and torch.isfinite(codes.grad).all()
+
+
+def test_half_of_a_small_bank_is_near_and_half_is_far() -> None:
+    """By hand for a bank of six: no code is near and far at once."""
+    bank = torch.tensor([[1.0], [2.0], [-3.0], [4.0], [-5.0], [6.0]])
+    d = bank[:, 0].square() + 1e-3
+    far, random = (3 * torch.log1p(1 / each).mean() for each in (d[3:], d))
+    expected = torch.log1p(d[:3]).mean() + 0.8 * far + 0.2 * random
+    assert float(objective.disentanglement(torch.zeros((1, 1)), bank)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("variance", "expected"), [(1.0, 0.0), (1e-9, 1.0), (0.25, 0.75), (1.3, 0.0)])
+def test_gate_is_closed_where_the_posterior_is_the_prior(variance: float, expected: float) -> None:
+    prior = torch.tensor([1.0, 4.0])
+    found = objective.resolved(variance * prior.expand(5, 2), prior)
+    assert found.tolist() == pytest.approx([expected] * 5, abs=1e-6)
 
 
 def test_one_orientation_alone_has_no_prior() -> None:
     assert objective.disentanglement(torch.randn(3, 2), torch.zeros((0, 2))).tolist() == [0.0, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------ regularisers
+
+
+def test_total_variation_of_a_ramp_a_box_and_nothing() -> None:
+    ramp = torch.arange(CROP).float().expand(1, CROP, CROP, CROP)
+    assert float(objective.total_variation(2 * ramp)) == pytest.approx(2 * CROP**2 * (CROP - 1), rel=2e-3)
+    box = torch.zeros((2, CROP, CROP, CROP))
+    box[1, 2, 2, 2] = 1.0  # three edges of size 1 before the voxel, one of sqrt 3 at it
+    assert objective.total_variation(box).tolist() == pytest.approx([0.0, 3 + 3**0.5], rel=2e-3)
+
+
+def test_total_variation_counts_noise_more_than_a_smooth_map_of_the_same_magnitude() -> None:
+    smooth = gaussians(16, np.zeros((1, 3)), 3.0)[None]
+    noise = smooth.flatten()[torch.randperm(16**3)].view_as(smooth)
+    assert float(objective.magnitude(noise)) == pytest.approx(float(objective.magnitude(smooth)), rel=1e-5)
+    assert float(objective.total_variation(noise)) > 3 * float(objective.total_variation(smooth))
+
+
+def test_regularisers_have_a_gradient_of_zero_at_zero() -> None:
+    """Where the decoder starts: the untrained network stays the linear stage."""
+    density = torch.zeros((1, CROP, CROP, CROP), requires_grad=True)
+    (objective.total_variation(density) + objective.magnitude(density)).sum().backward()
+    assert density.grad is not None and float(density.grad.abs().max()) == 0.0

@@ -37,6 +37,7 @@ from opustomo.physics.observation import (
     rotate_transfer,
 )
 from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates, rotate_volume, spherical_mask
+from opustomo.simulate.dataset import Preset, simulate
 
 SIZE, EXTENT = 16, 120.0
 RNG = np.random.default_rng(11)
@@ -263,6 +264,14 @@ def read(folder: Path) -> Particles:
 
 def test_numerator_is_weight_times_volume(phantom: Path) -> None:
     found = residuals(phantom, read(phantom))
+    assert found.max() < 0.01, f"residual power {found}"
+
+
+def test_numerator_is_weight_times_volume_of_the_ribosome(tmp_path: Path) -> None:
+    """The same with the simulator that comes with the program, whose geometry and CTF are its own."""
+    exact = Preset(n=3, states=(0, 1), box=64, pixel_size=8.0, snr=0.0, rot_err=0.0, shift_err=0.0)
+    simulate(tmp_path / "set", exact, 5, {})
+    found = residuals(tmp_path / "set", read(tmp_path / "set"))
     assert found.max() < 0.01, f"residual power {found}"
 
 

@@ -8,6 +8,7 @@ import torch
 
 from opustomo.physics.fourier import band_frequencies, band_shell, from_band, irfft3, rfft3, to_band
 from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band, quadratic_form
 from opustomo.physics.volume import centre_crop, centre_pad, spherical_mask
 from opustomo.reconstruct import (
     AMPLITUDE_RANGE,
@@ -16,6 +17,7 @@ from opustomo.reconstruct import (
     precision_of,
     reconstruct,
     shell_power,
+    shell_snr,
     solve_masked,
     totals,
     unpack,
@@ -247,3 +249,23 @@ def test_one_particle_alone_has_a_map() -> None:
     power = to_band(rfft3(volume)).abs().square()
     assert torch.isfinite(volume).all()
     assert float(power[weights[0] == 0].mean()) < float(power[weights[0] > 0].mean())
+
+
+@pytest.mark.parametrize("radius", [50.0, 9.0])
+def test_signal_over_noise_is_that_of_the_voxels(radius: float) -> None:
+    """White density of variance 3 in noise of variance 1.5: 2 in every shell, with or without a mask."""
+    grid = Grid(24, 4.0, 24, 24, 32)
+    mask = spherical_mask(24, radius, 2.0)
+    volumes = 3.0**0.5 * torch.randn((40, 24, 24, 24)) * mask
+    snr, values = shell_snr(volumes, torch.full((len(band_shell(24)),), 1 / 1.5), mask, grid)
+    assert torch.allclose(snr.mean(0)[3:12], torch.tensor(2.0), atol=0.1)
+    inside = float(mask.square().mean())
+    k = torch.stack(torch.meshgrid(*[torch.fft.fftfreq(24, 1 / 24)] * 3, indexing="ij"), -1).norm(dim=-1)
+    assert float(values[5]) == pytest.approx(inside * int((k.round() == 5).sum()), rel=1e-5)
+
+
+def test_nats_of_a_volume_are_half_its_signal_over_noise_times_its_values() -> None:
+    volume, weight = band_limited(1), even_weights(1, 8, 4)[0]
+    snr, values = shell_snr(volume, weight, spherical_mask(6, 2.0, 1.0), GRID)
+    nats = 0.5 * float((snr[0] * values).sum())
+    assert nats == pytest.approx(0.5 * float(quadratic_form(model_band(volume[0], 8), weight, 8)), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import pickle
 from collections.abc import Callable
@@ -94,6 +95,20 @@ def test_run_holds_every_promised_file_and_no_other(finished_run: Path) -> None:
     epochs = {f"{kind}.{n}.pkl" for kind in ("weights", "z", "pose") for n in range(EPOCHS)}
     whole = {"config.yaml", "config.pkl", "run.log", "metrics.csv", "split.pkl", "mask.mrc", "tmp.mrc", "tmp.png"}
     assert {path.name for path in finished_run.iterdir()} == epochs | whole | {"cache", "linear"}
+
+
+def test_signal_over_noise_of_every_shell(finished_run: Path) -> None:
+    """Down to Nyquist of the working box; half of it times the values is about what the average explains."""
+    with (finished_run / "linear" / "snr.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert list(rows[0]) == ["shell", "resolution_angstrom", "values", "snr_average", "snr_variability"]
+    assert [row["resolution_angstrom"] for row in rows] == pytest.approx([360 / s for s in range(1, 9)], rel=1e-4)
+    average, variability = ([row[f"snr_{name}"] for row in rows] for name in ("average", "variability"))
+    assert all(a > v > 0 for a, v in zip(average, variability, strict=True))
+    nats = sum(0.5 * row["values"] * row["snr_average"] for row in rows)
+    assert nats == pytest.approx(float(metrics_of(finished_run)[1]["linear_val_elbo"]), rel=0.15)
+    text = (finished_run / "run.log").read_text()
+    assert text.count("signal over noise of one particle") == 2 and "resolution (A):" in text
 
 
 def test_codes_of_every_particle_at_every_epoch(finished_run: Path) -> None:
@@ -228,6 +243,8 @@ def test_rows_on_the_fly_give_the_run_of_the_cache(
         ("--seed", "1"),
         ("--accum-step", "2"),
         ("--prior", "0"),
+        ("--tv", "0.1"),
+        ("--l1", "0.1"),
     ],
     ids=" ".join,
 )
@@ -331,7 +348,7 @@ def test_every_accumulated_gradient_is_the_mean_of_its_batches(
     def step(model: torch.nn.Linear, context: object, index: torch.Tensor, *_: object) -> training.Step:
         seen.append(float(numbers[index].mean()))
         nothing = torch.zeros(len(index))
-        return training.Step(numbers[index] * model.weight[0, 0], nothing, nothing, nothing[:, None])
+        return training.Step(numbers[index] * model.weight[0, 0], nothing, nothing, nothing[:, None], nothing, nothing)
 
     taken: list[float] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

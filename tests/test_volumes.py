@@ -21,7 +21,7 @@ def _centre_of_mass_angstrom(path: Path) -> np.ndarray:
         return origin + np.array(ndimage.center_of_mass(mrc.data.astype(float))[::-1]) * float(mrc.voxel_size.x)
 
 
-@pytest.mark.parametrize(("angpix", "box"), [(None, 0), (10.0, 32), (7.3, 0), (3.37, 64), (14.6, 0), (5.0, 48)])
+@pytest.mark.parametrize(("angpix", "box"), [(None, 0), (10.0, 32), (7.3, 0), (3.3712, 64), (14.6, 0), (5.0, 48)])
 def test_header_is_exact_and_the_map_overlays_the_consensus(tmp_path: Path, angpix: float | None, box: int) -> None:
     run, _ = fake_run(tmp_path)
     codes = np.array([[2.0, 3, 0, 0]])

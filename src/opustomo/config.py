@@ -150,6 +150,10 @@ class TrainConfig:
     """Strength of the KL term; the likelihood is in nats, so 1 is the evidence lower bound."""
     prior: float = 10.0
     """Strength of the spectral prior on what the decoder adds to the linear model (0: none)."""
+    tv: float = 0.0
+    """Total variation of what the decoder adds: nats per voxel with a step of the components' density (0: none)."""
+    l1: float = 0.0
+    """Magnitude of what the decoder adds: nats per voxel as dense as the components (0: none)."""
     lamb: float = 0.0
     """Strength of the structural disentanglement prior (OPUS-TOMO's range 0.1-3)."""
     bfactor: float = 0.0

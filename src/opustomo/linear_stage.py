@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
 from opustomo.preparation import RowMaker, make_split, prepare_process
-from opustomo.reconstruct import Rows, reconstruct
+from opustomo.reconstruct import Rows, reconstruct, shell_snr, totals
 
 log = logging.getLogger("opustomo")
+
+LOGGED_SHELLS = 8
 
 # ------------------------------------------------------------------------------------------------ the verb
 
@@ -128,6 +131,7 @@ def write_results(
         )  # fmt: skip
     checkpoint.write_map(folder / "mean.mrc", model.mean, grid)
     _write_particles(folder / "particles.csv", result, code, score)
+    _write_snr(folder / "snr.csv", result, rows, grid, mask)
     shown = [model.mean]
     for j, component in enumerate(model.components):
         checkpoint.write_map(folder / f"component{j + 1}.mrc", component, grid)
@@ -161,6 +165,26 @@ def _write_particles(path: Path, result: LinearResult, code: Tensor, score: Tens
         for i in range(len(score)):
             numbers = [result.posterior.gain[i], result.codes.evidence[i], score[i], number[i], probability[i]]
             writer.writerow([i + 1, *(f"{float(v):.5g}" for v in (*numbers, *code[i]))])
+
+
+def _write_snr(path: Path, result: LinearResult, rows: Rows, grid: Grid, mask: Tensor) -> None:
+    """snr.csv, and the same in a few columns of the log: what one particle's data are worth in each shell."""
+    used = torch.nonzero(result.typical)[:, 0]
+    weight = totals(rows, used, result.posterior.gain[used].square(), grid)[0] / len(used)
+    columns = torch.cat([result.model.mean[None], result.model.components])
+    found, values = shell_snr(columns, weight, mask, grid)
+    # codes have unit variance: the powers of the components add up to that of the variability
+    average, variability = found[0], found[1:].sum(0)
+    shells = [shell for shell in range(1, len(values)) if values[shell] > 0]
+    table = [(s, grid.extent / s, *(float(column[s]) for column in (values, average, variability))) for s in shells]
+    with atomic(path) as temporary, temporary.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["shell", "resolution_angstrom", "values", "snr_average", "snr_variability"])
+        writer.writerows([shell, *(f"{number:.5g}" for number in numbers)] for shell, *numbers in table)
+    shown = table[:: max(1, math.ceil(len(table) / LOGGED_SHELLS))]
+    for words, column in (("resolution (A)", 1), ("average", 3), ("variability", 4)):
+        title = f"{words}:" if column == 1 else f"signal over noise of one particle, {words}:"
+        log.info("%-46s%s", title, "".join(f"{row[column]:>9.3g}" for row in shown))
 
 
 def _write_clusters(

@@ -82,6 +82,11 @@ class Mixture:
         """On a device."""
         return Mixture(*(getattr(self, f.name).to(device) for f in fields(self)))
 
+    def variance(self) -> Tensor:
+        """(K,) of the whole distribution."""
+        offset = self.mean - self.share @ self.mean
+        return self.share @ (self.covariance.diagonal(dim1=-2, dim2=-1) + offset.square())
+
     def log_density(self, code: Tensor) -> Tensor:
         """(b,) for codes (b, K)."""
         return _log_density(self.share.log(), self.mean, torch.linalg.cholesky(self.covariance), code)

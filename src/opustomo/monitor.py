@@ -24,8 +24,8 @@ from opustomo.errors import UserError
 Item = TypeVar("Item")
 
 METRIC_COLUMNS = (
-    "epoch", "particles", "loss", "nll", "kl", "val_nll", "val_kl", "val_elbo", "linear_val_elbo",
-    "beta", "lr", "seconds", "particles_per_second",
+    "epoch", "particles", "loss", "nll", "kl", "prior", "regulariser", "disentanglement",
+    "val_nll", "val_kl", "val_elbo", "linear_val_elbo", "beta", "lr", "seconds", "particles_per_second",
 )  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0
 NOTABLE = 0.05  # nats per held-out particle: smaller differences are not worth a word
@@ -163,24 +163,25 @@ class Window:
         self._clear()
 
     def _clear(self) -> None:
-        self.count, self.sums, self.started = 0, np.zeros(3), time.monotonic()
+        self.count, self.sums, self.started = 0, np.zeros(6), time.monotonic()
 
     def add(self, count: int, *values: float) -> None:
-        """Means over ``count`` particles: loss, nll, kl."""
+        """Means over ``count`` particles: loss, nll, kl, and the weighted prior, regulariser and disentanglement."""
         self.count += count
         self.sums += count * np.array(values)
 
     def write(self, beta: float, rate: float) -> None:
         """A line of metrics; starts a new window."""
         self.seen += self.count
-        loss, nll, kl = self.sums / self.count
+        loss, nll, kl, prior, regulariser, disentanglement = self.sums / self.count
         seconds = time.monotonic() - self.started
         logging.getLogger("opustomo").debug(
             "epoch %d, %d particles: loss %.3f, nll %.3f, kl %.3f, beta %.3f, lr %.2e",
             self.epoch, self.seen, loss, nll, kl, beta, rate,
         )  # fmt: skip
         self.metrics.append(
-            epoch=self.epoch, particles=self.seen, loss=loss, nll=nll, kl=kl, beta=beta, lr=rate, seconds=seconds,
+            epoch=self.epoch, particles=self.seen, loss=loss, nll=nll, kl=kl, prior=prior,
+            regulariser=regulariser, disentanglement=disentanglement, beta=beta, lr=rate, seconds=seconds,
             particles_per_second=self.count / max(seconds, 1e-9),
         )  # fmt: skip
         self._clear()

@@ -117,22 +117,49 @@ def learning_rate(peak: float, progress: float, warmup: float = 0.02) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * phase)))
 
 
+def total_variation(density: Tensor) -> Tensor:
+    """``sum |grad V|`` over the voxels, (b,): forward differences of (b, C, C, C), rounded off below 1e-3.
+
+    It draws a density together into even pieces with few edges; noise, which is all edges, costs most.
+    """
+    squares = torch.zeros_like(density)
+    for axis in (-3, -2, -1):
+        last = density.narrow(axis, density.shape[axis] - 1, 1)
+        squares = squares + torch.diff(density, dim=axis, append=last).square()
+    # smooth at zero, where the decoder starts
+    return ((squares + 1e-6).sqrt() - 1e-3).sum((-3, -2, -1))
+
+
+def magnitude(density: Tensor) -> Tensor:
+    """``sum |V|`` over the voxels of (b, C, C, C), (b,): what is not needed becomes zero instead of small."""
+    return density.abs().sum((-3, -2, -1))
+
+
+def resolved(variance: Tensor, prior: Tensor) -> Tensor:
+    """How much of the prior's variance (K,) posteriors of variance (b, K) have resolved, (b,): 0 nothing, 1 all.
+
+    The codes of particles that say nothing are the prior's mean, wherever the particles look from: neither their
+    distances nor their agreement mean anything.
+    """
+    return (1.0 - (variance / prior).mean(-1)).clamp(0.0, 1.0)
+
+
 def disentanglement(codes: Tensor, bank: Tensor) -> Tensor:
     """Structural disentanglement prior of OPUS-DSD/OPUS-TOMO, per particle in nats (b,).
 
-    codes: (b, z) of one wedge orientation; bank: (m, z) codes of other orientations, detached.  The nearest 128 of
-    the bank attract (structure may not depend on orientation), the farthest 512, mixed 0.8/0.2 with random ones,
-    and the other codes of the batch repel.  ``L+ = mean log(1 + d+)``, ``L- = 3 mean log(1 + 1/d-)``, d = squared
-    distance + 1e-3.  Without other orientations it is zero.
+    codes: (b, z) of one wedge orientation; bank: (m, z) codes of other orientations, detached, in random order.  The
+    nearest 128 of the bank attract (structure may not depend on orientation), the farthest 512, mixed 0.8/0.2 with
+    random ones, and the other codes of the batch repel; of a small bank half is near and half is far.
+    ``L+ = mean log(1 + d+)``, ``L- = 3 mean log(1 + 1/d-)``, d = squared distance + 1e-3.  Without other orientations
+    it is zero.
     """
     if len(bank) == 0:
         return codes.new_zeros(len(codes))
     distance = torch.cdist(codes, bank).square() + 1e-3
-    near = distance.topk(min(128, len(bank)), largest=False).values
-    far_count = min(512, max(1, len(bank) // 2))
-    far = distance.topk(far_count).values
-    stride = max(1, len(bank) // far_count)
-    random = distance[:, ::stride][:, :far_count]
+    half = max(1, len(bank) // 2)
+    near = distance.topk(min(128, half), largest=False).values
+    far = distance.topk(min(512, half)).values
+    random = distance[:, :512]
     attract = torch.log1p(near).mean(-1)
     repel = 3.0 * (0.8 * torch.log1p(1.0 / far).mean(-1) + 0.2 * torch.log1p(1.0 / random).mean(-1))
     if len(codes) > 1:

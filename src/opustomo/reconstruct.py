@@ -158,6 +158,21 @@ def local_amplitude(volumes: Tensor, mask: Tensor, grid: Grid) -> Tensor:
     return (square / mean.clamp(min=1e-30)).clamp(*AMPLITUDE_RANGE).sqrt()
 
 
+def shell_snr(volumes: Tensor, weight: Tensor, mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Signal over noise of masked volumes in each shell, (k, M//2+1), and the number of independent values, (M//2+1,).
+
+    volumes: (k, C, C, C); weight: (n,), W of one particle (or its mean over particles).  ``W |V|^2`` summed over the
+    shell of the full transform, over the real values that a volume inside the mask can hold there: the shell's voxels
+    times the mask's share of the box (see ``shell_power``).  Half of signal over noise times values, summed over all
+    shells, are the nats that V is worth in one particle.
+    """
+    size = grid.working_box
+    share = float(mask.square().sum()) / size**3
+    values = shell_sum(torch.ones_like(weight), size) * share
+    power = shell_sum(model_band(volumes, size).abs().square() * weight, size)
+    return power / values.clamp(min=1e-9), values
+
+
 def precision_of(power: Tensor, grid: Grid, floor: float) -> Tensor:
     """(k, M//2+1) spectra to (k, n) prior precisions; powers are kept above ``floor``."""
     return torch.stack([1.0 / radial(p.clamp(min=floor), grid.working_box) for p in power])

@@ -48,6 +48,10 @@ from opustomo.resume import Continuation
 
 log = logging.getLogger("opustomo")
 
+NOT_NEGATIVE = (
+    "lr", "wd", "beta_control", "prior", "tv", "l1", "lamb", "bfactor", "width", "encoderres", "log_interval",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Context:
@@ -100,7 +104,7 @@ def with_sizes(config: TrainConfig, device: torch.device) -> TrainConfig:
     for name in ("epochs", "batch", "zdim", "accum_step", "checkpoint", "num_gpus"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    for name in ("lr", "wd", "beta_control", "prior", "lamb", "bfactor", "width", "encoderres", "log_interval"):
+    for name in NOT_NEGATIVE:
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be a number of 0 or more")
     if not 0.0 <= config.valfrac < 1.0:
@@ -153,6 +157,11 @@ class Start:
     noise: Noise
     place: Path | None
     linear: LinearResult
+
+    @property
+    def rotation(self) -> np.ndarray:
+        """A (p, 3, 3) of the particles that take part in fits."""
+        return self.inputs.particles.rotation[self.linear.typical.numpy()]
 
 
 def start_from_linear(

@@ -13,28 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from opustomo import checkpoint, homogeneous
 from opustomo.analysis import plots
+from opustomo.choices import choices
 from opustomo.config import TrainConfig
-from opustomo.data.dataset import batch_order
+from opustomo.data.dataset import bank_rows, batch_order
 from opustomo.encode import correction, encode_all, known, read_batch
 from opustomo.errors import UserError
 from opustomo.linear_stage import last_poses, stage_state
 from opustomo.mixture import CodePosterior
 from opustomo.model.vae import Vae
-from opustomo.monitor import NOTABLE, Metrics, Window, peak_memory_gb, progress, setup_log
+from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
 from opustomo.objective import (
     beta_weight,
     disentanglement,
     envelope,
     evidence,
     learning_rate,
+    magnitude,
     pose_nuisance,
+    resolved,
     spectral_prior,
+    total_variation,
 )
 from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.observation import model_band
@@ -53,11 +56,11 @@ from opustomo.start import (
     start_from_linear,
     with_sizes,
 )
+from opustomo.verdict import warn_of_codes, write_verdict
 
 log = logging.getLogger("opustomo")
 
 EVALUATION_PAIRS = 4  # of opposite samples: they cancel what is odd in the code
-BANK_CLASSES_SAMPLE = 12_800
 CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
@@ -77,7 +80,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     prepare_process(config.workers)
     torch.manual_seed(config.seed)
     device = choose_device(config)
-    config = with_sizes(config, device)
+    asked, config = config, with_sizes(config, device)
     inputs = select_inputs(config)
     train, held, split_file = split_of(config, len(inputs.particles))
     start = start_from_linear(config, inputs, train, held, continuation)
@@ -94,6 +97,9 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
         if continuation.optimiser:
             optimizer.load_state_dict(continuation.weights["optimizer"])
             bank = continuation.weights["bank"]
+    else:
+        for choice in choices(asked, config, given, start, len(train), device.type == "cuda"):
+            log.info("%s %s: %s", *choice)
     bank = bank.to(device)
     log.info("%.1f million parameters; the data are ready after %.0f s", _millions(model), time.time() - started)
     metrics = Metrics(config.output / "metrics.csv", first)
@@ -108,10 +114,11 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
             epoch, scores["val_elbo"], bound, scores["val_elbo"] - bound,
         )  # fmt: skip
         if (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs:
-            save(config, start, model, context, optimizer, bank, epoch)
+            codes = save(config, start, model, context, optimizer, bank, epoch)
             saved[epoch] = scores["val_elbo"]
         preview(config, model, context, train, epoch)
     write_verdict(config.output, saved, bound, len(held))
+    warn_of_codes(config, start, *codes, scores["val_elbo"] - bound)
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - started, peak_memory_gb(), config.output, config.output)  # fmt: skip
     return 0
@@ -140,12 +147,13 @@ def log_evidence(
     numerator: Tensor,
     weight: Tensor,
     damping: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,), and D(z) on the band (b, n)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,); D(z), (b, C, C, C), and as the
+    data see it on the band, (b, n)."""
     size = context.grid.working_box
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
-        nonlinear = model.nonlinear(code)
-    nonlinear = nonlinear.float()
+        density = model.nonlinear(code)
+    nonlinear = density = density.float()
     band = model_band(nonlinear, size)
     if damping is not None:
         band = band * damping
@@ -153,17 +161,23 @@ def log_evidence(
     linear = model.linear(code)
     nuisance = pose_nuisance(model.pose_modes, numerator, weight, context.pose_prior[index.to(context.device)], size)
     fit, _ = evidence(linear + nonlinear, model_band(linear, size) + band, numerator, weight, nuisance, size)
-    return fit, band
+    return fit, density, band
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and the codes' means (b, K)."""
+    """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and what the priors look at.
+
+    code: (b, K) means; resolved: (b,), see ``objective.resolved``; density: (b, C, C, C), D(z) in units of the
+    components' density.
+    """
 
     nll: Tensor
     kl: Tensor
     prior: Tensor
     code: Tensor
+    resolved: Tensor
+    density: Tensor
 
 
 def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, generator: torch.Generator) -> Step:
@@ -173,11 +187,29 @@ def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | No
     shift, log_scale = correction(model, context, linear, numerator, weight)
     posterior = linear.moved(shift, log_scale)
     code = posterior.sample(*draw(linear, generator))
-    fit, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
+    fit, density, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
     kl = linear.moved(shift.detach(), log_scale.detach()).log_density(code) - context.mixture.log_density(code)
     prior = spectral_prior(band, context.precision, context.grid.working_box)
-    return Step(-fit, kl.float(), prior, posterior.centre().float())
+    gate = resolved(posterior.spread().detach().square(), context.mixture.variance())
+    return Step(-fit, kl.float(), prior, posterior.centre().float(), gate.float(), density / model.scale[0])
+
+
+def penalties(config: TrainConfig, out: Step, others: Tensor, particles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted spectral prior, TV and L1, and disentanglement prior, each (b,) in nats.
+
+    others: codes of other orientations (m, K); particles: how many are trained on.
+    """
+    # the prior belongs to the decoder, not to a particle: each carries its share
+    prior = config.prior / particles * out.prior
+    regulariser = disentangled = torch.zeros_like(prior)
+    if config.tv > 0:
+        regulariser = regulariser + config.tv * total_variation(out.density)
+    if config.l1 > 0:
+        regulariser = regulariser + config.l1 * magnitude(out.density)
+    if config.lamb > 0:
+        disentangled = config.lamb * out.resolved * disentanglement(out.code, others)
+    return prior, regulariser, disentangled
 
 
 def draw(posterior: CodePosterior, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -210,13 +242,10 @@ def train_epoch(
         beta = beta_weight(config.beta, done) * config.beta_control
         rate = learning_rate(config.lr, done)
         out = train_step(model, context, index, damping, generator)
-        # the prior belongs to the decoder, not to a particle: each carries its share
-        loss = out.nll + beta * out.kl + config.prior / len(train) * out.prior
+        others = bank_rows(train, context.group, index, generator) if config.lamb > 0 else index[:0]
+        added = penalties(config, out, bank[others.to(context.device)], len(train))
+        loss = out.nll + beta * out.kl + sum(added)
         objective = loss.mean()
-        if config.lamb > 0:
-            objective = (
-                objective + config.lamb * disentanglement(out.code, bank_sample(bank, context, index, generator)).mean()
-            )
         if not torch.isfinite(objective):
             raise UserError(_not_finite(loss, index, epoch))
         # the last group of an epoch may be shorter
@@ -228,7 +257,7 @@ def train_epoch(
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        window.add(len(index), float(objective.detach()), float(out.nll.mean().detach()), float(out.kl.mean().detach()))
+        window.add(len(index), *(float(part.mean().detach()) for part in (loss, out.nll, out.kl, *added)))
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
         if interval and window.count >= interval:
@@ -247,15 +276,6 @@ def _not_finite(loss: Tensor, index: Tensor, epoch: int) -> str:
         f"epoch {epoch}: the loss is not finite for particle row(s) {rows}; continue from the last checkpoint with a "
         "lower --lr, and look at these subtomograms with `opustomo check`"
     )
-
-
-def bank_sample(bank: Tensor, context: Context, index: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes of other wedge orientations than the batch's, at most 12,800, drawn at random."""
-    own = np.unique(context.group[index.numpy()])
-    others = torch.from_numpy(np.flatnonzero(~np.isin(context.group, own)))
-    if len(others) > BANK_CLASSES_SAMPLE:
-        others = others[torch.randperm(len(others), generator=generator)[:BANK_CLASSES_SAMPLE]]
-    return bank[others.to(context.device)]
 
 
 def damping_of(bfactor: float, epoch: int, context: Context) -> Tensor | None:
@@ -287,7 +307,7 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
         for _ in range(EVALUATION_PAIRS):
             part, noise = draw(linear, generator)
             for code in (posterior.sample(part, noise), posterior.sample(part, -noise)):
-                fit, _ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
+                fit, *_ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
                 density = posterior.log_density(code)
                 # what the linear stage makes of the same codes: together with its exact posterior it is its evidence
                 control = statistics.evidence(code) - linear.log_density(code)
@@ -305,11 +325,14 @@ def save(
     optimizer: torch.optim.Optimizer,
     bank: Tensor,
     epoch: int,
-) -> None:
-    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses."""
+) -> tuple[Tensor, Tensor]:
+    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses.
+
+    Returns the codes and their standard deviations, (P, K) each.
+    """
     code, sigma = encode_all(model, context, config.zdim)
     poses = last_poses(start.inputs, start.linear, config.estpose)
-    grid = context.grid
+    grid, used = context.grid, start.linear.model.size
     weights: dict[str, Any] = {
         "kind": "network",
         "epoch": epoch,
@@ -320,6 +343,7 @@ def save(
         **stage_state(start.inputs, start.noise, start.linear),
     }
     checkpoint.save_epoch(config.output, epoch, weights, code, sigma, poses)
+    return code[:, :used], sigma[:, :used]
 
 
 @torch.no_grad()
@@ -340,36 +364,6 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     pictures = torch.stack([numerator, seen, numerator * model.mask], 1).sum(-3).cpu().numpy()
     titles = ("subtomogram", "reconstruction through its CTF", "masked subtomogram")
     plots.save(plots.picture_rows(pictures, titles), config.output / f"{config.tmp_prefix}.png")
-
-
-def write_verdict(folder: Path, saved: dict[int, float], linear: float, held: int) -> None:
-    """Say whether the network earned its place on held-out particles, and which of its epochs to use.
-
-    saved: held-out bound of every epoch with a checkpoint; linear: that of the linear stage; held: particles held out.
-    """
-    if held == 0:
-        log.warning("no particles were held out: nothing here says whether the network is better than the linear stage")
-        return
-    last = max(saved)
-    best = max(saved, key=lambda epoch: saved[epoch])
-    if saved[best] - saved[last] > NOTABLE:
-        log.warning(
-            "held-out particles were explained best after epoch %d, by %.2f nats more than at the end: use --epoch %d "
-            "in analyze, volumes and report, or train for fewer epochs", best, saved[best] - saved[last], best,
-        )  # fmt: skip
-    gain = saved[last] - linear
-    if gain > NOTABLE:
-        log.info("the network explains held-out particles better than the linear stage, by %.2f nats each", gain)
-    elif gain > -NOTABLE:
-        log.info(
-            "the network explains held-out particles as well as the linear stage (%+.2f nats each): at this number of "
-            "particles the linear model leaves nothing to be found", gain,
-        )  # fmt: skip
-    else:
-        log.warning(
-            "the network explains held-out particles worse than the linear stage (%.2f against %.2f nats): "
-            "prefer the linear codes in %s/linear, or lower --lr", saved[last], linear, folder,
-        )  # fmt: skip
 
 
 def _millions(model: torch.nn.Module) -> float:

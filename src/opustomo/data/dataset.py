@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opustomo.physics.healpix import vector_to_pixel
 
+BANK_CLASSES, BANK_CODES = 8, 12_800
 # HEALPix nside of the beam axis and bins of the tilt axis around it, ever finer
 LEVELS = ((1, 1), (1, 3), (2, 3), (2, 6), (4, 6), (4, 12), (8, 12), (8, 24))
 
@@ -36,6 +37,18 @@ def wedge_groups(rotation: np.ndarray, batch: int) -> np.ndarray:
             break
         best = np.unique(group, return_inverse=True)[1]
     return best
+
+
+def bank_rows(index: Tensor, group: np.ndarray, batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows whose codes a batch is compared with (--lamb): those of 8 other orientations, in random order.
+
+    At most 12,800 of the particles ``index``; none where there is no other orientation.
+    """
+    members = group[index.numpy()]
+    others = np.setdiff1d(members, group[batch.numpy()])
+    chosen = others[torch.randperm(len(others), generator=generator)[:BANK_CLASSES].numpy()]
+    rows = index[torch.from_numpy(np.isin(members, chosen))]
+    return rows[torch.randperm(len(rows), generator=generator)[:BANK_CODES]]
 
 
 def batch_order(index: Tensor, group: np.ndarray, batch: int, seed: int, epoch: int) -> list[Tensor]:

@@ -48,7 +48,7 @@ class Vae(nn.Module):
         # the decoder speaks in units of the components' density, the encoder hears its input in those of the mean
         inside = mask > 0.5
         spread = components.square().sum(0)[inside].mean().sqrt()
-        reference = mean[inside].square().mean().sqrt()
+        reference = mean[inside].square().mean().sqrt().clamp(min=1e-12)  # an empty mean is no reason for NaN
         self.register_buffer("scale", torch.stack([torch.maximum(spread, 0.02 * reference), reference]))
 
     def encode(self, density: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
