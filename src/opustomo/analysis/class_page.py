@@ -84,7 +84,7 @@ def agreement_figure(frequency: Array, curves: Mapping[str, Array], rows: Sequen
     shown = [row for row in rows if f"class{row.number}" in curves]
     colours, columns = colour_of(rows), min(COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
-    fig = Figure(figsize=(2.7 * columns + 0.4, 2.1 * lines + 0.5), layout="constrained")
+    fig = Figure(figsize=(max(2.7 * columns + 0.4, 8.0), 2.1 * lines + 0.5), layout="constrained")  # room for the key
     for i, row in enumerate(shown):
         axes = _axes(
             fig,
