@@ -17,7 +17,7 @@ def vae(zdim: int = 3, templateres: int = 16, width: float = 0.1, crop: int = CR
     mask = spherical_mask(crop, 0.3 * crop, 2.0)
     mean, components, modes = torch.randn(crop, crop, crop), torch.randn(zdim, crop, crop, crop), torch.zeros(6, 1)
     return Vae(
-        mask, mean * mask, components * mask, modes, templateres=templateres, width=width, encoderres=6
+        mask, mean * mask, components * mask, modes, mask, templateres=templateres, width=width, encoderres=6
     )  # fmt: skip
 
 
@@ -122,11 +122,29 @@ def test_decoded_density_follows_the_datas_units() -> None:
     small = vae()
     torch.nn.init.normal_(small.decoder.rise[-1].weight)  # type: ignore[arg-type]
     large = Vae(
-        small.mask, 1e3 * small.mean, 1e3 * small.components, small.pose_modes, templateres=16, width=0.1, encoderres=6
+        small.mask,
+        1e3 * small.mean,
+        1e3 * small.components,
+        small.pose_modes,
+        small.mask,
+        templateres=16,
+        width=0.1,
+        encoderres=6,
     )
     large.decoder.load_state_dict(small.decoder.state_dict())
     code = torch.randn(1, 3)
     assert torch.allclose(large.nonlinear(code), 1e3 * small.nonlinear(code), rtol=1e-4)
+
+
+def test_decoder_speaks_only_where_there_is_change() -> None:
+    small = vae()
+    reach = small.mask * (torch.arange(CROP) < CROP // 2)
+    model = Vae(
+        small.mask, small.mean, small.components, small.pose_modes, reach, templateres=16, width=0.1, encoderres=6
+    )
+    torch.nn.init.normal_(model.decoder.rise[-1].weight)  # type: ignore[arg-type]
+    volume = model.nonlinear(torch.randn(2, 3))
+    assert volume[..., : CROP // 2].abs().max() > 0 and not volume[..., CROP // 2 :].any()
 
 
 def test_empty_volumes_make_no_nan() -> None:
@@ -134,7 +152,10 @@ def test_empty_volumes_make_no_nan() -> None:
     model = vae()
     for name in ("components", "mean"):
         getattr(model, name).zero_()
-        model = Vae(model.mask, model.mean, model.components, model.pose_modes, templateres=16, width=0.1, encoderres=6)
+        model = Vae(
+            model.mask, model.mean, model.components, model.pose_modes, model.mask,
+            templateres=16, width=0.1, encoderres=6,
+        )  # fmt: skip
         torch.nn.init.normal_(model.encoder.head.weight)
         torch.nn.init.normal_(model.decoder.rise[-1].weight)  # type: ignore[arg-type]
         code, width = linear_posterior(2, 3)

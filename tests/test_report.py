@@ -171,11 +171,11 @@ def test_few_bright_outliers_do_not_set_the_scale_of_the_classes(run: FakeRun, m
     volumes[2] *= 100
     levels: list[float] = []
     monkeypatch.setattr(report.plots, "two_views", lambda v, level, *rest: levels.append(level) or np.zeros((4, 4, 4)))
-    text = report._classes(analysis, volumes).note
+    text = report.classes_section(analysis, volumes).note
     assert 0 < levels[0] < volumes[:2].max()
     assert "1 class has fewer than 5 particles: likely outliers" in text
     even = replace(analysis, labels=np.repeat([0, 1, 2], 80))
-    assert "likely outliers" not in report._classes(even, volumes).note
+    assert "likely outliers" not in report.classes_section(even, volumes).note
 
 
 def test_class_numbers_of_evaluate_are_told_from_those_of_the_page(run: FakeRun) -> None:

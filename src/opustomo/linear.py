@@ -69,6 +69,11 @@ class LinearModel:
         """K."""
         return self.components.shape[0]
 
+    @property
+    def places(self) -> Tensor:
+        """The amplitude as a tensor (2, C, C, C)."""
+        return self.mean.new_ones((2, *self.mean.shape)) if self.amplitude is None else self.amplitude
+
     def decode(self, codes: Tensor) -> Tensor:
         """(b, K) codes to (b, C, C, C)."""
         return self.mean + torch.einsum("bk,kzyx->bzyx", codes, self.components)
@@ -260,13 +265,12 @@ def maximise(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, mask: Te
     spectra = torch.cat([model.mean_power[None], model.component_power.expand(model.size, -1)])
     precision = precision_of(spectra, grid, 1e-8 * float(model.mean_power.max()))
     start = torch.cat([model.mean[None], model.components])
-    amplitude = torch.ones(2, *mask.shape) if model.amplitude is None else model.amplitude
-    each = torch.cat([amplitude[:1], amplitude[1:].expand(model.size, *mask.shape)])
+    each = torch.cat([model.places[:1], model.places[1:].expand(model.size, *mask.shape)])
     solved = solve_masked(system, right, precision, mask, grid, start, 5, each)
     diagonal = system.diagonal(dim1=-2, dim2=-1).T
     power = shell_power(solved, diagonal, precision, mask, grid, PRIOR_VARIANCE_SHARE)
     shared = power[1:].mean(0) if model.size else model.component_power
-    changed = local_amplitude(solved[1:], mask, grid) if model.size else amplitude[1]
+    changed = local_amplitude(solved[1:], mask, grid) if model.size else model.places[1]
     return replace(
         model,
         mean=solved[0], components=solved[1:], mean_power=power[0], component_power=shared,

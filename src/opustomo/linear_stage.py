@@ -89,7 +89,12 @@ def stage_state(inputs: Inputs, noise: Noise, result: LinearResult) -> dict[str,
         "grid": list(inputs.grid),
         "noise": dataclasses.asdict(noise),
         "mixture": dataclasses.asdict(result.mixture),
-        "linear": {"mean": model.mean, "components": model.components, "pose_scale": list(model.pose_scale)},
+        "linear": {
+            "mean": model.mean,
+            "components": model.components,
+            "amplitude": model.places,
+            "pose_scale": list(model.pose_scale),
+        },
         # origins in pixels: a resumed run has the very same poses, so that its cache is still good
         **{k: torch.from_numpy(np.ascontiguousarray(getattr(particles, k))) for k in ("rotation", "origin", "euler")},
     }

@@ -43,7 +43,7 @@ from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker, make_split
-from opustomo.reconstruct import Rows
+from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
 from opustomo.resume import Continuation
 
 log = logging.getLogger("opustomo")
@@ -204,16 +204,17 @@ def _with_stored_poses(particles: Particles, stored: dict[str, Any]) -> Particle
 def stored_linear(weights: dict[str, Any], grid: Grid, mask: Tensor) -> LinearModel:
     """The linear model of a checkpoint on this run's grid (its volumes are resampled if the grid has changed)."""
     state, old = weights["linear"], Grid(*weights["grid"])
-    volumes = torch.cat([state["mean"][None], state["components"]])
+    volumes = torch.cat([state["mean"][None], state["amplitude"], state["components"]])
     if tuple(old[:4]) != tuple(grid[:4]):
         band = model_band(volumes, old.working_box)
         wide = from_band(band, old.working_box)
         resized = resize_spectrum(wide, grid.working_box) * (grid.working_box / old.working_box) ** 1.5
         volumes = centre_crop(irfft3(resized), grid.crop)
-    volumes = volumes * (mask > 0)  # the mask may have shrunk
+        volumes[1:3] = volumes[1:3].clamp(*(square**0.5 for square in AMPLITUDE_RANGE))
+    mean, components = volumes[0] * (mask > 0), volumes[3:] * (mask > 0)  # the mask may have shrunk
     power = torch.ones(grid.working_box // 2 + 1)
     scale = (state["pose_scale"][0], state["pose_scale"][1] * grid.working_box / old.working_box)
-    return LinearModel(volumes[0], volumes[1:], power, power, scale)
+    return LinearModel(mean, components, power, power, scale, volumes[1:3])
 
 
 def build(
@@ -223,7 +224,7 @@ def build(
     grid, model = start.inputs.grid, start.linear.model
     modes = pose_modes(model.mean, model.pose_scale, grid)
     network = Vae(
-        start.inputs.mask, model.mean, model.components, modes,
+        start.inputs.mask, model.mean, model.components, modes, start.inputs.mask * model.places[1],
         templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
     )  # fmt: skip
     if continuation is not None:

@@ -55,8 +55,13 @@ def row(figures: Sequence[str]) -> str:
 
 def figure(fig: Figure, caption: str, wide: bool = False) -> str:
     """A drawing on a white card with its caption (plain text)."""
+    return picture(png(fig), caption, wide)
+
+
+def picture(data: bytes, caption: str, wide: bool = False) -> str:
+    """The same for a drawing that is a PNG already."""
     name, text = ' class="wide"' if wide else "", html.escape(caption)
-    return f"<figure{name}>{_embedded(png(fig), text, 'paper')}<figcaption>{text}</figcaption></figure>"
+    return f"<figure{name}>{_embedded(data, text, 'paper')}<figcaption>{text}</figcaption></figure>"
 
 
 def image(pixels: NDArray[Any], alt: str, kind: str = "") -> str:
@@ -87,11 +92,11 @@ def command(purpose: str, line: str) -> str:
     return f"<div>{html.escape(purpose)}:</div><pre>{html.escape(line)}</pre>"
 
 
-def class_card(number: int, size: int, total: int, colour: NDArray[np.float64], pictures: str) -> str:
-    """One class: its colour, number, share of the particles as text and bar, and its pictures (HTML)."""
+def class_card(title: str, size: int, total: int, colour: NDArray[np.float64], pictures: str) -> str:
+    """One class: its colour, title, share of the particles as text and bar, and its pictures (HTML)."""
     rgb = "rgb(" + ", ".join(str(round(255 * float(c))) for c in colour) + ")"
     share = f"{size / total:.1%}"
-    heading = f'<i style="background:{rgb}"></i>Class {number}<em>{size:,} particles, {share}</em>'
+    heading = f'<i style="background:{rgb}"></i>{html.escape(title)}<em>{size:,} particles, {share}</em>'
     return (
         f'<div class="class"><h3>{heading}</h3>'
         f'<div class="bar"><i style="width:{share};background:{rgb}"></i></div>{pictures}</div>'

@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,7 +35,7 @@ from opustomo.analysis.latents import (
     traversal,
 )
 from opustomo.analysis.page import Section
-from opustomo.analysis.surface import contour
+from opustomo.analysis.report_classes import axes_section, classes_section
 from opustomo.analysis.volumes import option, save_volumes
 from opustomo.config import ReportConfig
 from opustomo.data.atomic import write_text
@@ -51,9 +50,7 @@ log = logging.getLogger(__name__)
 DEFAULT_CLUSTERS = 16
 TRAVERSED = 2  # components shown
 STEPS = 5  # maps shown on each
-MOST = 0.9  # of the particles decide on the scales of the class maps
 OTHER_CLASS = r"label-free class \1 (evaluate's own numbering)"
-FEW = 5  # particles; a smaller class is pointed out
 Volumes = NDArray[np.float32]
 
 
@@ -79,7 +76,8 @@ def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Pat
     sections = [
         *_training(metrics),
         _codes(run, analysis),
-        _classes(analysis, class_volumes(run, analysis)),
+        *axes_section(run, analysis.folder),
+        classes_section(analysis, class_volumes(run, analysis)),
         *_quality(analysis),
         *_tomograms(run, analysis),
         *_traversals(run),
@@ -234,43 +232,6 @@ def class_volumes(run: Run, analysis: Analysis) -> Volumes:
     if not all(path.is_file() and path.stat().st_mtime >= made for path in written):
         save_volumes(volumes, run.grid, folder)
     return volumes
-
-
-def _classes(analysis: Analysis, volumes: Volumes) -> Section:
-    sizes = np.bincount(analysis.labels, minlength=len(volumes))
-    colours = plots.class_colours(len(volumes))
-    most = _most(sizes)
-    typical, weights = volumes[most], sizes[most]
-    level, reach = contour(typical, weights)
-    limits = plots.slice_limits(typical)
-    mean = np.average(typical, axis=0, weights=weights)
-    spread = float(np.percentile(np.abs(typical - mean), 99.8)) or 1.0
-    cards = []
-    for i, volume in enumerate(volumes):
-        views = page.image(plots.two_views(volume, level, reach, colours[i]), f"class {i}, front and side")
-        slices = page.image(plots.slice_strip(volume, limits), f"class {i}, central slices", "pixels")
-        change = matplotlib.colormaps["RdBu_r"](plots.slice_strip(volume - mean, (-spread, spread)))
-        difference = page.image(change[..., :3], f"class {i} minus the mean", "pixels")
-        pictures = views + slices + difference
-        cards.append(page.class_card(i, int(sizes[i]), int(sizes.sum()), colours[i], pictures))
-    note = (
-        "Surfaces share one contour level. Slices are central, across z, y and x, on one grey scale; below, the same "
-        "slices minus the mean (red: more density, blue: less). Level, scale and mean are those of the largest "
-        f"classes, which hold {sizes[most].sum() / sizes.sum():.0%} of the particles. "
-        "Classes near in number are near in code."
-    )
-    few = int((sizes < FEW).sum())
-    if few:
-        have = "class has" if few == 1 else "classes have"
-        note += f' <b class="warn">{few} {have} fewer than {FEW} particles: likely outliers.</b>'
-    return Section("classes", "Classes", note, f'<div class="classes">{"".join(cards)}</div>')
-
-
-def _most(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The largest classes that together hold most particles: a few odd ones may be decoded far too bright."""
-    order = np.argsort(-sizes, kind="stable")
-    before = np.cumsum(sizes[order]) - sizes[order]
-    return order[before < MOST * sizes.sum()]
 
 
 def _quality(analysis: Analysis) -> Iterator[Section]:

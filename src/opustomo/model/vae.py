@@ -1,4 +1,4 @@
-"""The variational autoencoder around the linear model: ``V(z) = mask (mean + U z + D(z))``.
+"""The variational autoencoder around the linear model: ``V(z) = mean + U z + reach D(z)``.
 
 Owns: how encoder, decoder and linear model join.  An untrained network is exactly the linear stage: its decoder adds
 nothing and its posterior is the linear one, so whatever training changes is the network's own doing.
@@ -17,8 +17,10 @@ MAX_LOG_SCALE = 3.0  # bound of the learned log scale, so that a bad batch canno
 
 
 class Vae(nn.Module):
-    """mask (C, C, C), mean (C, C, C), components (K, C, C, C), pose_modes (6, C, C, C): buffers, not trained.
+    """mask, mean, reach (C, C, C), components (K, C, C, C), pose_modes (6, C, C, C): buffers, not trained.
 
+    reach: the mask times the local amplitude of the components' prior.  The decoder speaks where the linear stage has
+    found change; in the whole mask it learns the noise of the rest (docs/experiments.md).
     The code has K dimensions, one for every component: others the encoder would fill with the wedge.
     """
 
@@ -26,6 +28,7 @@ class Vae(nn.Module):
     mean: Tensor
     components: Tensor
     pose_modes: Tensor
+    reach: Tensor
     scale: Tensor
 
     def __init__(
@@ -34,6 +37,7 @@ class Vae(nn.Module):
         mean: Tensor,
         components: Tensor,
         pose_modes: Tensor,
+        reach: Tensor,
         *,
         templateres: int,
         width: float,
@@ -43,8 +47,11 @@ class Vae(nn.Module):
         size = components.shape[0]
         self.encoder = Encoder(size, width, encoderres)
         self.decoder = Decoder(size, templateres, width)
-        for name, tensor in (("mask", mask), ("mean", mean), ("components", components), ("pose_modes", pose_modes)):
-            self.register_buffer(name, tensor)
+        self.register_buffer("mask", mask)
+        self.register_buffer("mean", mean)
+        self.register_buffer("components", components)
+        self.register_buffer("pose_modes", pose_modes)
+        self.register_buffer("reach", reach)
         # the decoder speaks in units of the components' density, the encoder hears its input in those of the mean
         inside = mask > 0.5
         spread = components.square().sum(0)[inside].mean().sqrt()
@@ -60,9 +67,9 @@ class Vae(nn.Module):
         return shift, MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
 
     def nonlinear(self, code: Tensor) -> Tensor:
-        """``mask D(z)``: (b, K) to (b, C, C, C)."""
+        """``reach D(z)``: (b, K) to (b, C, C, C)."""
         volume = fourier_resize(self.decoder(code), self.mask.shape[-1])
-        return volume * (self.scale[0] * self.mask)
+        return volume * (self.scale[0] * self.reach)
 
     def linear(self, code: Tensor) -> Tensor:
         """``mean + U z``: (b, K) to (b, C, C, C); mean and components are masked already."""
