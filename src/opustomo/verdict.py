@@ -26,7 +26,7 @@ Floats = NDArray[np.floating]
 LOST = 0.5  # of what the linear stage's codes hold: less is a collapse
 NOTHING = 0.1  # nats a code holds that says nothing
 MOVED = 1.0  # of the linear stage's own uncertainty: further the data cannot have asked for, unless the bound says so
-READABLE = 0.1  # R^2 of the orientation
+READABLE = 0.05  # R^2 of the orientation, beyond chance
 WORDS = {
     "beam": "the beam axis", "tilt_axis": "the tilt axis", "in_plane": "the in-plane angle",
     "beam_even": "the beam axis up to sign", "tilt_axis_even": "the tilt axis up to sign",
