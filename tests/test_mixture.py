@@ -306,3 +306,12 @@ def test_same_seed_same_mixture(planted: Planted, monkeypatch: pytest.MonkeyPatc
     one, two, other = (fit_mixture(few, 3, seed) for seed in (4, 4, 5))
     assert torch.equal(one.mean, two.mean) and torch.equal(one.covariance, two.covariance)
     assert not torch.allclose(one.mean, other.mean)  # another sample of the particles
+
+
+def test_variance_is_that_of_draws_from_the_whole_distribution() -> None:
+    share, mean = torch.tensor([0.3, 0.7]).double(), torch.tensor([[1.0, -2.0], [0.0, 1.0]]).double()
+    covariance = torch.tensor([[[0.5, 0.2], [0.2, 1.0]], [[0.1, 0.0], [0.0, 0.3]]]).double()
+    part = torch.multinomial(share, 200_000, replacement=True)
+    noise = torch.linalg.cholesky(covariance)[part] @ torch.randn((200_000, 2, 1)).double()
+    drawn = mean[part] + noise[..., 0]
+    assert torch.allclose(Mixture(share, mean, covariance).variance(), drawn.var(0), rtol=0.02)

@@ -38,7 +38,13 @@ def moved(by: np.ndarray | float) -> Codes:
     [
         ({0: 20.0, 1: 20.5}, 10, "better than the linear stage, by 0.50 nats"),
         ({0: 20.0, 1: 20.01}, 10, "as well as the linear stage (+0.01 nats each)"),
-        ({0: 20.0, 1: 19.0}, 10, "worse than the linear stage (19.00 against 20.00 nats)"),
+        ({0: 19.0, 1: 19.01}, 10, "worse than the linear stage (19.01 against 20.00 nats)"),
+        ({0: 20.5, 1: 19.0}, 10, "the network of epoch 0 explains held-out particles better than the linear stage"),
+        (
+            {0: 19.5, 1: 19.0},
+            10,
+            "the network of epoch 0 explains held-out particles worse than the linear stage (19.50",
+        ),
         ({0: 20.4, 1: 20.2}, 10, "explained best after epoch 0, by 0.20 nats more than at the end: use --epoch 0"),
         ({0: 20.0, 1: 25.0}, 0, "no particles were held out"),
     ],

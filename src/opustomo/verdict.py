@@ -26,7 +26,7 @@ Floats = NDArray[np.floating]
 LOST = 0.5  # of what the linear stage's codes hold: less is a collapse
 NOTHING = 0.1  # nats a code holds that says nothing
 MOVED = 1.0  # of the linear stage's own uncertainty: further the data cannot have asked for, unless the bound says so
-READABLE = 0.1  # R^2 of the orientation
+READABLE = 0.05  # R^2 of the orientation, beyond chance
 WORDS = {
     "beam": "the beam axis", "tilt_axis": "the tilt axis", "in_plane": "the in-plane angle",
     "beam_even": "the beam axis up to sign", "tilt_axis_even": "the tilt axis up to sign",
@@ -41,25 +41,27 @@ def write_verdict(folder: Path, saved: dict[int, float], linear: float, held: in
     if held == 0:
         log.warning("no particles were held out: nothing here says whether the network is better than the linear stage")
         return
-    last = max(saved)
+    judged = last = max(saved)
     best = max(saved, key=lambda epoch: saved[epoch])
     if saved[best] - saved[last] > NOTABLE:
+        judged = best
         log.warning(
             "held-out particles were explained best after epoch %d, by %.2f nats more than at the end: use --epoch %d "
             "in analyze, volumes and report, or train for fewer epochs", best, saved[best] - saved[last], best,
         )  # fmt: skip
-    gain = saved[last] - linear
+    network = "the network" if judged == last else f"the network of epoch {judged}"
+    gain = saved[judged] - linear
     if gain > NOTABLE:
-        log.info("the network explains held-out particles better than the linear stage, by %.2f nats each", gain)
+        log.info("%s explains held-out particles better than the linear stage, by %.2f nats each", network, gain)
     elif gain > -NOTABLE:
         log.info(
-            "the network explains held-out particles as well as the linear stage (%+.2f nats each): at this number of "
-            "particles the linear model leaves nothing to be found", gain,
+            "%s explains held-out particles as well as the linear stage (%+.2f nats each): at this number of "
+            "particles the linear model leaves nothing to be found", network, gain,
         )  # fmt: skip
     else:
         log.warning(
-            "the network explains held-out particles worse than the linear stage (%.2f against %.2f nats): "
-            "prefer the linear codes in %s/linear, or lower --lr", saved[last], linear, folder,
+            "%s explains held-out particles worse than the linear stage (%.2f against %.2f nats): "
+            "prefer the linear codes in %s/linear, or lower --lr", network, saved[judged], linear, folder,
         )  # fmt: skip
 
 
