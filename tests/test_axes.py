@@ -102,6 +102,15 @@ def test_two_factors_make_four_groups() -> None:
     assert labels.max() == 3 and adjusted_rand_score(2 * STATES + other, labels) > 0.95
 
 
+def test_combinations_that_nobody_has_are_no_groups() -> None:
+    """Three states at the corners of a square: two axes of two groups, but no particle at the fourth corner."""
+    state = RNG.integers(0, 3, N)
+    corners = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    codes = corners[state]
+    labels = joint_groups(find_axes(seen(codes, 0.55), np.eye(2), codes, np.ones(N, bool)))
+    assert labels.max() == 2 and adjusted_rand_score(state, labels) > 0.85
+
+
 def test_shares_and_evidence_of_a_minority() -> None:
     values = 3.0 * (np.arange(N) < 0.1 * N) + 0.3 * RNG.normal(size=N)
     error = np.full(N, 0.3)

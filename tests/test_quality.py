@@ -42,6 +42,7 @@ class FakeRun:
     maps: Any = None
     kind: str = "network"
     epoch: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
     grid: Grid = GRID
     mask: torch.Tensor = field(default_factory=lambda: spherical_mask(22, 7.0, 3.0))
 

@@ -41,8 +41,9 @@ from opustomo.mixture import CodePosterior, Mixture, condition
 from opustomo.model.vae import Vae
 from opustomo.monitor import setup_log
 from opustomo.objective import residual_density
-from opustomo.physics.fourier import band_multiplicity
+from opustomo.physics.fourier import band_frequencies, band_multiplicity, from_band, irfft3
 from opustomo.physics.observation import model_band
+from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker, prepare_process, tell
 from opustomo.reconstruct import Rows
 from opustomo.start import Context, Start, context_of, device_of, stored_linear
@@ -50,6 +51,7 @@ from opustomo.start import Context, Start, context_of, device_of, stored_linear
 log = logging.getLogger("opustomo")
 
 SAMPLE = 96  # particles from which the scale of new data is taken
+COARSE = 0.15  # of the working box: shells below it
 SCALE = 1.3  # grey values that are further off than this factor are brought to the run's; gains do the rest
 FEW = 24  # particles, of which the noise cannot be told well
 EVIDENCE = -2  # among the features
@@ -166,12 +168,15 @@ def noise_in_units_of(model: LinearModel, inputs: Inputs, config: EncodeConfig) 
         particles, grid, inputs.mask,
         contrast=options.contrast, normalisation=options.normalisation, workers=config.workers,
     )  # fmt: skip
-    band = model_band(model.mean, grid.working_box)
-    power = band.abs().square() * band_multiplicity(grid.working_box)
+    size = grid.working_box
+    # wrong poses blur what is fine: the scale is that of the coarse shape
+    coarse = model_band(model.mean, size) * (band_frequencies(size).norm(dim=-1) < COARSE * size)
+    shape = centre_crop(irfft3(from_band(coarse, size)), grid.crop)
+    power = coarse.abs().square() * band_multiplicity(size)
     overlap = expected = 0.0
     rows = sample_rows(len(particles), SAMPLE).tolist()
     for _, numerator, weight in observe_all(particles, rows, grid, noise, config.workers):
-        overlap += float((model.mean * numerator).sum())
+        overlap += float((shape * numerator).sum())
         expected += float((power * weight).sum())
     stated = options.contrast != "auto"
     if (overlap if stated else abs(overlap)) < 3.0 * math.sqrt(expected):  # what noise alone would show
@@ -182,11 +187,11 @@ def noise_in_units_of(model: LinearModel, inputs: Inputs, config: EncodeConfig) 
         )
     scale = overlap / expected
     if not 1.0 / SCALE < abs(scale) < SCALE:
-        log.info("grey values: %.2f times those of the run for the same density; they are rescaled", scale)
+        log.info("grey values: %.2f times those of the run for the same density; they are rescaled", abs(scale))
     else:
         scale = math.copysign(1.0, scale)
-    factor, power = noise.contrast / scale, noise.power / scale**2
-    noise = dataclasses.replace(noise, contrast=factor, power=power, contrast_sure=True)
+    factor, level = noise.contrast / scale, noise.power / scale**2
+    noise = dataclasses.replace(noise, contrast=factor, power=level, contrast_sure=True)
     tell(len(particles), grid, noise)
     return noise
 

@@ -212,16 +212,22 @@ def motion_evidence(place: Floats, error: Floats) -> float:
     return -float(min(fit.fun for fit in fits)) - 0.5 * np.log(2 * np.pi) * len(place)
 
 
-def joint_groups(axes: list[Axis], most: int = 16) -> NDArray[np.int64]:
-    """Label (P,) of every particle by its groups along all discrete axes together, at most about ``most`` labels.
+def joint_groups(axes: list[Axis], most: int = 64) -> NDArray[np.int64]:
+    """Label (P,) of every particle by its groups along all discrete axes together, 0-based.
 
-    Two factors that come and go independently are two axes of two groups and four labels.  Without a discrete axis
-    every label is 0.
+    Two factors that come and go independently are two axes of two groups and four labels.  A combination that hardly
+    any particle has is none: its particles go to the likeliest of the others.  Axes that would make more than ``most``
+    combinations are left out, the least discrete first; without a discrete axis every label is 0.
     """
-    label = np.zeros(len(axes[0].place), np.int64)
+    count = len(axes[0].place)
+    joint = np.zeros((count, 1))
     for axis in axes:
-        if axis.discrete and (label.max() + 1) * len(axis.groups.share) <= most:
-            label = label * len(axis.groups.share) + axis.probability.argmax(1)
+        groups = len(axis.groups.share)
+        if axis.discrete and joint.shape[1] * groups <= most:
+            known = np.log(np.maximum(axis.probability, 1e-300))
+            joint = (joint[:, :, None] + known[:, None, :]).reshape(count, -1)
+    share = np.bincount(joint.argmax(1), minlength=joint.shape[1]) / count
+    label: NDArray[np.int64] = joint[:, share >= min(LEAST_SHARE, share.max())].argmax(1)
     return np.unique(label, return_inverse=True)[1].astype(np.int64)
 
 
