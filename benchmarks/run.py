@@ -49,6 +49,7 @@ SETS = {
 
 FIGURES = {
     "composition.auc": "AUC",
+    "composition.groups_ari": "groups ARI, no labels",
     "composition.gmm_ari": "GMM ARI",
     "composition.kmeans_ari": "k-means ARI",
     "composition.ica_auc": "one ICA axis AUC",
@@ -93,7 +94,7 @@ def lookup(table: dict[str, Any], dotted: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str) -> dict[str, Figures]:
+def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str, verbs: list[str]) -> dict[str, Figures]:
     """Figures of the linear stage and of the training run for one seed; kept in ``folder/figuresN.json``."""
     kept = folder / f"figures{seed}.json"
     if kept.exists():
@@ -106,6 +107,8 @@ def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str) -
     star, mask = str(data / "particles.star"), str(data / "mask.mrc")
     rows: dict[str, Figures] = {}
     for stage, arguments in (("linear", []), ("train", train.split())):
+        if stage not in verbs:
+            continue
         run = folder / f"{stage}{seed}"
         stated = ["-r", mask, "-o", str(run), "--seed", str(seed), *which.stages.split(), *arguments]
         cpu, wall = timed([*program, stage, star, *stated])
@@ -121,7 +124,7 @@ def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str) -
 
 def markdown(which: Set, table: dict[int, dict[str, Figures]]) -> str:
     """One table: a row for every figure; for every seed `linear`, the linear stage `train` starts from, and `train`."""
-    columns = [(seed, stage) for seed in table for stage in ("linear", "start", "train")]
+    columns = [(seed, stage) for seed in table for stage in ("linear", "start", "train") if stage in table[seed]]
     # without dashes: they are the simulator's arguments, not this program's
     words = ", ".join(part.strip() for part in re.split(r"(?:^| )--?", which.simulate) if part)
     lines = [
@@ -146,6 +149,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("bench"))
     parser.add_argument("--sets", nargs="+", default=["common"], choices=[*SETS, "all"])
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the set's own")
+    parser.add_argument("--verbs", nargs="+", default=["linear", "train"], choices=["linear", "train"])
     parser.add_argument("--train", default="", help="arguments of opustomo train")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
@@ -156,7 +160,8 @@ def main() -> None:
         folder = options.output / name
         folder.mkdir(parents=True, exist_ok=True)
         seeds = options.seeds or SETS[name].seeds
-        table = {seed: one_seed(SETS[name], seed, folder, options.simulator, options.train) for seed in seeds}
+        table = {seed: one_seed(SETS[name], seed, folder, options.simulator, options.train, options.verbs)
+                 for seed in seeds}  # fmt: skip
         parts.append(markdown(SETS[name], table))
         print(parts[-1], flush=True)
         if options.markdown is not None:
