@@ -136,7 +136,7 @@ def test_ctf_crosses_zero_where_theory_says() -> None:
 
 
 def test_dose_damps_and_is_least_at_the_untilted_image() -> None:
-    weights = tilt_series.transfer(np.array([30000.0]), SERIES)[0].abs()
+    weights = tilt_series.transfer(np.full((1, len(SERIES.tilts)), 30000.0), SERIES)[0].abs()
     assert SERIES.bfactor.argmin() == len(SERIES.tilts) // 2
     assert SERIES.bfactor.min() == pytest.approx(4 * 3.0 * 0.5)
     last = int(SERIES.bfactor.argmax())
@@ -160,7 +160,9 @@ def test_missing_wedge_holds_little_power() -> None:
 def test_snr_is_the_ratio_of_variances_in_the_central_sphere() -> None:
     preset = dataset.Preset(n=8, box=BOX, snr=0.25)
     plan = dataset.make_plan(preset, 5)
-    pure, noisy = (np.stack(list(dataset.subtomograms(plan, SERIES, snr, 5))) for snr in (0.0, 0.25))
+    pure, noisy = (
+        np.stack([one.subtomogram for one in dataset.observations(plan, SERIES, snr, 5)]) for snr in (0.0, 0.25)
+    )
     axis = np.arange(BOX) - BOX // 2
     sphere = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) < 0.42 * BOX
     assert pure[:, sphere].var() / (noisy - pure)[:, sphere].var() == pytest.approx(0.25, rel=0.1)
@@ -209,7 +211,12 @@ def test_labels_agree_with_the_files(clean: Path) -> None:
 def test_ctf_tables_carry_the_true_defocus_and_geometry(clean: Path) -> None:
     labels = np.load(clean / "labels.npz")
     tilts = starfile.read(clean / "subtomo" / "p00003_ctf.star")
-    assert np.allclose(tilts.rlnDefocusU, labels["true_pose"][3, 6], atol=0.01)
+    row = starfile.read(clean / "particles.star").iloc[3]
+    across, height = ((row[f"rlnCoordinate{axis}"] - size / 2) * PIXEL for axis, size in (("X", 928), ("Z", 320)))
+    angle = np.deg2rad(labels["tilts"])
+    depth = across * np.sin(angle) + height * np.cos(angle)  # along the beam, from the middle of the tomogram
+    expected = labels["true_pose"][3, 6] - height + depth
+    assert np.allclose(tilts.rlnDefocusU, expected, atol=0.1) and np.ptp(expected) > 500
     assert np.allclose(tilts.rlnAngleTilt, labels["tilts"])
     assert np.allclose(tilts.rlnCtfBfactor, labels["bfac"], atol=1e-3) and (tilts.rlnCtfBfactor > 0).all()
     assert np.allclose(tilts.rlnCtfScalefactor, np.cos(np.deg2rad(labels["tilts"])), atol=1e-5)

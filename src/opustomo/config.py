@@ -330,7 +330,7 @@ class SimulateConfig:
     """Make a data set with known truth in the RELION 3.0 layout."""
 
     output: Output
-    """Output folder: particles.star, mask.mrc, subtomo/, labels.npz, gt/, sim.json."""
+    """Output folder: particles.star, mask.mrc, subtomo/, labels.npz, gt/, sim.json, stacks/."""
     preset: Literal["demo", "two-state", "hinge", "junk", "few"] = "demo"
     """demo: four states and a rotation; two-state; hinge: rotation only; junk: decoys and pose outliers; few: 263."""
     n: int = 0
@@ -345,6 +345,8 @@ class SimulateConfig:
     """Pose error in degrees (-1: the preset's)."""
     shift_err: float = -1.0
     """Origin error in pixels (-1: the preset's)."""
+    stacks: Switch = False
+    """Also write the tilt images the subtomograms are made of, as a RELION 5 optimisation set in stacks/."""
     seed: int = 1
     """Random seed."""
 

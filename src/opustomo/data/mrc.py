@@ -57,9 +57,21 @@ def write_volume(
     data = np.ascontiguousarray(array, np.float16 if array.dtype == np.float16 else np.float32)
     with atomic(path) as temporary, mrcfile.new(temporary, overwrite=True) as mrc:
         mrc.set_data(data)
-        # cella from the product: mrcfile's voxel_size setter rounds the pixel size to float32 first
-        mrc.header.cella = tuple(np.float32(n * float(pixel_size)) for n in data.shape[::-1])
+        mrc.header.cella = _cell(data.shape, pixel_size)
         mrc.header.origin = tuple(np.float32(value) for value in origin_angstrom)
+
+
+def write_stack(path: Path, images: NDArray[np.float32], pixel_size: float) -> None:
+    """Write images (n, y, x) as a stack of 2-D images, float32; pixel_size in Angstrom.  UserError: not written."""
+    with atomic(path) as temporary, mrcfile.new(temporary, overwrite=True) as mrc:
+        mrc.set_data(np.ascontiguousarray(images, np.float32))
+        mrc.set_image_stack()
+        mrc.header.cella = _cell((1, *images.shape[1:]), pixel_size)
+
+
+def _cell(shape: tuple[int, ...], pixel_size: float) -> tuple[np.float32, ...]:
+    """Cell (x, y, z) from the product: mrcfile's voxel_size setter rounds the pixel size to float32 first."""
+    return tuple(np.float32(n * float(pixel_size)) for n in shape[::-1])
 
 
 def _header(path: Path) -> tuple[MrcHeader, np.dtype[Any], int]:

@@ -49,16 +49,19 @@ def write_particles(
 
 def write_ctf(
     path: Path,
-    defocus: float,
+    defocus: NDArray[np.float64],
     tilts: NDArray[np.float64],
     bfactor: NDArray[np.float64],
     scale: NDArray[np.float64],
     microscope: tuple[float, float, float],
 ) -> None:
-    """Write one particle's tilt table: defocus (Angstrom, underfocus positive), tilts (T,) degrees in RELION's sign,
+    """Write one particle's tilt table: defocus (T,) Angstrom, underfocus positive; tilts (T,) degrees, RELION's sign;
     bfactor (T,) Angstrom^2, positive, damping; scale (T,); microscope: voltage (kV), Cs (mm), amplitude contrast."""
-    fixed = f"{defocus:.2f} " + " ".join(f"{value:g}" for value in microscope)
-    rows = [f"{fixed} 0.00 {t:.3f} 0.00 {b:.3f} {s:.6f}" for t, b, s in zip(tilts, bfactor, scale, strict=True)]
+    fixed = " ".join(f"{value:g}" for value in microscope)
+    rows = [
+        f"{df:.2f} {fixed} 0.00 {t:.3f} 0.00 {b:.3f} {s:.6f}"
+        for df, t, b, s in zip(defocus, tilts, bfactor, scale, strict=True)
+    ]
     write_text(path, _loop("images", _TILTS, rows))
 
 

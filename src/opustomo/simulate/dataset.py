@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from scipy import ndimage, sparse
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import SimulateConfig
+from opustomo.data import write_relion5 as relion5
 from opustomo.data.atomic import atomic, write_text
-from opustomo.data.mrc import write_volume
+from opustomo.data.mrc import write_stack, write_volume
 from opustomo.data.write_relion30 import write_ctf, write_particles
 from opustomo.errors import UserError
 from opustomo.monitor import duration, progress
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 TOMOGRAMS = 3
 TOMOGRAM_SIZE = np.array([928.0, 928.0, 320.0])  # pixels x, y, z
-DEFOCUS = (22000.0, 38000.0)  # Angstrom, of the first and the last tomogram's middle
+DEFOCUS = np.linspace(22000.0, 38000.0, TOMOGRAMS)  # Angstrom, of each tomogram's middle
 BATCH = 16
 GOOD, BLOB, EMPTY, MISPLACED = range(4)  # labels "junk_kind"
 
@@ -75,7 +77,7 @@ class Plan:
     given_origin: NDArray[np.float64]  # (P, 3)
     tomogram: NDArray[np.int64]  # (P,)
     coordinates: NDArray[np.float64]  # (P, 3) tomogram pixels
-    defocus: NDArray[np.float64]  # (P,) Angstrom
+    defocus: NDArray[np.float64]  # (P,) Angstrom, of the untilted image
     blobs: dict[int, Beads] = field(default_factory=dict)  # by particle
 
     def beads(self, i: int, pixel_size: float) -> Beads:
@@ -84,6 +86,11 @@ class Plan:
             return Beads(np.zeros((0, 3)), np.zeros(0), np.zeros(0))
         model = self.blobs[i] if i in self.blobs else assemble(int(self.state[i]), np.nan_to_num(self.hinge[i]))
         return model.moved(self.rotation[i], -self.origin[i] * pixel_size)
+
+    def tilt_defocus(self, series: TiltSeries) -> NDArray[np.float64]:
+        """(P, T) Angstrom: a particle off the tilt axis goes up and down as the stage tilts."""
+        from_middle = (self.coordinates - TOMOGRAM_SIZE / 2) * series.pixel_size
+        return self.defocus[:, None] + from_middle @ series.rotation[:, 2].T - from_middle[:, 2:]
 
 
 def relion_euler(rotation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -122,7 +129,7 @@ def make_plan(preset: Preset, seed: int) -> Plan:
         given_origin=origin + preset.shift_err * rng.normal(size=(n, 3)),
         tomogram=tomogram,
         coordinates=coordinates,
-        defocus=np.linspace(*DEFOCUS, TOMOGRAMS)[tomogram] + height,
+        defocus=DEFOCUS[tomogram] + height,
         blobs={int(i): random_blob(rng) for i in np.flatnonzero(kind == BLOB)},
     )
 
@@ -138,24 +145,34 @@ def noise_level(plan: Plan, series: TiltSeries, snr: float, matrix: sparse.csr_m
     sphere = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) < 0.42 * series.box
     some = np.flatnonzero(plan.junk_kind == GOOD)[:8]
     images = tilt_series.project([plan.beads(int(i), series.pixel_size) for i in some], series)
-    signal = tilt_series.backproject(images * tilt_series.transfer(plan.defocus[some], series), matrix)
+    defocus = plan.tilt_defocus(series)[some]
+    signal = tilt_series.backproject(images * tilt_series.transfer(defocus, series), matrix)
     unit = tilt_series.white_noise(4, series, 1.0, torch.Generator().manual_seed(seed))
     noise = tilt_series.backproject(unit, matrix)
     return float(np.sqrt(signal[:, sphere].var(1).mean() / snr / noise[:, sphere].var(1).mean()))
 
 
-def subtomograms(plan: Plan, series: TiltSeries, snr: float, seed: int) -> Iterator[NDArray[np.float32]]:
-    """The particles' subtomograms (N, N, N), (z, y, x), in order."""
+class Observation(NamedTuple):
+    """One particle as the microscope sees it."""
+
+    images: NDArray[np.float32]  # (T, N, N), (tilt, y, u), noise included
+    subtomogram: NDArray[np.float32]  # (N, N, N), (z, y, x), made of those images
+
+
+def observations(plan: Plan, series: TiltSeries, snr: float, seed: int) -> Iterator[Observation]:
+    """The particles' tilt images and subtomograms, in order."""
     matrix = tilt_series.backprojection_matrix(series)
     std = noise_level(plan, series, snr, matrix, seed)
     generator = torch.Generator().manual_seed(seed + 1)
+    defocus = plan.tilt_defocus(series)
     for start in range(0, len(plan.state), BATCH):
         rows = np.arange(start, min(start + BATCH, len(plan.state)))
         images = tilt_series.project([plan.beads(int(i), series.pixel_size) for i in rows], series)
-        images = images * tilt_series.transfer(plan.defocus[rows], series)
+        images = images * tilt_series.transfer(defocus[rows], series)
         if std > 0:
             images += tilt_series.white_noise(len(rows), series, std, generator)
-        yield from tilt_series.backproject(images, matrix)
+        recorded = torch.fft.irfftn(images, s=(series.box, series.box), dim=(-2, -1)).numpy()
+        yield from map(Observation, recorded, tilt_series.backproject(images, matrix))
 
 
 def truth_maps(preset: Preset) -> dict[str, NDArray[np.float32]]:
@@ -207,7 +224,8 @@ def clear_folder(output: Path) -> None:
         raise UserError(f"{output}: is a file; give another output folder")
     if output.is_dir() and any(output.iterdir()) and not (output / "sim.json").exists():
         raise UserError(f"{output}: is not empty and not a simulated set (no sim.json); give another output folder")
-    for pattern in ("particles.star", "labels.npz", "mask.mrc", "gt/state*.mrc", "subtomo/p[0-9]*"):
+    written = ("particles.star", "labels.npz", "mask.mrc", "gt/state*.mrc", "subtomo/p[0-9]*", "stacks/*.star")
+    for pattern in (*written, "stacks/p[0-9]*.mrcs"):
         for old in output.glob(pattern):
             old.unlink()
 
@@ -239,15 +257,51 @@ def image_names(count: int) -> list[str]:
     return [f"subtomo/p{i:05d}.mrc" for i in range(count)]
 
 
+def stack_name(i: int) -> str:
+    """The stack of particle i, relative to stacks/."""
+    return f"p{i:05d}.mrcs"
+
+
+def tomogram_name(t: int) -> str:
+    """Name of tomogram t, counted from 0."""
+    return f"TS_{t + 1:02d}"
+
+
 def write_star(output: Path, preset: Preset, plan: Plan) -> None:
     """particles.star with the poses as given, errors included."""
-    tomograms = [f"TS_{t + 1:02d}.mrc" for t in plan.tomogram]
+    tomograms = [f"{tomogram_name(t)}.mrc" for t in plan.tomogram]
     poses = (relion_euler(plan.given_rotation), plan.given_origin)
     images = image_names(preset.n)
     write_particles(output / "particles.star", images, tomograms, plan.coordinates, *poses, preset.pixel_size)
 
 
-def simulate(output: Path, preset: Preset, seed: int, settings: dict[str, object]) -> None:
+def write_stack_tables(folder: Path, preset: Preset, plan: Plan, series: TiltSeries) -> None:
+    """The STAR files of the stacks, with the same poses as particles.star."""
+    tomograms = {
+        tomogram_name(t): relion5.Tomogram(
+            size=TOMOGRAM_SIZE,
+            rotation=series.rotation,
+            defocus=np.full(len(series.tilts), DEFOCUS[t]),
+            scale=series.scale,
+            exposure=series.exposure,
+            dose=series.dose,
+            bfactor_per_dose=tilt_series.BFACTOR_PER_DOSE,
+        )
+        for t in np.unique(plan.tomogram)
+    }
+    particles = relion5.Particles(
+        tomogram=[tomogram_name(t) for t in plan.tomogram],
+        images=[stack_name(i) for i in range(preset.n)],
+        coordinates=plan.coordinates,
+        euler=relion_euler(plan.given_rotation),
+        origin=plan.given_origin,
+        visible=[np.ones(len(series.tilts), bool)] * preset.n,
+    )
+    optics = relion5.Optics(preset.box, preset.pixel_size, series.voltage, series.cs, series.amplitude)
+    relion5.write_optimisation_set(folder, particles, tomograms, optics)
+
+
+def simulate(output: Path, preset: Preset, seed: int, settings: dict[str, object], stacks: bool = False) -> None:
     """Write the whole set; particles.star comes last, so that an interrupted set is not taken for a complete one."""
     series = TiltSeries(preset.box, preset.pixel_size)
     plan = make_plan(preset, seed)
@@ -255,11 +309,15 @@ def simulate(output: Path, preset: Preset, seed: int, settings: dict[str, object
     write_text(output / "sim.json", json.dumps(settings | asdict(preset) | {"state_names": names}, indent=1) + "\n")
     write_truth(output, preset, plan, series)
     microscope = (series.voltage, series.cs, series.amplitude)
-    volumes = progress(subtomograms(plan, series, preset.snr, seed), preset.n, "simulate")
-    for image, defocus, volume in zip(image_names(preset.n), plan.defocus, volumes, strict=True):
-        write_volume(output / image, volume, preset.pixel_size)
+    seen = progress(observations(plan, series, preset.snr, seed), preset.n, "simulate")
+    for i, (image, defocus, one) in enumerate(zip(image_names(preset.n), plan.tilt_defocus(series), seen, strict=True)):
+        write_volume(output / image, one.subtomogram, preset.pixel_size)
+        if stacks:
+            write_stack(output / "stacks" / stack_name(i), one.images, preset.pixel_size)
         star = output / image.replace(".mrc", "_ctf.star")
         write_ctf(star, defocus, series.tilts, series.bfactor, series.scale, microscope)
+    if stacks:
+        write_stack_tables(output / "stacks", preset, plan, series)
     write_star(output, preset, plan)
 
 
@@ -268,11 +326,13 @@ def main(config: SimulateConfig) -> None:
     start = time.perf_counter()
     preset = chosen_preset(config)
     clear_folder(config.output)
-    simulate(config.output, preset, config.seed, {"preset": config.preset, "seed": config.seed})
+    simulate(config.output, preset, config.seed, {"preset": config.preset, "seed": config.seed}, config.stacks)
     states = ", ".join(STATE_NAMES[s] for s in preset.states)
     log.info(
         "%d particles of %d^3 at %g A per pixel, SNR %g, states %s, in %s",
         *(preset.n, preset.box, preset.pixel_size, preset.snr, states, duration(time.perf_counter() - start)),
     )
     log.info("written: %s", config.output / "particles.star")
+    if config.stacks:
+        log.info("written: %s", config.output / "stacks" / "optimisation_set.star")
     log.info("next: opustomo check %s --mask %s", config.output / "particles.star", config.output / "mask.mrc")

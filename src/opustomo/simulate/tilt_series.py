@@ -16,6 +16,7 @@ from scipy import sparse
 
 from opustomo.simulate.bead_model import Beads
 
+BFACTOR_PER_DOSE = 4.0  # Angstrom^2 for each electron per square Angstrom
 OVERSAMPLING = 2  # of the images across the tilt axis, before linear interpolation in the back-projection
 
 
@@ -41,10 +42,22 @@ class TiltSeries:
         return np.arange(-self.tilt_range, self.tilt_range + 1e-6, self.tilt_step)
 
     @cached_property
+    def rotation(self) -> NDArray[np.float64]:
+        """(T, 3, 3) from the subtomogram to the image: rows u, y and the depth along the beam."""
+        t = np.deg2rad(self.tilts)
+        rows = [[np.cos(t), 0 * t, -np.sin(t)], [0 * t, 1 + 0 * t, 0 * t], [np.sin(t), 0 * t, np.cos(t)]]
+        return np.moveaxis(np.array(rows), 2, 0)
+
+    @cached_property
+    def exposure(self) -> NDArray[np.float64]:
+        """(T,) electrons per square Angstrom before each image, acquired from 0 degrees outwards, signs in turn."""
+        order = np.argsort(np.argsort(np.abs(self.tilts) + 0.1 * (self.tilts < 0)))
+        return self.dose * order.astype(np.float64)
+
+    @cached_property
     def bfactor(self) -> NDArray[np.float64]:
-        """(T,) Angstrom^2: 4 times the mean dose of each image, acquired from 0 degrees outwards, signs in turn."""
-        order = np.argsort(np.argsort(np.abs(self.tilts) + 0.1 * (self.tilts < 0))).astype(np.float64)
-        return 4 * self.dose * (order + 0.5)
+        """(T,) Angstrom^2: BFACTOR_PER_DOSE times the mean dose of each image."""
+        return BFACTOR_PER_DOSE * (self.exposure + self.dose / 2)
 
     @cached_property
     def scale(self) -> NDArray[np.float64]:
@@ -58,8 +71,8 @@ class TiltSeries:
         return y.astype(np.float64), u.astype(np.float64)
 
 
-def ctf(s2: NDArray[np.float64], defocus: float, series: TiltSeries) -> NDArray[np.float64]:
-    """CTF at squared frequency ``s2`` (1/Angstrom^2), defocus in Angstrom (underfocus positive).
+def ctf(s2: NDArray[np.float64], defocus: NDArray[np.float64] | float, series: TiltSeries) -> NDArray[np.float64]:
+    """CTF at squared frequency ``s2`` (1/Angstrom^2), defocus in Angstrom (underfocus positive); they broadcast.
 
     ``sin(pi df lambda s^2 - pi/2 Cs lambda^3 s^4 + asin w)``: positive at low frequency, so protein is bright.
     """
@@ -71,12 +84,11 @@ def ctf(s2: NDArray[np.float64], defocus: float, series: TiltSeries) -> NDArray[
 
 
 def transfer(defocus: NDArray[np.float64], series: TiltSeries) -> torch.Tensor:
-    """(P, T, N, N//2 + 1): CTF x exp(-B s^2 / 4) x scale for each particle's defocus (P,), the same in every tilt."""
+    """(P, T, N, N//2 + 1): CTF x exp(-B s^2 / 4) x scale for each particle's defocus in each tilt, (P, T)."""
     fy, fu = series.frequencies
     s2 = fy[:, None] ** 2 + fu**2
     envelope = np.exp(-series.bfactor[:, None, None] / 4 * s2) * series.scale[:, None, None]
-    curves = np.stack([ctf(s2, df, series) for df in defocus])
-    return torch.from_numpy((curves[:, None] * envelope).astype(np.float32))
+    return torch.from_numpy((ctf(s2, defocus[..., None, None], series) * envelope).astype(np.float32))
 
 
 def project(particles: list[Beads], series: TiltSeries) -> torch.Tensor:

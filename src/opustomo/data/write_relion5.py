@@ -1,0 +1,151 @@
+"""The optimisation set of RELION 5 and WarpTools: particles as stacks of 2-D tilt images, tomograms as tilt tables.
+
+Owns: the writing of ``particles.star``, ``tomograms.star`` and ``optimisation_set.star`` for sets that are made here
+(the simulator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from opustomo.data.star import Block, write_star
+
+_OPTICS_GROUP = "opticsGroup1"
+
+
+@dataclass(frozen=True)
+class Optics:
+    """What all images share; they are as they were recorded: not binned, not multiplied by the CTF."""
+
+    box: int  # pixels
+    pixel_size: float  # Angstrom
+    voltage: float  # kV
+    cs: float  # mm
+    amplitude: float
+
+
+@dataclass(frozen=True)
+class Tomogram:
+    """One tilt series of T images; its coordinates are pixels of the images, x, y, z from the corner of the volume."""
+
+    size: NDArray[np.float64]  # (3,) pixels
+    rotation: NDArray[np.float64]  # (T, 3, 3) rows: x and y of the image and the depth along the beam
+    defocus: NDArray[np.float64]  # (T,) Angstrom, underfocus positive, at the middle of the volume
+    scale: NDArray[np.float64]  # (T,) amplitude
+    exposure: NDArray[np.float64]  # (T,) electrons per square Angstrom before each image
+    dose: float  # electrons per square Angstrom of each image
+    bfactor_per_dose: float  # Angstrom^2 per electron per square Angstrom, damping
+
+    @property
+    def projection(self) -> NDArray[np.float64]:
+        """(T, 4, 4): takes (x, y, z, 1) to the pixel of the image and the depth; middle of the volume to middle."""
+        found = np.tile(np.eye(4), (len(self.rotation), 1, 1))
+        found[:, :3, :3] = self.rotation
+        found[:, :3, 3] = self.size / 2 - self.rotation @ (self.size / 2)
+        return found
+
+
+@dataclass(frozen=True)
+class Particles:
+    """P particles; ``A`` of ``euler`` and ``origin`` as in RELION: the bead at c lies at ``A c - origin``."""
+
+    tomogram: Sequence[str]
+    images: Sequence[str]  # stacks of the visible images in the order of the tilts, relative to the STAR file
+    coordinates: NDArray[np.float64]  # (P, 3) of the centre of the box
+    euler: NDArray[np.float64]  # (P, 3) rot, tilt, psi in degrees
+    origin: NDArray[np.float64]  # (P, 3) pixels
+    visible: Sequence[NDArray[np.bool_]]  # (T,) of each particle's tomogram: the images in its stack
+
+
+def write_optimisation_set(
+    folder: Path, particles: Particles, tomograms: Mapping[str, Tomogram], optics: Optics
+) -> None:
+    """Write the three files, the optimisation set last; UserError where they cannot be written."""
+    write_star(folder / "tomograms.star", _tomogram_blocks(tomograms, optics))
+    write_star(folder / "particles.star", _particle_blocks(particles, optics))
+    names = {"rlnTomoParticlesFile": "particles.star", "rlnTomoTomogramsFile": "tomograms.star"}
+    write_star(folder / "optimisation_set.star", {"": names})
+
+
+def _particle_blocks(particles: Particles, optics: Optics) -> dict[str, Block]:
+    group = _microscope(optics) | {
+        "rlnOpticsGroup": "1",
+        "rlnOpticsGroupName": _OPTICS_GROUP,
+        "rlnCtfDataAreCtfPremultiplied": "0",
+        "rlnImageDimensionality": "2",
+        "rlnTomoSubtomogramBinning": "1",
+        "rlnImagePixelSize": f"{optics.pixel_size:.7g}",
+        "rlnImageSize": str(optics.box),
+    }
+    numbers = [str(i + 1) for i in range(len(particles.images))]
+    names = [f"{tomogram}/{number}" for tomogram, number in zip(particles.tomogram, numbers, strict=True)]
+    frames = ["[" + ",".join(str(int(flag)) for flag in flags) + "]" for flags in particles.visible]
+    columns = {
+        "rlnTomoName": list(particles.tomogram),
+        "rlnTomoParticleId": numbers,
+        **_columns(["rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ"], particles.coordinates, 3),
+        **_columns(["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"], particles.euler, 5),
+        "rlnTomoParticleName": names,
+        "rlnOpticsGroup": ["1"] * len(names),
+        "rlnImageName": list(particles.images),
+        **_columns(["rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginZAngst"], particles.origin * optics.pixel_size, 4),
+        "rlnTomoVisibleFrames": frames,
+    }
+    return {
+        "general": {"rlnTomoSubTomosAre2DStacks": "1"},
+        "optics": pd.DataFrame([group]),
+        "particles": pd.DataFrame(columns),
+    }
+
+
+def _tomogram_blocks(tomograms: Mapping[str, Tomogram], optics: Optics) -> dict[str, Block]:
+    rows = [
+        {
+            "rlnTomoName": name,
+            "rlnTomoTiltSeriesName": f"{name}.mrcs",
+            "rlnTomoFrameCount": str(len(tomogram.rotation)),
+            **{f"rlnTomoSize{axis}": f"{size:.0f}" for axis, size in zip("XYZ", tomogram.size, strict=True)},
+            "rlnTomoHand": "1.0",  # defocus grows with the depth
+            "rlnOpticsGroupName": _OPTICS_GROUP,
+            **_microscope(optics),
+            "rlnTomoImportFractionalDose": f"{tomogram.dose:g}",
+            # without this RELION damps by its own dose filter
+            "rlnCtfBfactorPerElectronDose": f"{tomogram.bfactor_per_dose:g}",
+        }
+        for name, tomogram in tomograms.items()
+    ]
+    return {"global": pd.DataFrame(rows), **{name: _tilts(tomogram) for name, tomogram in tomograms.items()}}
+
+
+def _tilts(tomogram: Tomogram) -> pd.DataFrame:
+    projection = {
+        # + 0.0: no negative zeros
+        f"rlnTomoProj{axis}": ["[" + ",".join(f"{value:.9g}" for value in row + 0.0) + "]" for row in rows]
+        for axis, rows in zip("XYZW", np.moveaxis(tomogram.projection, 1, 0), strict=True)
+    }
+    defocus = np.column_stack([tomogram.defocus, tomogram.defocus, 0 * tomogram.defocus])
+    return pd.DataFrame(
+        projection
+        | _columns(["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"], defocus, 2)
+        | _columns(["rlnCtfScalefactor"], tomogram.scale[:, None], 6)
+        | _columns(["rlnMicrographPreExposure"], tomogram.exposure[:, None], 3)
+    )
+
+
+def _microscope(optics: Optics) -> dict[str, str]:
+    return {
+        "rlnTomoTiltSeriesPixelSize": f"{optics.pixel_size:.7g}",
+        "rlnVoltage": f"{optics.voltage:g}",
+        "rlnSphericalAberration": f"{optics.cs:g}",
+        "rlnAmplitudeContrast": f"{optics.amplitude:g}",
+    }
+
+
+def _columns(names: Sequence[str], values: NDArray[np.float64], digits: int) -> dict[str, list[str]]:
+    return {name: [f"{value:.{digits}f}" for value in column] for name, column in zip(names, values.T, strict=True)}
