@@ -49,6 +49,13 @@ class FakeRun:
     def linear_stage(self) -> None:
         """A linear run has none."""
 
+    @property
+    def gram(self) -> NDArray[np.float64]:
+        return np.eye(self.codes.shape[1])
+
+    def linear_results(self) -> None:
+        return None
+
     def decode(self, codes: NDArray[np.float32], batch: int = 8) -> NDArray[np.float32]:
         return np.stack([self.maps(code) for code in codes])
 

@@ -214,6 +214,13 @@ class Run:
         return replace(self, kind="linear", codes=codes, sigma=None, weights={"model": state})
 
     @cached_property
+    def gram(self) -> NDArray[np.float64]:
+        """(zdim, zdim): ``<y, gram y>`` is the squared norm of the density ``U y`` that a change y makes."""
+        components = self.weights["model"]["components"].flatten(1).double().numpy()
+        unused = self.codes.shape[1] - len(components)
+        return np.pad(components @ components.T, (0, unused))
+
+    @cached_property
     def model(self) -> Vae:
         """The network of the run, ready to decode."""
         return build_model(self.weights)

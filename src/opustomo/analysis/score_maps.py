@@ -64,12 +64,13 @@ _SUMMARY = ("resolution_0.5", "resolution_0.143", "fsc_area", "off_centre")
 
 
 def class_volumes(run: Run, truth: Truth, rows: NDArray[np.int64], classes: NDArray[np.int64]) -> list[ClassVolume]:
-    """Medoid of every class (the member nearest to the class's mean code), decoded, with its true map."""
+    """Medoid of every class (the member of the density nearest to that of the mean code), decoded, and its true map."""
     found = []
     for k in np.unique(classes):
         members = rows[classes == k]
         codes = run.codes[members]
-        medoid = members[np.linalg.norm(codes - codes.mean(0), axis=1).argmin()]
+        offset = codes - codes.mean(0)
+        medoid = members[np.einsum("pi,ij,pj->p", offset, run.gram, offset).argmin()]
         states = truth.state[members] if truth.state is not None else np.zeros(len(members), np.int64)
         values, counts = np.unique(states, return_counts=True)
         state = int(values[counts.argmax()])
