@@ -328,6 +328,15 @@ def _next(run: Run, analysis: Analysis) -> Section:
             f"opustomo analyze {where} --clusters {fewer} --skip-umap\nopustomo report {where} --clusters {fewer}"
         ),
     }
+    if (analysis.folder / "groups" / "labels.pkl").is_file():
+        steps = {
+            "Keep one of the groups along the discrete axes (edit the number)": (
+                f"opustomo select {star} --run {where} --groups --classes 0 -o selected"
+            ),
+            "Maps of the groups from the data, full size, with half maps for relion_postprocess": (
+                f"opustomo volumes {where} --groups --full"
+            ),
+        } | steps
     if run.kind == "linear":
         steps = {
             "Train the network, which starts from this stage": f"opustomo train {star}{datadir}{again} -o network"
