@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -263,7 +263,7 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
     rows = []
     for number, axis in enumerate(axes, 1):
         name = folder / f"axis{number}" / "z_axis.txt"
-        write_text(name, _text(_traversal(axis, codes, run.typical)))
+        write_text(name, as_text(_traversal(axis, codes, run.typical)))
         certain = float((axis.probability.max(1) > 0.9).mean())
         rows.append([
             number, "groups" if axis.discrete else "continuous", len(axis.groups.share), f"{axis.advantage:.1f}",
@@ -278,7 +278,7 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
     if discrete:
         labels = joint_groups(axes)
         save_pickle(folder / "groups" / "labels.pkl", labels)
-        write_text(folder / "groups" / "centers.txt", _text(group_codes(labels, codes, run.typical)))
+        write_text(folder / "groups" / "centers.txt", as_text(group_codes(labels, codes, run.typical)))
         sizes = ", ".join(f"{j}: {n}" for j, n in enumerate(np.bincount(labels)))
         log.info("%d of %d independent axes show separate groups; sizes: %s", discrete, len(axes), sizes)
     else:
@@ -317,9 +317,10 @@ def _words(values: Floats) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
-def _text(array: Floats) -> str:
+def as_text(array: NDArray[Any], fmt: str = "%.6e") -> str:
+    """One line for each row of an array."""
     buffer = io.StringIO()
-    np.savetxt(buffer, array, fmt="%.6e")
+    np.savetxt(buffer, array, fmt=fmt)
     return buffer.getvalue()
 
 

@@ -5,13 +5,12 @@ Owns: the files of ``RUN/analyze.N`` (verb ``analyze``), under the names that sc
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from opustomo.analysis import plots
-from opustomo.analysis.axes import write_axes
+from opustomo.analysis.axes import as_text, write_axes
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
 from opustomo.data.atomic import write_text
@@ -242,23 +241,17 @@ def _stored_umap(folder: Path, particles: int) -> Floats | None:
     return None
 
 
-def _text(array: NDArray[Any], fmt: str = "%.6e") -> str:
-    buffer = io.StringIO()
-    np.savetxt(buffer, array, fmt=fmt)
-    return buffer.getvalue()
-
-
 def _write_components(components: Components, pcs: int, folder: Path) -> None:
-    write_text(folder / "explained_variance.txt", _text(components.explained, "%.6f"))
+    write_text(folder / "explained_variance.txt", as_text(components.explained, "%.6f"))
     for pc in range(1, min(pcs, len(components.axes)) + 1):
-        write_text(folder / f"pc{pc}" / "z_pc.txt", _text(traversal(components, pc)))
+        write_text(folder / f"pc{pc}" / "z_pc.txt", as_text(traversal(components, pc)))
 
 
 def _write_classes(result: Analysis, codes: Floats) -> None:
     folder = result.clusters_folder
     save_pickle(folder / "labels.pkl", result.labels)
-    write_text(folder / "centers.txt", _text(codes[result.centre_index]))
-    write_text(folder / "centers_ind.txt", _text(result.centre_index, "%d"))
+    write_text(folder / "centers.txt", as_text(codes[result.centre_index]))
+    write_text(folder / "centers_ind.txt", as_text(result.centre_index, "%d"))
 
 
 def pca_plane(scores: Floats, explained: Floats) -> tuple[Floats, tuple[str, str]]:
