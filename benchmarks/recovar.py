@@ -35,7 +35,7 @@ from opustomo.data.mrc import read_volume
 from opustomo.physics.fourier import fourier_resize
 from opustomo.physics.volume import centre_crop, fourier_shell_correlation
 
-ZDIMS = (4, 10)
+ZDIMS = (4, 10)  # of RECOVAR's codes
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
@@ -43,6 +43,16 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 OPUSTOMO = {"linear": ["linear"], "linear, poses as given": ["linear", "--no-estpose"], "train": ["train"]}
 # by default RECOVAR damps by RELION 5's dose filter; from_star: by the simulator's B-factors, as opustomo does
 RECOVAR = {"RECOVAR": [], "RECOVAR, true damping": ["--tilt-series-ctf", "from_star"]}
+# 1.0.5 without a GPU: back-projection into the doubled grid does not double the frequencies, so the mean comes out
+# enlarged by two; without doubling it has the right scale
+LAUNCH = """
+import functools
+from recovar.command_line import main_commands
+from recovar.reconstruction import homogeneous
+usual = homogeneous.get_mean_conformation_relion
+homogeneous.get_mean_conformation_relion = functools.partial(usual, upsampling_factor=1)
+main_commands()
+"""
 COST = ("CPU s", "wall s", "peak GB")
 Figures = dict[str, float]
 Decoder = Callable[[NDArray[np.floating[Any]]], NDArray[np.float32]]
@@ -114,13 +124,15 @@ def score(codes: NDArray[np.float32], decode: Decoder, like: Run, truth: Truth) 
     turning = np.isfinite(hinge)
     composition = score_codes.composition(active, truth.state)
     seen = score_poses.directions(score_poses.rotation_matrices(truth.euler)) | {"defocus": truth.defocus}
+    nuisances = score_codes.invariance(codes, seen)
     return {
         "dimensions in use": float(active.shape[1]),
         "AUC": composition["auc"],
         "k-means ARI": composition["kmeans_ari"],
         "GMM ARI": composition["gmm_ari"],
         "hinge probe": score_codes.conformation(active[turning], hinge[turning])["probe_corr"],
-        "invariance R2": score_codes.invariance(codes, seen)["max_r2"],
+        "invariance R2": nuisances["max_r2"],
+        "invariance R2, up to sign": nuisances["max_r2_even"],
     } | map_scores(codes, decode, like, truth)
 
 
@@ -146,16 +158,19 @@ def map_scores(codes: NDArray[np.float32], decode: Decoder, like: Run, truth: Tr
     }
 
 
-def recovar_decoder(program: list[str], run: Path, zdim: int, like: Run) -> Decoder:
-    """RECOVAR's volumes at given codes (``compute_state``), on the grid of ``like``."""
+def recovar_decoder(folder: Path, like: Run) -> Decoder:
+    """RECOVAR's linear model, mean + eigenvolumes x code, on the grid of ``like``.
+
+    Its kernel regression (``compute_state``) needs minutes for each volume on a CPU.
+    """
+
+    def read(name: str) -> NDArray[np.float32]:
+        volume = torch.from_numpy(read_volume(folder / "output" / "volumes" / f"{name}.mrc")[0])
+        return centre_crop(fourier_resize(volume, like.grid.working_box), like.grid.crop).numpy()
 
     def decode(codes: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        folder, points = run / f"states{zdim}", run / f"states{zdim}.txt"
-        np.savetxt(points, codes)
-        timed([*program, "compute_state", str(run), "-o", str(folder), "--latent-points", str(points)], folder)
-        volumes = [torch.from_numpy(read_volume(folder / f"state{i:03d}.mrc")[0]) for i in range(len(codes))]
-        resized = [centre_crop(fourier_resize(volume, like.grid.working_box), like.grid.crop) for volume in volumes]
-        return torch.stack(resized).numpy()
+        eigenvolumes = np.stack([read(f"eigen_pos{i:04d}") for i in range(codes.shape[1])])
+        return (read("mean") + np.tensordot(codes, eigenvolumes, 1)).astype(np.float32)
 
     return decode
 
@@ -168,7 +183,7 @@ def folder_name(column: str) -> str:
 def measure(options: argparse.Namespace) -> dict[str, Figures]:
     """Make the set, run both programs, score: figures by column."""
     data, program = options.output / "data", [sys.executable, "-m", "opustomo"]
-    recovar = [str(options.recovar), "-m", "recovar.command_line"]
+    recovar = [str(options.recovar), "-c", LAUNCH]
     timed([*program, "simulate", "-o", str(data), "--stacks", *options.simulate.split()], data)
     star, mask, flat = str(data / "particles.star"), str(data / "mask.mrc"), write_flat_star(data / "stacks")
     truth = read_truth(data, len(starfile.read(star)))
@@ -187,7 +202,7 @@ def measure(options: argparse.Namespace) -> dict[str, Figures]:
         cost = timed([*recovar, "pipeline", *stated, *fixed, *RECOVAR[name]], folder)
         for zdim in ZDIMS:
             codes = np.load(folder / "model" / f"zdim_{zdim}" / "latent_coords.npy").astype(np.float32)
-            columns[f"{name}, {zdim}"] = cost | score(codes, recovar_decoder(recovar, folder, zdim, run), run, truth)
+            columns[f"{name}, {zdim} dimensions"] = cost | score(codes, recovar_decoder(folder, run), run, truth)
     return columns
 
 
@@ -195,12 +210,10 @@ def markdown(columns: dict[str, Figures]) -> str:
     """A row for every figure, a column for every run."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label in next(iter(columns.values())):
-        digits = (
-            0 if label.endswith(" s") or label == "dimensions in use" else 1 if label.endswith(("GB", "(A)")) else 3
-        )
-        lines.append(
-            f"| {label} | " + " | ".join(f"{figures[label]:.{digits}f}" for figures in columns.values()) + " |"
-        )
+        whole = label.endswith(" s") or label == "dimensions in use"
+        form = ".0f" if whole else ".1f" if label.endswith(("GB", "(A)")) else ".3f"
+        cells = [format(figures[label], form) for figures in columns.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
