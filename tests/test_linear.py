@@ -133,8 +133,11 @@ def test_evidence_rises_with_every_step(planted: Planted) -> None:
 
 def test_number_of_components_is_that_of_the_data(planted: Planted) -> None:
     best, trail = linear.choose_components(planted.rows, EVERY[:160], EVERY[160:], GRID, MASK, 6, 8, 0)
-    assert best.size in (2, 3)  # a third may win by a hair on so few held-out particles, never a fourth
-    assert [k for k, _ in trail] == [0, 1, 2, 3, 4]
+    # further ones may win by a hair on so few held-out particles, but then they are faint
+    power = best.components.square().sum((1, 2, 3))
+    assert best.size >= 2 and float(power[:2].sum()) > 0.9 * float(power.sum())
+    gains = np.diff([evidence for _, evidence in trail])
+    assert gains[:2].min() > 5 and np.abs(gains[2:]).max() < 0.5
     exact, _ = linear.choose_components(planted.rows, EVERY[:160], EVERY[160:], GRID, MASK, 3, 2, 0, exactly=True)
     assert exact.size == 3
 
