@@ -23,8 +23,10 @@ SIMULATOR = Path(__file__).parents[2] / "shared" / "tools" / "simulate_phantom.p
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _same_start() -> None:
+    """The same random numbers, and one thread: a verb run by a test may have asked for more, which only wait here."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def simulate(folder: Path, *options: str) -> Path:
