@@ -145,4 +145,8 @@ def test_files_of_the_axes(tmp_path: Path) -> None:
     motion = read_codes(tmp_path / "axis2" / "z_axis.txt", 4)
     assert motion.shape == (10, 4) and np.ptp(motion[:, 1]) > 2.5 and np.ptp(motion[:, 0]) < 0.3
     assert len(axes) == 2
+    run.linear = stored | {"code": values[:, 1:], "mixing": np.eye(1), "pull": likelihood.pull[:, 1:],
+                           "information": likelihood.information[:, 1:, 1:]}  # fmt: skip
+    write_axes(run, tmp_path)  # type: ignore[arg-type]
+    assert not (tmp_path / "groups" / "labels.pkl").exists()  # no groups of an earlier analysis stay behind
     assert write_axes(FakeRun(tmp_path, codes, run.rotation), tmp_path) == []  # type: ignore[arg-type]

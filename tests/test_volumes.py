@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from fake_run import GRID, ZDIM, blob, fake_run
 from opustomo.analysis import volumes
+from opustomo.config import VolumesConfig
 from opustomo.errors import UserError
 
 
@@ -122,3 +123,17 @@ def test_lists_of_codes_name_the_bad_row(tmp_path: Path) -> None:
 def test_options_are_found_in_any_group() -> None:
     config = {"grid": {"mask": "m.mrc"}, "lr": 1, "input": {"datadir": None}}
     assert volumes.option(config, "mask") == "m.mrc" and volumes.option(config, "datadir") == ""
+
+
+def test_codes_of_axes_and_groups_come_from_the_analysis(tmp_path: Path) -> None:
+    """--axis J and --groups read what analyze found; an axis that is not there is named with those that are."""
+    run, _ = fake_run(tmp_path)
+    folder = run.path / f"analyze.{run.epoch}"
+    for name in ("axis1/z_axis.txt", "groups/centers.txt"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("1 2 3 4\n")
+    source = volumes._source
+    assert source(run, VolumesConfig(run.path, axis=1)) == folder / "axis1" / "z_axis.txt"  # type: ignore[arg-type]
+    assert source(run, VolumesConfig(run.path, groups=True)) == folder / "groups" / "centers.txt"  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"--axis 2: .*axes 1 to 1"):
+        source(run, VolumesConfig(run.path, axis=2))  # type: ignore[arg-type]

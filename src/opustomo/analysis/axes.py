@@ -282,6 +282,8 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
         sizes = ", ".join(f"{j}: {n}" for j, n in enumerate(np.bincount(labels)))
         log.info("%d of %d independent axes show separate groups; sizes: %s", discrete, len(axes), sizes)
     else:
+        for stale in ("labels.pkl", "centers.txt"):  # of an earlier analysis
+            (folder / "groups" / stale).unlink(missing_ok=True)
         log.info("none of the %d independent axes shows separate groups: what varies, varies continuously", len(axes))
     return axes
 

@@ -69,7 +69,9 @@ def _source(run: Run, config: VolumesConfig) -> Path:
             f"{fix}`, if an axis shows groups (axes.csv), or use `--kmeans K",
         )
     elif config.axis:
-        path = folder / f"axis{config.axis}" / "z_axis.txt"
+        path, present = folder / f"axis{config.axis}" / "z_axis.txt", len([*folder.glob("axis*/z_axis.txt")])
+        if present and not path.is_file():
+            raise UserError(f"--axis {config.axis}: {folder / 'axes.csv'} has axes 1 to {present}; give one of them")
     elif config.kmeans:
         path, fix = folder / f"kmeans{config.kmeans}" / "centers.txt", f"{fix} --clusters {config.kmeans}"
     else:
