@@ -100,6 +100,19 @@ def test_select_writes_classes_or_their_union_and_a_manifest(tmp_path: Path) -> 
     assert not (tmp_path / "c").exists()
 
 
+def test_select_takes_the_groups_along_discrete_axes(tmp_path: Path) -> None:
+    star = Set(tmp_path, n=6).write_star()
+    run = tmp_path / "run"
+    save_pickle(run / "analyze.4/kmeans3/labels.pkl", np.arange(6) % 3)
+    with pytest.raises(UserError, match=r"groups/labels.pkl; run `opustomo analyze .*`, which writes groups where"):
+        select(SelectConfig(star, run, tmp_path / "a", groups=True))
+    save_pickle(run / "analyze.4/groups/labels.pkl", np.array([0, 1, 1, 1, 0, 1]))
+    assert select(SelectConfig(star, run, tmp_path / "a", groups=True, classes=(1,))) == 0
+    chosen = read_star(tmp_path / "a/selected.star").particles["rlnImageName"].tolist()
+    assert chosen == ["sub/p1.mrc", "sub/p2.mrc", "sub/p3.mrc", "sub/p5.mrc"]
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["kmeans"] is None
+
+
 @pytest.mark.parametrize("version", ["3.0", "3.1"])
 def test_corrected_poses_are_written_in_the_units_of_the_file(version: str, tmp_path: Path) -> None:
     """Read again they are the poses given; every other column is as it was."""
