@@ -22,10 +22,11 @@ import torch
 from run import lookup
 from torch import Tensor
 
-from opustomo import encode, linear, linear_fit, linear_stage, preparation, train
+from opustomo import encode, linear, linear_fit, linear_stage, train
 from opustomo.analysis.quality import evaluate, json_text
 from opustomo.checkpoint import open_run
 from opustomo.config import GridOptions, LinearConfig, TrainConfig
+from opustomo.data import cache
 from opustomo.data.observe import Noise
 from opustomo.mixture import single
 from opustomo.model.vae import Vae
@@ -113,7 +114,7 @@ LINEAR = [
     Variant("codes N(0, 1) instead of a mixture",
             ((linear_fit, "choose_mixture", lambda stats, *rest: single(stats.first.shape[1] - 1)),)),
     Variant("the same noise power in all shells",
-            ((preparation, "estimate_noise", white(preparation.estimate_noise)),)),
+            ((cache, "estimate_noise", white(cache.estimate_noise)),)),
 ]  # fmt: skip
 NETWORK = [
     Variant("network, everything on"),

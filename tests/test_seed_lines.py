@@ -281,7 +281,7 @@ def test_analyze_without_umap(analysed: tuple[Place, Path]) -> None:
         axis = (line[-1] - line[0]) / length
         ends = np.percentile((codes - codes.mean(0)) @ axis, [5, 95])
         np.testing.assert_allclose((line - codes.mean(0)) @ axis, np.linspace(*ends, 10), atol=1e-3)
-    pictures = {"z_pca.png", "explained_variance.png", "kmeans6/z_pca.png"}
+    pictures = {"z_pca.png", "explained_variance.png", "axes.png", "kmeans6/z_pca.png"}
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.png")} == pictures
 
 
