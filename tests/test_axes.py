@@ -50,6 +50,7 @@ LAWS = {
     "three states": (1.8 * RNG.integers(0, 3, N), 3),
     "uniform motion": (RNG.uniform(-1.7, 1.7, N), 1),
     "saturating motion": (1.5 * np.sin(RNG.uniform(-1.5, 1.5, N)), 1),
+    "motion that hardly leaves its ends": (1.5 * np.tanh(2 * np.sin(RNG.uniform(-1.5, 1.5, N))), 1),
     "motion piled up at one end": (3 * np.cos(RNG.uniform(-1.4, 1.4, N)), 1),
     "Gaussian": (RNG.normal(size=N), 1),
     "a long tail": (RNG.exponential(size=N), 1),

@@ -36,7 +36,8 @@ MOST_GROUPS = 4  # along one axis
 SAMPLE = 5_000  # particles that are enough to know a law
 POINTS = 10  # of a traversal
 QUADRATURE = 33  # points of a motion
-MOTIONS = ((-1.0, 0.0), (1.5, 0.0), (1.0, 0.7), (1.0, -0.7))  # starts: how far it turns, and where
+MOTIONS = ((-1.0, 0.0, -2.0), (1.5, 0.0, 1.0), (1.0, 0.7, -1.0), (1.0, -0.7, -1.0))  # starts of w, f and g
+LARGEST_GAIN = 2.0
 EM_STEPS = 300
 SEPARATE = 2.5  # widths between neighbouring groups: nearer than 2 there is no gap between them
 LEAST_WIDTH = 0.02  # of the spread of the axis
@@ -141,8 +142,8 @@ def _axis(
     seen = (place[some], error[some])
     price = 0.5 * np.log(max(2, len(some)))
     one, skewed = fit_groups(*seen, 1), fit_groups(*seen, 2, alike=False)
-    # of a motion only centre and reach are charged: what its law looks like is not known
-    continuous = max(one.evidence, motion_evidence(*seen)) - 2 * price
+    # of a motion only place, reach and one number of its shape are charged: the others forgive what is not known of it
+    continuous = max(one.evidence - 2 * price, motion_evidence(*seen) - 3 * price)
     if skewed.separation < SEPARATE:  # a long tail or a sharp peak
         continuous = max(continuous, skewed.evidence - 5 * price)
     best, advantage = one, -np.inf
@@ -191,24 +192,25 @@ def _refine(groups: Groups, place: Floats, error: Floats, floor: float, steps: i
 
 
 def motion_evidence(place: Floats, error: Floats) -> float:
-    """Evidence in nats of a continuous motion without preferred states: ``c + h sin(w u + f)``, u uniform in +-1.
+    """Evidence in nats of a motion without preferred states: ``c + h tanh(g sin(w u + f))``, u uniform in +-1.
 
-    A motion moves density by more than it is wide, so a linear axis sees it saturate and turn: its law lies between
-    uniform (w near 0) and piled up at one or both ends (w near pi/2), without any gap.  Five parameters are fitted, the
-    last the softness of the whole, which forgives errors of the noise model.
+    A motion moves density by more than it is wide, so a linear axis sees it turn (w) and saturate (g): its law lies
+    between uniform and piled up at one or both ends, with a sixth of the particles at least in the middle half.
+    Six parameters are fitted, one of them the softness of the whole, which forgives errors of the noise model.
     """
     u = np.linspace(-1, 1, QUADRATURE)
     centre, half = float(np.average(place, weights=1 / error**2)), float(np.sqrt(3.0) * place.std())
 
     def cost(law: Floats) -> float:
         turn, phase = 0.05 + 1.5 * expit(law[3]), 1.6 * np.tanh(law[4])
-        at = law[0] + np.exp(law[1]) * np.sin(turn * u + phase) / np.sin(turn)
+        gain = 0.05 + LARGEST_GAIN * expit(law[5])
+        at = law[0] + np.exp(law[1]) * np.tanh(gain * np.sin(turn * u + phase) / np.sin(turn)) / np.tanh(gain)
         spread = np.hypot(error, np.exp(law[2]))[:, None]
         density = np.exp(-0.5 * np.minimum(((place[:, None] - at) / spread) ** 2, 1400)).mean(1)
         return float((np.log(spread[:, 0]) - np.log(density)).sum())
 
     start = [centre, np.log(0.8 * half), np.log(0.3 * float(np.median(error)))]
-    fits = [minimize(cost, [*start, *motion], method="Nelder-Mead", options={"maxiter": 300}) for motion in MOTIONS]
+    fits = [minimize(cost, [*start, *motion], method="Nelder-Mead", options={"maxiter": 400}) for motion in MOTIONS]
     return -float(min(fit.fun for fit in fits)) - 0.5 * np.log(2 * np.pi) * len(place)
 
 
