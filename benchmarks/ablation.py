@@ -174,6 +174,10 @@ def main() -> None:
         """The linear stage is the same for every network: fitted once."""
         if not started:
             started.append(first_start(*arguments))
+        else:  # each run folder has its own copy of the results
+            config, inputs, *_ = arguments
+            kept = (started[0].linear, started[0].rows, inputs.grid, inputs.mask)
+            linear_stage.write_results(config.output / "linear", *kept, 4, config.seed)
         return started[0]
 
     first_start = train.start_from_linear
