@@ -88,12 +88,18 @@ def test_bright_objects_take_no_part_in_fits(planted: Planted) -> None:
 
 
 def test_one_component_is_kept_where_none_is_found(caplog: pytest.LogCaptureFixture) -> None:
-    """Identical particles: held-out evidence prefers the average, yet there has to be a code; and it is said."""
+    """Identical particles: held-out evidence prefers the average, yet there has to be a code; and it is said.
+
+    Ten held-out particles can be wrong by chance in one set (seed 4 is), so it is the mean over four that decides.
+    """
     volume = gaussians(CROP, np.array([[0, -1.0, 0]]), 1.3) * MASK
-    rows = observed(volume.expand(30, -1, -1, -1), even_weights(30, SIZE, 1, 30.0), SIZE, seed=9)
-    order = torch.arange(30)
-    model, trail = linear.choose_components(rows, order[10:], order[:10], GRID, MASK, 3, 12, 0)
-    assert model.size == 1 and trail[0][1] > trail[1][1]
+    order, gains = torch.arange(30), []
+    for seed in (4, 5, 6, 7):
+        rows = observed(volume.expand(30, -1, -1, -1), even_weights(30, SIZE, 1, 30.0), SIZE, seed=seed)
+        model, trail = linear.choose_components(rows, order[10:], order[:10], GRID, MASK, 3, 12, 0)
+        assert model.size == 1
+        gains.append(trail[1][1] - trail[0][1])
+    assert np.mean(gains) < -0.1
     assert "average alone" in caplog.text
 
 
