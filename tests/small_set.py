@@ -19,7 +19,9 @@ PARTICLES = 60
 EPOCHS = 3
 PIXEL = 15.0
 # Working box 16 (22.5 A), the smallest template, a tenth of the channels: an epoch takes a fifth of a second.
-SMALL = ["--downfrac", "0.7", "--width", "0.1", "-b", "8", "--zdim", "2", "--workers", "1", "--device", "cpu"]
+# with an encoder, so that what it does is tested; what a run is without one: test_train
+SMALL = ["--downfrac", "0.7", "--width", "0.1", "-b", "8", "--zdim", "2", "--workers", "1", "--device", "cpu",
+         "--encoderres", "6"]  # fmt: skip
 RATES = ("seconds", "particles_per_second")
 
 

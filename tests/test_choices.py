@@ -22,10 +22,15 @@ def test_a_run_says_once_what_it_uses_and_why(finished_run: Path) -> None:
     lines = re.findall(rf" INFO +({'|'.join(NAMES)}) (\S+): (.+)$", text, re.M)
     assert [name for name, *_ in lines] == NAMES
     said = {name: (float(value), reason) for name, value, reason in lines}
-    assert {name for name in NAMES if said[name][1].startswith("given")} == {"zdim", "width", "epochs", "batch"}
+    assert {name for name in NAMES if said[name][1].startswith("given")} == {
+        "zdim",
+        "width",
+        "epochs",
+        "batch",
+        "encoderres",
+    }
     assert said["zdim"] == (2, "given; 1 of 2 used: held-out evidence chose 1 component")
     assert said["templateres"] == (16, "the multiple of 16 at or above the crop of 16")
-    assert said["encoderres"] == (6, "half of OPUS-TOMO's, on a CPU")
     assert "no viewing direction can be read" in said["lamb"][1]
 
 
@@ -58,6 +63,12 @@ def test_what_was_given_is_told_from_what_was_chosen(
 )
 def test_components_that_are_used(zdim: int, used: int, trail: list[tuple[int, float]], words: str) -> None:
     assert choices._components(zdim, used, trail).endswith(words)
+
+
+def test_why_there_is_an_encoder_or_none() -> None:
+    assert choices._encoder(config(), False).startswith("no encoder: no code it found was better")
+    assert choices._encoder(config(encoderres=6), False) == "half of OPUS-TOMO's, on a CPU"
+    assert choices._encoder(config(encoderres=12, lamb=0.5), True).endswith("; --lamb needs an encoder to act on")
 
 
 def test_steps_are_counted_as_they_are_made() -> None:

@@ -66,6 +66,7 @@ def test_nonlinear_part_stays_inside_the_mask() -> None:
 def test_posterior_width_cannot_run_away() -> None:
     """Whatever a bad batch does to the encoder, a standard deviation changes by at most e^3 either way."""
     model = vae()
+    assert model.encoder is not None
     for sign in (1, -1):
         torch.nn.init.constant_(model.encoder.head.bias, sign * 1e4)
         _, log_scale = model.encode(torch.randn(2, CROP, CROP, CROP), *linear_posterior(2, 3))
@@ -156,6 +157,7 @@ def test_empty_volumes_make_no_nan() -> None:
             model.mask, model.mean, model.components, model.pose_modes, model.mask,
             templateres=16, width=0.1, encoderres=6,
         )  # fmt: skip
+        assert model.encoder is not None
         torch.nn.init.normal_(model.encoder.head.weight)
         torch.nn.init.normal_(model.decoder.rise[-1].weight)  # type: ignore[arg-type]
         code, width = linear_posterior(2, 3)

@@ -138,7 +138,9 @@ def test_every_sample_of_the_untrained_bound_is_the_evidence(prepared: Prepared)
         losses.append(step.nll.detach())
     assert float((losses[0] - losses[1]).abs().mean()) > 0.05  # other samples, other codes
     (step.nll + step.kl).mean().backward()
-    encoder, decoder = model.encoder.head.bias.grad, model.decoder.rise[-1].bias.grad  # type: ignore[union-attr]
+    assert model.encoder is not None
+    encoder, decoder = model.encoder.head.bias.grad, model.decoder.rise[-1].bias.grad
+    assert isinstance(encoder, torch.Tensor) and isinstance(decoder, torch.Tensor)
     assert float(encoder.abs().max()) < 5e-3
     assert float(decoder.abs().max()) > 20 * float(encoder.abs().max())
 
@@ -149,6 +151,7 @@ def test_moved_posterior_has_a_lower_bound(prepared: Prepared) -> None:
     start = training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"]
     spread = training.known(prepared.context, index).spread()
     k = spread.shape[1]
+    assert model.encoder is not None
     losses = []
     for push in (0.5, 1.0):
         with torch.no_grad():

@@ -255,6 +255,19 @@ def test_options_act(options: tuple[str, ...], quick: Trainer, plain_epoch: Path
     assert all(math.isfinite(value) for value in held_out(run))
 
 
+def test_codes_are_the_linear_stages_unless_something_asks_for_others(quick: Trainer) -> None:
+    """Without an encoder; --lamb, which moves codes, brings one, and so does its size."""
+    plain = quick("--encoderres", "0")
+    assert not any(name.startswith("encoder.") for name in learned(plain))
+    run = checkpoint.open_run(plain)
+    exact = run.linear_results()
+    assert run.model.encoder is None and exact is not None
+    assert np.allclose(run.codes, exact["code"], atol=1e-5)
+    assert float(run.model.nonlinear(torch.from_numpy(run.codes[:1])).detach().abs().max()) > 0
+    asked = learned(quick("--encoderres", "0", "--lamb", "0.5", name="asked"))
+    assert "encoder.head.weight" in asked
+
+
 def test_sizes_of_the_network_act(quick: Trainer) -> None:
     run = quick("--width", "0.15", "--encoderres", "4", "--templateres", "32", "--zdim", "3")
     state, usual = learned(run), ("encoder.stem.2.weight", "decoder.first.weight", "encoder.head.weight")
@@ -262,6 +275,7 @@ def test_sizes_of_the_network_act(quick: Trainer) -> None:
     assert [tuple(state[name].shape[:2]) for name in usual] == [(20, 8), (76, used), (2 * used, 76)]
     opened = checkpoint.open_run(run)
     assert opened.codes.shape == (PARTICLES, 3)
+    assert opened.model.encoder is not None
     assert opened.grid.templateres == 32 and opened.model.encoder.encoderres == 4
     assert opened.decode(opened.codes[:2]).shape == (2, 16, 16, 16)
 

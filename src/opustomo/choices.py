@@ -40,7 +40,7 @@ def choices(
         "zdim": _components(config.zdim, start.linear.model.size, start.linear.trail),
         "templateres": f"the multiple of 16 at or above the crop of {grid.crop}",
         "width": "all of OPUS-TOMO's channels, on a GPU" if fast else "a quarter of OPUS-TOMO's channels, on a CPU",
-        "encoderres": "OPUS-TOMO's, on a GPU" if fast else "half of OPUS-TOMO's, on a CPU",
+        "encoderres": _encoder(config, fast),
         "lr": "a held-out bound that rises steadily; with 0.002 it jumped from epoch to epoch",
         "epochs": _epochs(config, trained),
         "batch": "OPUS-TOMO's, and that of all measurements",
@@ -73,6 +73,13 @@ def _components(zdim: int, used: int, trail: list[tuple[int, float]]) -> str:
         return found + "prefers the average alone, one component is kept"
     found += f"chose {used} component{'s' * (used != 1)}"
     return found + (", the most allowed; a larger --zdim may find more" if used == zdim < MAX_COMPONENTS else "")
+
+
+def _encoder(config: TrainConfig, fast: bool) -> str:
+    if config.encoderres == 0:
+        return "no encoder: no code it found was better than the linear stage's, which are exact for a linear density"
+    size = "OPUS-TOMO's, on a GPU" if fast else "half of OPUS-TOMO's, on a CPU"
+    return size + ("; --lamb needs an encoder to act on" if config.lamb > 0 else "")
 
 
 def _epochs(config: TrainConfig, trained: int) -> str:

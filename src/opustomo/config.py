@@ -167,7 +167,7 @@ class TrainConfig:
     width: float = 0.0
     """Channel multiplier; 1 is OPUS-TOMO's network (0: 1 on a GPU, 0.25 on CPUs)."""
     encoderres: int = 0
-    """Size to which the encoder's features are resized (0: 12, OPUS-TOMO's, on a GPU; 6 on CPUs)."""
+    """Size of the encoder's features (0: with --lamb 12, OPUS-TOMO's, on a GPU, 6 on CPUs; without it no encoder)."""
     estpose: bool = True
     """Correct every particle's pose by what the linear stage finds (pose.N.pkl); the STAR file is never changed."""
     num_gpus: int = 1

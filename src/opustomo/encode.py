@@ -1,7 +1,7 @@
 """Codes of particles from a model that is held: every epoch of ``train`` ends with this, and the verb ``encode``.
 
-Owns: the encoder's correction of what the linear stage knows, the pass over all particles, and new particles in a
-finished run.  Nothing is fitted there but the particles' own poses and gains, and their noise model.
+Owns: the posterior of a batch, the pass over all particles, and new particles in a finished run.  Nothing is fitted
+there but the particles' own poses and gains, and their noise model.
 """
 
 from __future__ import annotations
@@ -76,14 +76,16 @@ def known(context: Context, index: Tensor) -> CodePosterior:
     return condition(context.mixture, context.statistics.at(index.to(context.device)))
 
 
-def correction(
-    model: Vae, context: Context, prior: CodePosterior, numerator: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shift and log scale (b, K) that the encoder gives the linear stage's posterior of a batch."""
+def posterior_of(
+    model: Vae, context: Context, linear: CodePosterior, numerator: Tensor, weight: Tensor
+) -> CodePosterior:
+    """Posterior of the codes of a batch: the linear stage's, moved by the encoder if there is one."""
+    if model.encoder is None:
+        return linear
     density = residual_density(numerator, weight, model.mean, context.precision, model.mask, context.grid.working_box)
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
-        shift, log_scale = model.encode(density, prior.centre().float(), prior.spread().float())
-    return shift.double(), log_scale.double()
+        shift, log_scale = model.encode(density, linear.centre().float(), linear.spread().float())
+    return linear.moved(shift.double(), log_scale.double())
 
 
 @torch.no_grad()
@@ -95,8 +97,9 @@ def encode_all(model: Vae, context: Context, zdim: int) -> tuple[Tensor, Tensor]
     model.eval()
     means, sigmas = [], []
     for index in torch.arange(len(context.gain)).split(32):
-        linear = known(context, index)
-        posterior = linear.moved(*correction(model, context, linear, *read_batch(context, index)))
+        posterior = known(context, index)
+        if model.encoder is not None:
+            posterior = posterior_of(model, context, posterior, *read_batch(context, index))
         means.append(posterior.centre().float().cpu())
         sigmas.append(posterior.spread().float().cpu())
     unused = (0, zdim - means[0].shape[1])

@@ -124,6 +124,10 @@ class CodePosterior:
             self.share, self.mean + shift[:, None], self.factor * log_scale.exp()[:, None, None, :], self.evidence
         )
 
+    def detach(self) -> CodePosterior:
+        """The same without gradients."""
+        return CodePosterior(*(getattr(self, f.name).detach() for f in fields(self)))
+
     def sample(self, part: Tensor, noise: Tensor) -> Tensor:
         """Codes (b, K) of the chosen parts (b,) for standard normal noise (b, K)."""
         every = torch.arange(len(part), device=part.device)

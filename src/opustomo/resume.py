@@ -25,7 +25,7 @@ _FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "d
 # stored unless typed, and free to change: they do not touch what is computed
 _HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "log_interval", "tmp_prefix"})
 # sizes of the network, and what the stored poses and codes belong to
-_FIXED = ("zdim", "templateres", "width", "star", "ind", "estpose")
+_FIXED = ("zdim", "templateres", "width", "encoderres", "star", "ind", "estpose")
 # what a checkpoint of train has and neither one of the linear stage nor of an earlier version
 _NEEDED = frozenset(
     {"model", "optimizer", "bank", "gain", "typical", "usual", "grid", "noise", "mixture", "linear", "rotation"}
@@ -79,7 +79,8 @@ def _refuse(
     config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], folder: Path, epoch: int, spelt: str
 ) -> None:
     for name in _FIXED:
-        if name in changed:
+        # a run without an encoder may get one
+        if name in changed and not (name == "encoderres" and stored[name] == 0):
             raise UserError(
                 f"{spelt_option(name, changed[name])} where {folder} was trained with {stored[name]}; give what it was "
                 f"trained with, or start a new run without {spelt}"

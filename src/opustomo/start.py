@@ -115,7 +115,8 @@ def with_sizes(config: TrainConfig, device: torch.device) -> TrainConfig:
     return dataclasses.replace(
         config,
         width=config.width or (1.0 if fast else 0.25),
-        encoderres=config.encoderres or (12 if fast else 6),
+        # only --lamb asks for codes other than the linear stage's, which nothing has bettered
+        encoderres=config.encoderres or ((12 if fast else 6) if config.lamb > 0 else 0),
     )
 
 

@@ -21,7 +21,7 @@ from opustomo.analysis import plots
 from opustomo.choices import choices
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import bank_rows, batch_order
-from opustomo.encode import correction, encode_all, known, read_batch
+from opustomo.encode import encode_all, known, posterior_of, read_batch
 from opustomo.errors import UserError
 from opustomo.linear_stage import last_poses, stage_state
 from opustomo.mixture import CodePosterior
@@ -184,12 +184,11 @@ def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | No
     """Forward pass of a batch: encode, sample, decode, compare."""
     numerator, weight = read_batch(context, index)
     linear = known(context, index)
-    shift, log_scale = correction(model, context, linear, numerator, weight)
-    posterior = linear.moved(shift, log_scale)
+    posterior = posterior_of(model, context, linear, numerator, weight)
     code = posterior.sample(*draw(linear, generator))
     fit, density, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
-    kl = linear.moved(shift.detach(), log_scale.detach()).log_density(code) - context.mixture.log_density(code)
+    kl = posterior.detach().log_density(code) - context.mixture.log_density(code)
     prior = spectral_prior(band, context.precision, context.grid.working_box)
     gate = resolved(posterior.spread().detach().square(), context.mixture.variance())
     return Step(-fit, kl.float(), prior, posterior.centre().float(), gate.float(), density / model.scale[0])
@@ -302,7 +301,7 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
     for rows in index.split(16):
         numerator, weight = read_batch(context, rows)
         linear, statistics = known(context, rows), context.statistics.at(rows.to(context.device))
-        posterior = linear.moved(*correction(model, context, linear, numerator, weight))
+        posterior = posterior_of(model, context, linear, numerator, weight)
         exact += float(linear.evidence.sum())
         for _ in range(EVALUATION_PAIRS):
             part, noise = draw(linear, generator)
@@ -355,8 +354,7 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     model.eval()
     shown = index[: min(4, len(index))]
     numerator, weight = read_batch(context, shown)
-    linear = known(context, shown)
-    code = linear.moved(*correction(model, context, linear, numerator, weight)).centre().float()
+    code = posterior_of(model, context, known(context, shown), numerator, weight).centre().float()
     volume = model.linear(code) + model.nonlinear(code)
     size = context.grid.working_box
     seen = centre_crop(irfft3(from_band(model_band(volume, size) * weight, size)), context.grid.crop)

@@ -105,7 +105,7 @@ def network_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zaffinedim", type=int, default=0, help="dimension of the conformation code; needs bodies, none here")
     add("--downfrac", type=float, default=NATIVE_GRID.downfrac, help="working box as a fraction of the subtomogram's")
     add("--templateres", type=int, default=192, help="size of the network's volume, a multiple of 16")
-    add("--encoderres", type=int, default=NATIVE.encoderres, help="size of the encoder's features (0: automatic)")
+    add("--encoderres", type=int, default=NATIVE.encoderres, help="size of the encoder's features (0: by --lamb)")
     add("--estpose", action="store_true", help="correct every subtomogram's pose (without it they are kept)")
     add("--lazy-single", action="store_true", help="accepted; subtomograms are always read as needed")
     add("--pe-type", default="vanilla", help="accepted; only vanilla exists")

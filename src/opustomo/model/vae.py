@@ -1,7 +1,8 @@
 """The variational autoencoder around the linear model: ``V(z) = mean + U z + reach D(z)``.
 
 Owns: how encoder, decoder and linear model join.  An untrained network is exactly the linear stage: its decoder adds
-nothing and its posterior is the linear one, so whatever training changes is the network's own doing.
+nothing and its posterior is the linear one, so whatever training changes is the network's own doing.  Without
+``encoderres`` there is no encoder: the posterior stays the linear one (docs/decisions/0009-no-encoder-unless-asked.md).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Vae(nn.Module):
     ) -> None:
         super().__init__()
         size = components.shape[0]
-        self.encoder = Encoder(size, width, encoderres)
+        self.encoder = Encoder(size, width, encoderres) if encoderres else None
         self.decoder = Decoder(size, templateres, width)
         self.register_buffer("mask", mask)
         self.register_buffer("mean", mean)
@@ -61,8 +62,10 @@ class Vae(nn.Module):
     def encode(self, density: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Correction of the posterior of the linear stage: shift and log scale of its codes, (b, K) each.
 
-        density: (b, C, C, C) residual; mean, spread: (b, K), centre and standard deviations of that posterior.
+        density: (b, C, C, C) residual; mean, spread: (b, K), centre and standard deviations of that posterior.  Only
+        of a network that has an encoder.
         """
+        assert self.encoder is not None
         shift, log_scale = self.encoder(density / self.scale[1], torch.cat([mean, spread], 1))
         return shift, MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
 
