@@ -92,11 +92,6 @@ def not_deconvolved(
     return centre_crop(irfft3(from_band(data / scale, size)), numerator.shape[-1]) * mask
 
 
-def nothing_seen(self: Vae, density: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Instead of the encoder: the linear stage's posterior as it is."""
-    return torch.zeros_like(mean), torch.zeros_like(mean)
-
-
 def nothing_added(self: Vae, code: Tensor) -> Tensor:
     """Instead of the decoder: the linear model's volumes as they are."""
     return torch.zeros((len(code), *self.mask.shape)) * self.decoder.first.weight.sum()
@@ -118,10 +113,10 @@ LINEAR = [
 ]  # fmt: skip
 NETWORK = [
     Variant("network, everything on"),
-    Variant("no encoder", ((Vae, "encode", nothing_seen),)),
+    Variant("with an encoder", options={"encoderres": 6}),
     Variant("no decoder", ((Vae, "nonlinear", nothing_added),)),
-    Variant("encoder sees the consensus too", ((encode, "residual_density", consensus_left),)),
-    Variant("encoder input not deconvolved", ((encode, "residual_density", not_deconvolved),)),
+    Variant("encoder sees the consensus too", ((encode, "residual_density", consensus_left),), {"encoderres": 6}),
+    Variant("encoder input not deconvolved", ((encode, "residual_density", not_deconvolved),), {"encoderres": 6}),
     Variant("no spectral prior", options={"prior": 0.0}),
     Variant("--lamb 0.8", options={"lamb": 0.8}),
     Variant("--beta cos", options={"beta": "cos"}),

@@ -50,10 +50,10 @@ def moved(by: np.ndarray | float) -> Codes:
     ],
 )
 def test_verdict_says_what_was_found(
-    saved: dict[int, float], held: int, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    saved: dict[int, float], held: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="opustomo"):
-        verdict.write_verdict(tmp_path, saved, 20.0, held)
+        verdict.write_verdict(saved, 20.0, held)
     assert words in caplog.text
 
 

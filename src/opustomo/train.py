@@ -117,7 +117,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
             codes = save(config, start, model, context, optimizer, bank, epoch)
             saved[epoch] = scores["val_elbo"]
         preview(config, model, context, train, epoch)
-    write_verdict(config.output, saved, bound, len(held))
+    write_verdict(saved, bound, len(held))
     warn_of_codes(config, start, *codes, scores["val_elbo"] - bound)
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - started, peak_memory_gb(), config.output, config.output)  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,7 @@ WORDS = {
 }  # fmt: skip
 
 
-def write_verdict(folder: Path, saved: dict[int, float], linear: float, held: int) -> None:
+def write_verdict(saved: dict[int, float], linear: float, held: int) -> None:
     """Say whether the network earned its place on held-out particles, and which of its epochs to use.
 
     saved: held-out bound of every epoch with a checkpoint; linear: that of the linear stage; held: particles held out.
@@ -61,7 +60,7 @@ def write_verdict(folder: Path, saved: dict[int, float], linear: float, held: in
     else:
         log.warning(
             "%s explains held-out particles worse than the linear stage (%.2f against %.2f nats): "
-            "prefer the linear codes in %s/linear, or lower --lr", network, saved[judged], linear, folder,
+            "raise --prior, lower --lr, or take the maps of `opustomo linear`", network, saved[judged], linear,
         )  # fmt: skip
 
 
