@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-quality clean
+.PHONY: setup demo test test-fast lint bench bench-quality bench-step clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+bench-step: setup
+	$(BIN)/python benchmarks/step.py
 
 bench-quality: setup
 	$(BIN)/python benchmarks/run.py --sets all --markdown docs/benchmarks.md

@@ -110,7 +110,7 @@ def test_statistics_are_worth_the_volumes(two_states: TwoStates) -> None:
     volume = model.decode(code)
     numerator, weight = rows.numerators[:20] * gain[:, None, None, None], rows.weights[:20] * gain[:, None].square()
     modes, prior = linear.pose_modes(model.mean, model.pose_scale, GRID), linear.pose_prior(model, rows, EVERYONE[:20])
-    nuisance = objective.pose_nuisance(modes, numerator, weight, prior, SIZE)
+    nuisance = objective.pose_nuisance(objective.on_the_band(modes, SIZE), numerator, weight, prior)
     expected, _ = objective.evidence(volume, model_band(volume, SIZE), numerator, weight, nuisance, SIZE)
     found = two_states.statistics.at(EVERYONE[:20]).evidence(code.double()).float()
     assert float(prior.abs().max()) > 0.5

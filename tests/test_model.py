@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opustomo.model.decoder import Decoder
+from opustomo.model.decoder import Decoder, LastDoubling
 from opustomo.model.encoder import Encoder
 from opustomo.model.vae import Vae
 from opustomo.physics.volume import spherical_mask
@@ -15,9 +15,9 @@ CROP = 10
 
 def vae(zdim: int = 3, templateres: int = 16, width: float = 0.1, crop: int = CROP) -> Vae:
     mask = spherical_mask(crop, 0.3 * crop, 2.0)
-    mean, components, modes = torch.randn(crop, crop, crop), torch.randn(zdim, crop, crop, crop), torch.zeros(6, 1)
+    mean, components = torch.randn(crop, crop, crop), torch.randn(zdim, crop, crop, crop)
     return Vae(
-        mask, mean * mask, components * mask, modes, mask, templateres=templateres, width=width, encoderres=6
+        mask, mean * mask, components * mask, mask, templateres=templateres, width=width, encoderres=6
     )  # fmt: skip
 
 
@@ -110,6 +110,27 @@ def test_first_doubling_is_that_of_the_published_layer() -> None:
     assert all(layer.kernel_size == (4, 4, 4) for layer in Decoder(2, 64, 0.05).trunk)  # begins with 2^3 voxels
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_last_doubling_is_a_transposed_convolution(kind: torch.dtype) -> None:
+    """Values and all gradients; also in the precision of a GPU."""
+    own = LastDoubling(3, 1, 4, 2, 1)
+    plain = torch.nn.ConvTranspose3d(3, 1, 4, 2, 1)
+    plain.load_state_dict(own.state_dict())
+    values = torch.randn(2, 3, 5, 5, 5)
+    found = []
+    for layer, given in ((own, values.to(kind)), (plain, values.to(kind).float())):
+        given.requires_grad_()
+        made = layer(given)
+        made.float().pow(3).sum().backward()
+        assert layer.bias is not None
+        found.append(
+            [t.detach().float() for t in (made, given.grad, layer.weight.grad, layer.bias.grad) if t is not None]
+        )
+    assert len(found[0]) == 4
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).abs().max()) < (1e-4 if kind == torch.float32 else 0.05) * float(b.abs().max())
+
+
 @pytest.mark.parametrize("crop", [8, 12, 22])
 def test_any_crop_can_be_encoded_and_decoded(crop: int) -> None:
     """8 is the smallest working box; the crop need not divide the template."""
@@ -126,7 +147,6 @@ def test_decoded_density_follows_the_datas_units() -> None:
         small.mask,
         1e3 * small.mean,
         1e3 * small.components,
-        small.pose_modes,
         small.mask,
         templateres=16,
         width=0.1,
@@ -140,9 +160,7 @@ def test_decoded_density_follows_the_datas_units() -> None:
 def test_decoder_speaks_only_where_there_is_change() -> None:
     small = vae()
     reach = small.mask * (torch.arange(CROP) < CROP // 2)
-    model = Vae(
-        small.mask, small.mean, small.components, small.pose_modes, reach, templateres=16, width=0.1, encoderres=6
-    )
+    model = Vae(small.mask, small.mean, small.components, reach, templateres=16, width=0.1, encoderres=6)
     torch.nn.init.normal_(model.decoder.rise[-1].weight)  # type: ignore[arg-type]
     volume = model.nonlinear(torch.randn(2, 3))
     assert volume[..., : CROP // 2].abs().max() > 0 and not volume[..., CROP // 2 :].any()
@@ -154,7 +172,7 @@ def test_empty_volumes_make_no_nan() -> None:
     for name in ("components", "mean"):
         getattr(model, name).zero_()
         model = Vae(
-            model.mask, model.mean, model.components, model.pose_modes, model.mask,
+            model.mask, model.mean, model.components, model.mask,
             templateres=16, width=0.1, encoderres=6,
         )  # fmt: skip
         assert model.encoder is not None

@@ -34,7 +34,7 @@ def evidence_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     numerator, weight = rows.numerators, rows.weights
     prior = torch.zeros(len(rows), 6) if prior is None else prior
-    nuisance = objective.pose_nuisance(modes, numerator, weight, prior, SIZE)
+    nuisance = objective.pose_nuisance(objective.on_the_band(modes, SIZE), numerator, weight, prior)
     return objective.evidence(volume, model_band(volume, SIZE), numerator, weight, nuisance, SIZE)
 
 

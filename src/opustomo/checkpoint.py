@@ -264,7 +264,7 @@ def build_model(weights: dict[str, Any]) -> Vae:
     state, shape = weights["model"], weights["shape"]
     try:
         model = Vae(
-            state["mask"], state["mean"], state["components"], state["pose_modes"], state["reach"],
+            state["mask"], state["mean"], state["components"], state["reach"],
             templateres=shape["templateres"], width=shape["width"], encoderres=shape["encoderres"],
         )  # fmt: skip
         model.load_state_dict(state)

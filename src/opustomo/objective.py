@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,34 @@ from opustomo.physics.volume import centre_crop, centre_pad
 
 
 @dataclass(frozen=True)
+class PoseModes:
+    """The six pose modes D, (6, C, C, C), and what the likelihood needs of them for all particles alike.
+
+    ``bands`` (6, n) complex: their transforms; ``products`` (21, n): those of every pair j <= k.
+    """
+
+    modes: Tensor
+    bands: Tensor
+    products: Tensor
+
+    def to(self, device: torch.device) -> PoseModes:
+        """On a device."""
+        return PoseModes(self.modes.to(device), self.bands.to(device), self.products.to(device))
+
+
+def on_the_band(modes: Tensor, size: int) -> PoseModes:
+    """modes: (6, C, C, C) of ``linear.pose_modes``."""
+    bands = model_band(modes, size)
+    multiplicity = band_multiplicity(size, bands.device)
+    first, second = torch.triu_indices(len(modes), len(modes))
+    return PoseModes(modes, bands, (bands[first] * bands[second].conj()).real * multiplicity)
+
+
+@dataclass(frozen=True)
 class Nuisance:
     """What is constant per particle about its pose error: factor and overlaps of the six pose modes D.
 
-    ``bands`` (6, n) complex: transforms of D times multiplicity; ``factor`` (b, 6, 6): Cholesky factor of
+    ``bands`` (6, n) complex: as in ``PoseModes``; ``factor`` (b, 6, 6): Cholesky factor of
     ``D^T W D + I``; ``overlap`` (b, 6): ``<D, B>``; ``prior`` (b, 6): prior mean.  Gains are included in W and B.
     """
 
@@ -37,15 +62,14 @@ class Nuisance:
     prior: Tensor
 
 
-def pose_nuisance(modes: Tensor, numerator: Tensor, weight: Tensor, prior: Tensor, size: int) -> Nuisance:
-    """modes: (6, C, C, C); numerator: (b, C, C, C); weight: (b, n); prior: (b, 6)."""
-    bands = model_band(modes, size)
-    products = (bands[:, None] * bands[None].conj()).real * band_multiplicity(size, bands.device)
-    gram = torch.einsum("bn,jkn->bjk", weight, products)
-    eye = torch.eye(len(modes), device=gram.device)
-    overlap = numerator.flatten(1) @ modes.flatten(1).T
-    scaled = bands.conj() * band_multiplicity(size, bands.device)
-    return Nuisance(scaled, torch.linalg.cholesky(gram + eye), overlap, prior)
+def pose_nuisance(pose: PoseModes, numerator: Tensor, weight: Tensor, prior: Tensor) -> Nuisance:
+    """numerator: (b, C, C, C); weight: (b, n); prior: (b, 6)."""
+    count = len(pose.modes)
+    first, second = torch.triu_indices(count, count)
+    gram = weight.new_zeros(len(weight), count, count)
+    gram[:, first, second] = gram[:, second, first] = weight @ pose.products.T
+    overlap = numerator.flatten(1) @ pose.modes.flatten(1).T
+    return Nuisance(pose.bands, torch.linalg.cholesky(gram + torch.eye(count, device=gram.device)), overlap, prior)
 
 
 def evidence(
@@ -57,13 +81,38 @@ def evidence(
     posterior mean of the pose error (b, 6) in units of its scale.  With prior N(p, I) of the error it is
     ``-E(V) + 1/2 b^T G^-1 b - 1/2 |p|^2 - 1/2 log det G``, ``b = D^T (B - W V) + p``, ``G = D^T W D + I``.
     """
-    weighted = weight * band
-    quadratic = ((band.conj() * weighted).real * band_multiplicity(size, band.device)).sum(-1)
-    fit = (volume * numerator).sum((-3, -2, -1)) - 0.5 * quadratic
-    pull = nuisance.overlap + nuisance.prior - torch.einsum("jn,bn->bj", nuisance.bands, weighted).real
-    error = torch.cholesky_solve(pull[..., None], nuisance.factor)[..., 0]
+    weighted = weight * band_multiplicity(size, band.device)
+    value, error = _Explained.apply(band, weighted, nuisance)
     log_det = 2.0 * nuisance.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return fit + 0.5 * (pull * error - nuisance.prior.square()).sum(-1) - 0.5 * log_det, error
+    constant = 0.5 * (nuisance.prior.square().sum(-1) + log_det)
+    return (volume * numerator).sum((-3, -2, -1)) + value - constant, error
+
+
+class _Explained(torch.autograd.Function):
+    """``-1/2 <V, W V> + 1/2 b^T G^-1 b`` and the pose error ``G^-1 b``, of which only the first has a gradient.
+
+    The gradient is ``-W (V + D G^-1 b)``: written out it is one pass over the band instead of a dozen.
+    band (b, n) complex; weighted (b, n): W times multiplicity.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, band: Tensor, weighted: Tensor, nuisance: Nuisance) -> tuple[Tensor, Tensor]:
+        product = weighted * band
+        # Re <D, W V> and <V, W V> as real sums over real and imaginary parts
+        parts = torch.view_as_real(product).flatten(1)
+        modes = torch.view_as_real(nuisance.bands).flatten(1)
+        pull = nuisance.overlap + nuisance.prior - parts @ modes.T
+        error = torch.cholesky_solve(pull[..., None], nuisance.factor)[..., 0]
+        quadratic = (parts * torch.view_as_real(band).flatten(1)).sum(-1)
+        moved = torch.view_as_complex((error @ modes).unflatten(1, (-1, 2)))
+        ctx.save_for_backward(moved.mul_(weighted).add_(product).neg_())
+        ctx.mark_non_differentiable(error)
+        return 0.5 * ((pull * error).sum(-1) - quadratic), error
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0][:, None] * gradient, None, None
 
 
 def spectral_prior(band: Tensor, precision: Tensor, size: int) -> Tensor:
@@ -72,7 +121,8 @@ def spectral_prior(band: Tensor, precision: Tensor, size: int) -> Tensor:
     band: (b, n) transform of the decoder's nonlinear part; precision ``1/tau^2``: (n,).  It keeps the decoder from
     answering noise in shells where the linear stage found no variability.
     """
-    return 0.5 * (band.abs().square() * (precision * band_multiplicity(size, band.device))).sum(-1)
+    squares = torch.view_as_real(band).square()
+    return 0.5 * (squares * (precision * band_multiplicity(size, band.device))[:, None]).sum((-2, -1))
 
 
 def residual_density(

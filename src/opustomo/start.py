@@ -38,6 +38,7 @@ from opustomo.linear_fit import (
 from opustomo.linear_stage import write_results
 from opustomo.mixture import Mixture, Statistics
 from opustomo.model.vae import Vae
+from opustomo.objective import PoseModes, on_the_band
 from opustomo.physics.fourier import from_band, irfft3, radial, resize_spectrum, shell_mean
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
@@ -64,6 +65,8 @@ class Context:
     gain: Tensor  # (P,)
     pose_prior: Tensor  # (P, 6) prior mean of the pose error at the rows' poses, in units of its scale
     typical: Tensor  # (P,) bool: particles that take part in training
+    linear: Tensor  # (1+K, 2n) mean and components on the band, real and imaginary parts
+    pose: PoseModes
     precision: Tensor  # (n,) of the encoder's Wiener filter
     group: np.ndarray  # (P,) wedge orientation
     device: torch.device
@@ -223,9 +226,8 @@ def build(
 ) -> tuple[Vae, Context]:
     """The network, started at the linear stage or at a checkpoint, and what its steps need."""
     grid, model = start.inputs.grid, start.linear.model
-    modes = pose_modes(model.mean, model.pose_scale, grid)
     network = Vae(
-        start.inputs.mask, model.mean, model.components, modes, start.inputs.mask * model.places[1],
+        start.inputs.mask, model.mean, model.components, start.inputs.mask * model.places[1],
         templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
     )  # fmt: skip
     if continuation is not None:
@@ -238,6 +240,7 @@ def build(
 def context_of(start: Start, group: np.ndarray, device: torch.device) -> Context:
     """What a network needs to know of the particles; group (P,): wedge orientations."""
     inputs, rows, linear = start.inputs, start.rows, start.linear
+    size = inputs.grid.working_box
     return Context(
         rows=rows,
         grid=inputs.grid,
@@ -246,11 +249,19 @@ def context_of(start: Start, group: np.ndarray, device: torch.device) -> Context
         gain=linear.posterior.gain.to(device),
         pose_prior=pose_prior(linear.model, rows, torch.arange(len(rows))).to(device),
         typical=linear.typical,
+        linear=linear_bands(linear.model, inputs.grid).to(device),
+        pose=on_the_band(pose_modes(linear.model.mean, linear.model.pose_scale, inputs.grid), size).to(device),
         precision=residual_precision(linear.model, inputs.mask, inputs.grid).to(device),
         group=group,
         device=device,
         autocast=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
+
+
+def linear_bands(model: LinearModel, grid: Grid) -> Tensor:
+    """Mean and components on the band, real and imaginary parts side by side, (1+K, 2n)."""
+    bands = model_band(torch.cat([model.mean[None], model.components]), grid.working_box)
+    return torch.view_as_real(bands).flatten(1)
 
 
 _LEARNED = frozenset({"encoder", "decoder", "scale"})

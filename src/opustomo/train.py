@@ -89,7 +89,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     model, context = build(config, start, continuation, device)
     save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=True)
     bank = linear.codes.centre().float()
     first = 0
     if continuation is not None:
@@ -158,9 +158,10 @@ def log_evidence(
     if damping is not None:
         band = band * damping
         nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)
-    linear = model.linear(code)
-    nuisance = pose_nuisance(model.pose_modes, numerator, weight, context.pose_prior[index.to(context.device)], size)
-    fit, _ = evidence(linear + nonlinear, model_band(linear, size) + band, numerator, weight, nuisance, size)
+    known_part = torch.cat([torch.ones_like(code[:, :1]), code], 1) @ context.linear
+    seen = torch.view_as_complex(known_part.unflatten(1, (-1, 2))) + band
+    nuisance = pose_nuisance(context.pose, numerator, weight, context.pose_prior[index.to(context.device)])
+    fit, _ = evidence(model.linear(code) + nonlinear, seen, numerator, weight, nuisance, size)
     return fit, density, band
 
 

@@ -18,7 +18,7 @@ MAX_LOG_SCALE = 3.0  # bound of the learned log scale, so that a bad batch canno
 
 
 class Vae(nn.Module):
-    """mask, mean, reach (C, C, C), components (K, C, C, C), pose_modes (6, C, C, C): buffers, not trained.
+    """mask, mean, reach (C, C, C), components (K, C, C, C): buffers, not trained.
 
     reach: the mask times the local amplitude of the components' prior.  The decoder speaks where the linear stage has
     found change; in the whole mask it learns the noise of the rest (docs/experiments.md).
@@ -28,7 +28,6 @@ class Vae(nn.Module):
     mask: Tensor
     mean: Tensor
     components: Tensor
-    pose_modes: Tensor
     reach: Tensor
     scale: Tensor
 
@@ -37,7 +36,6 @@ class Vae(nn.Module):
         mask: Tensor,
         mean: Tensor,
         components: Tensor,
-        pose_modes: Tensor,
         reach: Tensor,
         *,
         templateres: int,
@@ -51,7 +49,6 @@ class Vae(nn.Module):
         self.register_buffer("mask", mask)
         self.register_buffer("mean", mean)
         self.register_buffer("components", components)
-        self.register_buffer("pose_modes", pose_modes)
         self.register_buffer("reach", reach)
         # the decoder speaks in units of the components' density, the encoder hears its input in those of the mean
         inside = mask > 0.5

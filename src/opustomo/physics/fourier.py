@@ -45,11 +45,25 @@ def fourier_resize(volume: Tensor, size: int) -> Tensor:
     """Resample (..., N, N, N) to (..., size, size, size) by cropping or padding its transform.
 
     Density values are kept: ``V_M = (M/N)^(3/2) crop(V_N)`` under ortho transforms.  Voxel N//2 lands on size//2.
+    Axis by axis with a matrix, which costs less than the transforms, above all backwards.
     """
     n = volume.shape[-1]
     if n == size:
         return volume
-    return irfft3(resize_spectrum(rfft3(volume), size) * (size / n) ** 1.5)
+    matrix = _resize_matrix(n, size, str(volume.device)).to(volume.dtype)
+    along_x = volume @ matrix.T
+    along_y = matrix @ along_x
+    return (matrix @ along_y.flatten(-2)).unflatten(-1, (size, size))
+
+
+@lru_cache(maxsize=8)
+def _resize_matrix(n: int, size: int, device: str) -> Tensor:
+    """(size, n): ``fourier_resize`` of one axis, float64."""
+    spectrum = torch.fft.rfft(torch.eye(n, dtype=torch.float64, device=device), dim=0)
+    kept = spectrum.new_zeros(size // 2 + 1, n)
+    h = min(n, size) // 2
+    kept[:h] = spectrum[:h]
+    return torch.fft.irfft(kept, n=size, dim=0) * (size / n)
 
 
 @lru_cache(maxsize=8)

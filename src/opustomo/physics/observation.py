@@ -6,13 +6,22 @@ likelihood as a function of B and W.  Everything is evaluated on the band of ``p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from opustomo.physics.ctf import contrast_transfer
-from opustomo.physics.fourier import band_multiplicity, from_band, rfft3, to_band
+from opustomo.physics.fourier import band_multiplicity, from_band, irfft3, rfft3, to_band
 from opustomo.physics.geometry import euler_to_matrix
-from opustomo.physics.volume import centre_pad, centred_coordinates, sample_at, sample_spline, spline_coefficients
+from opustomo.physics.volume import (
+    centre_crop,
+    centre_pad,
+    centred_coordinates,
+    sample_at,
+    sample_spline,
+    spline_coefficients,
+)
 
 MIN_COVERAGE = 1e-3  # below this multiplicity a voxel says nothing: B = W = 0
 
@@ -79,9 +88,24 @@ def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tenso
 
 def model_band(volume: Tensor, size: int) -> Tensor:
     """Transform of a cropped model volume on the band of the working box: (..., C, C, C) to (..., n) complex."""
-    padded = centre_pad(volume, size)
-    # volumes are centred on voxel size//2; the band's phases refer to voxel 0, as those of B do
-    return to_band(rfft3(padded))
+    band: Tensor = _ModelBand.apply(volume, size)
+    return band
+
+
+class _ModelBand(torch.autograd.Function):
+    """Its gradient as one real transform; what autograd makes of a real transform costs a complex one."""
+
+    @staticmethod
+    def forward(ctx: Any, volume: Tensor, size: int) -> Tensor:
+        ctx.crop, ctx.size = volume.shape[-1], size
+        # volumes are centred on voxel size//2; the band's phases refer to voxel 0, as those of B do
+        return to_band(rfft3(centre_pad(volume, size)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # the inverse counts a voxel and its mirror image, the band has one of them
+        band = gradients[0] / band_multiplicity(ctx.size, gradients[0].device)
+        return centre_crop(irfft3(from_band(band, ctx.size)), ctx.crop), None
 
 
 def quadratic_form(band: Tensor, weight: Tensor, size: int) -> Tensor:
