@@ -247,3 +247,18 @@ def test_regularisers_have_a_gradient_of_zero_at_zero() -> None:
     density = torch.zeros((1, CROP, CROP, CROP), requires_grad=True)
     (objective.total_variation(density) + objective.magnitude(density)).sum().backward()
     assert density.grad is not None and float(density.grad.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize(("crop", "size"), [(6, 8), (8, 8)])
+def test_gradient_of_the_band_is_that_of_the_transform(crop: int, size: int) -> None:
+    """Of any function of real and imaginary parts, also in the plane kx = 0, which is its own mirror image."""
+    volume = torch.randn((2, crop, crop, crop), dtype=torch.float64, requires_grad=True)
+    weights = torch.randn((2, len(band_frequencies(size)), 2), dtype=torch.float64)
+
+    def score(band: torch.Tensor) -> torch.Tensor:
+        return (torch.view_as_real(band) * weights).sum() + (band.abs() ** 4).sum()
+
+    (found,) = torch.autograd.grad(score(objective.differentiable_band(volume, size)), volume)
+    (expected,) = torch.autograd.grad(score(model_band(volume, size)), volume)
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda v: objective.differentiable_band(v, size), volume[:1, :, :, :])

@@ -310,18 +310,3 @@ def test_mask_of_the_phantom_is_where_its_density_is(phantom: Path) -> None:
     assert float((truth * mask).square().sum() / truth.square().sum()) > 0.99
     assert float(mask.mean()) < 0.3
     assert float((truth * spherical_mask(64, 24, 2)).sum() / truth.sum()) > 0.9
-
-
-@pytest.mark.parametrize(("crop", "size"), [(6, 8), (8, 8)])
-def test_gradient_of_the_band_is_that_of_the_transform(crop: int, size: int) -> None:
-    """Of any function of real and imaginary parts, also in the plane kx = 0, which is its own mirror image."""
-    volume = torch.randn((2, crop, crop, crop), dtype=torch.float64, requires_grad=True)
-    weights = torch.randn((2, len(band_frequencies(size)), 2), dtype=torch.float64)
-
-    def score(band: torch.Tensor) -> torch.Tensor:
-        return (torch.view_as_real(band) * weights).sum() + (band.abs() ** 4).sum()
-
-    (found,) = torch.autograd.grad(score(model_band(volume, size)), volume)
-    (expected,) = torch.autograd.grad(score(to_band(rfft3(centre_pad(volume, size)))), volume)
-    assert torch.allclose(found, expected, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda v: model_band(v, size), volume[:1, :, :, :])

@@ -20,8 +20,25 @@ from opustomo.physics.fourier import (
     rfft3,
     to_band,
 )
-from opustomo.physics.observation import model_band
+from opustomo.physics.observation import model_band, model_band_adjoint
 from opustomo.physics.volume import centre_crop, centre_pad
+
+
+class _Band(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, volume: Tensor, size: int) -> Tensor:
+        ctx.crop, ctx.size = volume.shape[-1], size
+        return model_band(volume, size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return model_band_adjoint(gradients[0], ctx.size, ctx.crop), None
+
+
+def differentiable_band(volume: Tensor, size: int) -> Tensor:
+    """``model_band`` whose gradient is one real transform; what autograd makes of it costs a complex one."""
+    band: Tensor = _Band.apply(volume, size)
+    return band
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
 from opustomo.objective import (
     beta_weight,
+    differentiable_band,
     disentanglement,
     envelope,
     evidence,
@@ -154,7 +155,7 @@ def log_evidence(
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
         density = model.nonlinear(code)
     nonlinear = density = density.float()
-    band = model_band(nonlinear, size)
+    band = differentiable_band(nonlinear, size)
     if damping is not None:
         band = band * damping
         nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)

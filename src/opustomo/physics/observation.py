@@ -6,8 +6,6 @@ likelihood as a function of B and W.  Everything is evaluated on the band of ``p
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -88,24 +86,15 @@ def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tenso
 
 def model_band(volume: Tensor, size: int) -> Tensor:
     """Transform of a cropped model volume on the band of the working box: (..., C, C, C) to (..., n) complex."""
-    band: Tensor = _ModelBand.apply(volume, size)
-    return band
+    padded = centre_pad(volume, size)
+    # volumes are centred on voxel size//2; the band's phases refer to voxel 0, as those of B do
+    return to_band(rfft3(padded))
 
 
-class _ModelBand(torch.autograd.Function):
-    """Its gradient as one real transform; what autograd makes of a real transform costs a complex one."""
-
-    @staticmethod
-    def forward(ctx: Any, volume: Tensor, size: int) -> Tensor:
-        ctx.crop, ctx.size = volume.shape[-1], size
-        # volumes are centred on voxel size//2; the band's phases refer to voxel 0, as those of B do
-        return to_band(rfft3(centre_pad(volume, size)))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # the inverse counts a voxel and its mirror image, the band has one of them
-        band = gradients[0] / band_multiplicity(ctx.size, gradients[0].device)
-        return centre_crop(irfft3(from_band(band, ctx.size)), ctx.crop), None
+def model_band_adjoint(band: Tensor, size: int, crop: int) -> Tensor:
+    """Gradient of a function of ``model_band(V)``, given that with respect to its result: (..., n) to (..., C, C, C)."""
+    # the inverse counts a voxel and its mirror image, the band has one of them
+    return centre_crop(irfft3(from_band(band / band_multiplicity(size, band.device), size)), crop)
 
 
 def quadratic_form(band: Tensor, weight: Tensor, size: int) -> Tensor:
