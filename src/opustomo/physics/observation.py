@@ -92,7 +92,7 @@ def model_band(volume: Tensor, size: int) -> Tensor:
 
 
 def model_band_adjoint(band: Tensor, size: int, crop: int) -> Tensor:
-    """Gradient of a function of ``model_band(V)``, given that with respect to its result: (..., n) to (..., C, C, C)."""
+    """Gradient of a function of ``model_band(V)`` from that with respect to its result: (..., n) to (..., C, C, C)."""
     # the inverse counts a voxel and its mirror image, the band has one of them
     return centre_crop(irfft3(from_band(band / band_multiplicity(size, band.device), size)), crop)
 
