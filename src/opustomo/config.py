@@ -35,6 +35,8 @@ class InputOptions:
     """Protein density in the subtomograms: white (bright), black (dark) or detected from the data."""
     normalisation: Literal["auto", "sum", "mean"] = "auto"
     """How tilts were combined in the subtomograms: summed, averaged over covering tilts, or detected."""
+    format: Literal["auto", "relion3", "relion4", "relion5", "series"] = "auto"
+    """Dialect, if not the one recognised: subtomograms, pseudo-subtomograms, stacks, or one row per tilt image."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo.data.findings import Finding, Level, span
-from opustomo.data.particles import TILT_COLUMNS, Particles
+from opustomo.data.particles import SCALE, TILT_COLUMNS, Particles
 
 _DEFOCUS = (
     1_000.0,
@@ -26,7 +26,7 @@ def transfer_findings(particles: Particles) -> list[Finding]:
         data = "CTF-premultiplied" if particles.premultiplied else "not CTF-premultiplied"
         found = f"{number} {kind}{'s' if number > 1 else ''}{shared}; the data are {data}"
         return [Finding("ok", "CTF", found, "tilt angles and defocus are not needed", {"volumes": number})]
-    rows = particles.tilts[particles.tilts[:, -1] != 0]
+    rows = particles.tilts[particles.tilts[:, SCALE] != 0]
     table = dict(zip(TILT_COLUMNS, rows.T, strict=True))
     return [
         _counts(particles),
