@@ -61,7 +61,7 @@ class Microscope:
     def scale(self) -> Array:
         return np.cos(np.deg2rad(self.tilts))
 
-    def contrast(self, u: Array, v: Array, defocus: float) -> Array:
+    def contrast(self, u: Array, v: Array, defocus: float | Array) -> Array:
         """CTF, envelope and scale of every tilt at image frequencies in cycles per box: (T, ...) like u."""
         s2 = (u**2 + v**2) / (self.box * self.pixel) ** 2
         wavelength = 0.019687
@@ -71,20 +71,26 @@ class Microscope:
 
     def images(self, beads: Beads, turn: Array, origin: Array, defocus: float, noise: Array, twice: bool) -> Array:
         """Tilt images (T, N, N) as (y, u): CTF times projection plus noise; ``twice`` multiplies by the CTF again."""
+        angle = np.deg2rad(self.tilts)
+        zero, one = np.zeros_like(angle), np.ones_like(angle)
+        rows = [[np.cos(angle), zero, -np.sin(angle)], [zero, one, zero], [np.sin(angle), zero, np.cos(angle)]]
+        turns = np.moveaxis(np.array(rows), 2, 0)
+        return self.images_at(beads, turns @ turn, turns @ origin, np.full(len(angle), defocus), noise, twice)
+
+    def images_at(self, beads: Beads, turns: Array, origins: Array, defocus: Array, noise: Array, twice: bool) -> Array:
+        """The same of any turns (T, 3, 3) into the image's frame, origins (T, 3) there, voxels, and defocus (T,)."""
         n = self.box
         fy, fu = np.fft.fftfreq(n), np.fft.rfftfreq(n)
-        x, y, z = (beads.centre @ turn.T - origin).T
-        angle = np.deg2rad(self.tilts)[:, None]
-        u = x * np.cos(angle) - z * np.sin(angle)
+        u, v, _ = np.moveaxis(np.einsum("tij,pj->tpi", turns, beads.centre) - origins[:, None], 2, 0)
 
         def wave(position: Array, frequency: Array) -> Array:
             damping = np.exp(-2 * (np.pi * beads.sigma[:, None] * frequency) ** 2)
             return damping * np.exp(-2j * np.pi * frequency * (position[..., None] + n // 2))
 
         mass = beads.height * (2 * np.pi) ** 1.5 * beads.sigma**3
-        projections = np.einsum("j,jy,tju->tyu", mass, wave(y, fy), wave(u, fu))
+        projections = np.einsum("j,tjy,tju->tyu", mass, wave(v, fy), wave(u, fu))
         frequency_u, frequency_v = np.meshgrid(fu * n, fy * n)
-        contrast = self.contrast(frequency_u[None], frequency_v[None], defocus)
+        contrast = self.contrast(frequency_u[None], frequency_v[None], defocus[:, None, None])
         spectra = projections * contrast + np.fft.rfft2(noise)
         return np.fft.irfft2(spectra * contrast if twice else spectra, s=(n, n))
 

@@ -72,7 +72,7 @@ def _smooth(band: Tensor, size: int) -> Tensor:
 
 
 def _power(particles: Particles, i: int, grid: Grid, mean: bool) -> Tensor:
-    """What one particle adds to the noise estimate: (3, n) on the band in its own frame; shells of it where s is radial.
+    """What one particle adds to the noise estimate: (3, n) on the band, its own frame; shells where s is radial.
 
     Its power (as a sum over tilts), the coverage that this power is proportional to, and the power over coverage.
     """

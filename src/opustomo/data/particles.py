@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Columns of ``Particles.tilts``, one row per tilt image of one particle.  Angles in degrees, defocus in
 # Angstrom (underfocus positive), voltage in kV, Cs in mm, B-factor in Angstrom^2 (>= 0, damping), scale as in
-# the file (0 = excluded tilt), dose in electrons per square Angstrom where the dose filter damps (else 0).  (rot, tilt, psi) is RELION's ZYZ of the tilt: (u, v, distance) = R_t k.
+# the file (0 = excluded tilt), dose in electrons per square Angstrom where the dose filter damps (else 0).
+# (rot, tilt, psi) is RELION's ZYZ of the tilt: (u, v, distance) = R_t k.
 TILT_COLUMNS = (
     "rot", "tilt", "psi", "defocus_u", "defocus_v", "defocus_angle", "voltage", "cs", "amplitude",
     "phase_shift", "bfactor", "scale", "dose",
@@ -34,10 +35,12 @@ Normalisation = Literal["sum", "mean", "unknown"]
 class Particles:
     """Subtomograms, or stacks of tilt images, with poses and transfer functions (P particles).
 
+    ``rotation`` is A of METHOD section 2, ``x_particle = A x_consensus`` on (x, y, z) vectors; ``origin`` is in
+    pixels of the subtomogram, (x, y, z): the particle's centre lies at ``N//2 - origin``.
+
     A stack has ``slices``: of each row of ``tilts`` the image in the particle's file (from 0); none for subtomograms.
     Its images are ``c_t P_t V``, for premultiplied ones ``c_t^2 P_t V``, with R_t of the tilt's row; the particle's
-    centre is there at ``N//2 - (R_t origin)[u, v] - tilt_shifts``.  ``rotation`` is A of METHOD section 2, ``x_particle = A x_consensus`` on (x, y, z) vectors; ``origin`` is in
-    pixels of the subtomogram, (x, y, z): the particle's centre lies at ``N//2 - origin``.
+    centre lies there at ``N//2 - (R_t origin)[u, v] - tilt_shifts``.
     """
 
     source: Path  # the STAR file read

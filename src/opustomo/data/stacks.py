@@ -68,7 +68,9 @@ def read_stack(particles: Particles, i: int, grid: Grid) -> Stack:
     tilts = torch.from_numpy(particles.tilts[rows]).float()
     spectra = image_spectra(torch.from_numpy(images), grid.working_box)
     transfer = image_transfer(tilts, grid.working_box, grid.extent)
-    coverage = transfer.square() if particles.premultiplied else inside_band(grid.working_box).float().expand_as(transfer)
+    coverage = (
+        transfer.square() if particles.premultiplied else inside_band(grid.working_box).float().expand_as(transfer)
+    )
     outer = image_radius(grid.working_box) > LEVEL_FROM * grid.working_box
     level = (spectra.abs().square() * outer).sum((1, 2)) / (coverage * outer).sum((1, 2)).clamp(min=1e-12)
     shifts = torch.from_numpy(particles.tilt_shifts[rows]).float() * (grid.working_box / grid.box)

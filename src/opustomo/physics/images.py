@@ -16,7 +16,7 @@ from torch.nn import functional
 from opustomo.physics.ctf import contrast_transfer
 from opustomo.physics.fourier import from_band
 
-# images are enlarged by this before they are read linearly: what is left of the kernel's error is below 1e-3 of the power
+# images are enlarged by this before they are read linearly: the kernel's error that is left is below 1e-3 of the power
 FINER = 4
 MOST_READINGS = 1 << 21  # at once: bounds the memory
 
@@ -49,7 +49,10 @@ def image_spectra(images: Tensor, size: int) -> Tensor:
     n, half = images.shape[-1], size // 2
     whole = torch.fft.rfft2(images, norm="ortho")
     out = whole.new_zeros((*images.shape[:-2], size, half + 1))
-    out[..., :half, :half], out[..., size - half + 1 :, :half] = whole[..., :half, :half], whole[..., n - half + 1 :, :half]
+    out[..., :half, :half], out[..., size - half + 1 :, :half] = (
+        whole[..., :half, :half],
+        whole[..., n - half + 1 :, :half],
+    )
     return torch.where(inside_band(size), out * ((size / n) ** 1.5 / math.sqrt(n)), 0.0)
 
 
@@ -68,7 +71,9 @@ def image_shells(values: Tensor) -> Tensor:
     size = values.shape[-2]
     shell = image_radius(size).round().long().flatten()
     twice = torch.where(image_frequencies(size)[..., 0] > 0, 2.0, 1.0) * inside_band(size)
-    return values.new_zeros((*values.shape[:-2], size // 2 + 1)).index_add(-1, shell.clamp(max=size // 2), (values * twice).flatten(-2))
+    return values.new_zeros((*values.shape[:-2], size // 2 + 1)).index_add(
+        -1, shell.clamp(max=size // 2), (values * twice).flatten(-2)
+    )
 
 
 def radial_image(band: Tensor, size: int) -> Tensor:
@@ -97,9 +102,12 @@ def backproject(spectra: Tensor, frames: Tensor, shifts: Tensor, points: Tensor)
     images = torch.fft.irfft2(padded, s=(fine, fine), norm="ortho") * FINER
     flat = points.reshape(-1, 3)
     total, step = flat.new_zeros(len(flat)), max(1, MOST_READINGS // len(flat))
-    for part in (slice(start, start + step) for start in range(0, len(images), step)):
-        place = flat @ frames[part, :2].mT - shifts[part, None]
-        unit = (place + half) * (2.0 * FINER / (fine - 1)) - 1.0
-        read = functional.grid_sample(images[part, None], unit[:, None], align_corners=True, padding_mode="zeros")
+    # positions from -1 to 1, as grid_sample counts them
+    scale = 2.0 * FINER / (fine - 1)
+    axes, start = frames[:, :2] * scale, (half - shifts) * scale - 1.0
+    for part in (slice(first, first + step) for first in range(0, len(images), step)):
+        place = torch.addmm(start[part].reshape(-1, 1), axes[part].reshape(-1, 3), flat.T)
+        unit = place.reshape(-1, 1, 2, len(flat)).mT
+        read = functional.grid_sample(images[part, None], unit, align_corners=True, padding_mode="zeros")
         total += read.sum((0, 1, 2))
     return (total / math.sqrt(size)).reshape(points.shape[:-1])

@@ -23,7 +23,7 @@ from opustomo.data.readers.transfer import find_transfer
 from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix
 
-__all__ = ["read_particles", "read_transfer_volume", "with_poses"]
+__all__ = ["poses_of", "read_particles", "read_transfer_volume", "with_poses"]
 
 
 def read_particles(star: Path, options: InputOptions) -> Particles:
@@ -95,6 +95,16 @@ def _of_tilt_images(
     return found._asdict() | {"transfer": "tilts", "ctf_files": (), "notes": tuple(notes)}
 
 
+def poses_of(source: Source, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A (P, 3, 3) and origins (P, 3) in pixels of ``pixel_size`` Angstrom, as read_particles, from the tables alone."""
+    if source.format == "series":
+        found = series.read_series(source, pixel_size)
+        return found.rotation, found.origin
+    if source.format == "relion5":
+        return optimisation_set.poses(source.table, pixel_size)[1:3]
+    return _matrices(relion.eulers(source.table)), relion.origins(source.table, pixel_size)[0]
+
+
 def with_poses(
     particles: Particles, rotation: NDArray[Any], origin_fraction: NDArray[Any], euler: NDArray[Any]
 ) -> Particles:
@@ -131,7 +141,8 @@ def _dialect(source: Source, options: InputOptions) -> tuple[str, str]:
             "leave --relion31 out"
         )
     dialect = {"relion3": version, "relion4": "RELION 4", "relion5": "RELION 5", "series": "tilt images"}[source.format]
-    return dialect, f"{dialect}: {len(source)} particles in block data_{table.particle_block}: {source.why}"
+    note = f"{dialect}: {len(source)} particles in block data_{table.particle_block}"
+    return dialect, f"{note}: {source.why}" if source.why else note
 
 
 def _normalisation(options: InputOptions) -> Normalisation:

@@ -23,7 +23,7 @@ from opustomo.data.readers import relion
 from opustomo.data.readers.ctf_star import tilt_table
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source
-from opustomo.data.readers.tilt_images import TiltImages
+from opustomo.data.readers.tilt_images import TiltImages, tilt_angles
 from opustomo.data.star import StarFile, read_star
 from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
@@ -43,9 +43,7 @@ class _Series(NamedTuple):
     size: NDArray[np.float64] | None  # (3,) pixels of the tilt series
 
 
-def read_tilt_series(
-    source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None
-) -> TiltImages:
+def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None) -> TiltImages:
     """Poses and tilts of P particles, whose stacks ``images`` have pixels of ``pixel_size`` Angstrom.
 
     UserError: no tomograms file, tomogram not in it, frames that do not fit, columns missing.
@@ -53,8 +51,8 @@ def read_tilt_series(
     star, block = source.table, source.table.particle_block
     if source.tomograms is None:
         raise UserError(
-            f"{star.path}: particles are stacks of tilt images, whose tilt angles are in the tomograms' STAR file; give "
-            "the optimisation set (the STAR file with _rlnTomoParticlesFile and _rlnTomoTomogramsFile) instead"
+            f"{star.path}: particles are stacks of tilt images, whose tilt angles are in the tomograms' STAR file; "
+            "give the optimisation set (the STAR file with _rlnTomoParticlesFile and _rlnTomoTomogramsFile) instead"
         )
     tomograms = _read_tomograms(source.tomograms, star, pixel_size, datadir)
     names = star.text(block, "rlnTomoName", "finding the tilt series")
@@ -63,7 +61,7 @@ def read_tilt_series(
             f"{star.path}: column _rlnTomoName, row {missing[0] + 1}: tomogram {names[missing[0]]} is not in "
             f"{source.tomograms} (which has {', '.join(list(tomograms)[:3])} ...); give the file that has it"
         )
-    euler, rotation, origin, origin_note = _poses(star, pixel_size)
+    euler, rotation, origin, origin_note = poses(star, pixel_size)
     series = [tomograms[name] for name in names]
     frames = _visible(star, series)
     depth, depth_note = _depths(star, series, origin * pixel_size)
@@ -76,14 +74,16 @@ def read_tilt_series(
     whole = _holds_all(star, images, frames, series)
     slices = np.concatenate([visible if whole else np.arange(len(visible)) for visible in frames])
     counts = np.diff(offsets)
-    tilts = f"{len(set(names))} tilt series in {source.tomograms.name}, {counts.min()} to {counts.max()} images a particle"
+    tilts = (
+        f"{len(set(names))} tilt series in {source.tomograms.name}, {counts.min()} to {counts.max()} images a particle"
+    )
     return TiltImages(
         euler, rotation, origin, np.concatenate(tables), offsets, slices, np.zeros((len(slices), 2)),
         (origin_note, tilts, depth_note),
     )  # fmt: skip
 
 
-def _poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64], str]:
+def poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64], str]:
     """Euler angles (P, 3), A (P, 3, 3) and origin (P, 3) in the tomogram's frame, and a note."""
     euler = relion.eulers(star)
     rotation = euler_to_matrix(torch.from_numpy(euler)).numpy()
@@ -114,9 +114,7 @@ def _visible(star: StarFile, series: list[_Series]) -> list[NDArray[np.int64]]:
     return frames
 
 
-def _holds_all(
-    star: StarFile, images: Sequence[Path], frames: list[NDArray[np.int64]], series: list[_Series]
-) -> bool:
+def _holds_all(star: StarFile, images: Sequence[Path], frames: list[NDArray[np.int64]], series: list[_Series]) -> bool:
     """Whether stacks hold the images that are not visible, too: those of WarpTools do, those of RELION do not.
 
     A few stacks are looked at.  UserError where they hold yet another number.
@@ -198,7 +196,6 @@ def _series(
                if (value := of_tomogram(name)) is not None}  # fmt: skip
     pixel = of_tomogram("rlnTomoTiltSeriesPixelSize") or relion.constant(particles, "rlnTomoTiltSeriesPixelSize")
     rotation = _rotations(star, block)
-    euler = matrix_to_euler(torch.from_numpy(rotation)).numpy()
     columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}
     if "rlnCtfBfactor" not in columns and star.has(block, "rlnMicrographPreExposure"):
         dose, per_dose = star.numbers(block, "rlnMicrographPreExposure", "the dose"), of_tomogram(_PER_DOSE)
@@ -206,7 +203,7 @@ def _series(
             columns["rlnCtfBfactor"] = per_dose * (dose + 0.5 * (of_tomogram("rlnTomoImportFractionalDose") or 0.0))
         else:
             columns["dose"] = dose  # as RELION and WarpTools then filter the images
-    angles = dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), euler.T, strict=True))
+    angles = dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), tilt_angles(rotation).T, strict=True))
     axes = [of_tomogram(f"rlnTomoSize{axis}") for axis in relion.AXES]
     size = None if None in axes else np.array(axes, np.float64)
     slope = of_tomogram("rlnTomoDefocusSlope")
@@ -243,3 +240,13 @@ def _rotations(star: StarFile, block: str) -> NDArray[np.float64]:
             "scales or mirrors); export the set from RELION or WarpTools again"
         )
     return u @ v
+
+
+def poses_in_file(
+    star: StarFile, rotation: NDArray[np.float64], origin: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Euler angles (P, 3) and origins (P, 3) as the file has them, of poses in the tomogram's frame."""
+    turn = relion.subtomogram_rotation(star)
+    if turn is not None:
+        rotation, origin = turn.swapaxes(1, 2) @ rotation, np.einsum("pji,pj->pi", turn, origin)
+    return matrix_to_euler(torch.from_numpy(rotation)).numpy(), origin

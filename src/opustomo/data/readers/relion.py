@@ -49,7 +49,7 @@ def image_names(star: StarFile) -> NDArray[np.object_]:
 
 
 def identities(star: StarFile) -> NDArray[np.object_]:
-    """(rows,) name of the particle: rlnTomoParticleName, of tilt images rlnGroupName or their stack, else rlnImageName."""
+    """(rows,) name of the particle: rlnTomoParticleName; rlnGroupName, else the stack, of images; else rlnImageName."""
     names = image_names(star)
     series = "@" in names[0]
     for column in ("rlnTomoParticleName", *(["rlnGroupName"] if series else [])):

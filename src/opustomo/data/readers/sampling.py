@@ -39,7 +39,10 @@ def box_size(
         )
     if options.box is not None and options.box != box:
         raise UserError(f"-D {options.box}: the subtomograms have box {box} ({first}); give -D {box} or leave it out")
-    return box, f"box {box} from the headers of {1 + len(others)} of {len(files)} {'stacks' if stacks else 'subtomograms'}"
+    return (
+        box,
+        f"box {box} from the headers of {1 + len(others)} of {len(files)} {'stacks' if stacks else 'subtomograms'}",
+    )
 
 
 def check_box(path: Path, header: MrcHeader, stack: bool = False) -> int:

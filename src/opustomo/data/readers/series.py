@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from opustomo.data.readers import relion
 from opustomo.data.readers.ctf_star import tilt_table
 from opustomo.data.readers.source import Source
-from opustomo.data.readers.tilt_images import TiltImages
+from opustomo.data.readers.tilt_images import TiltImages, tilt_angles
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
@@ -33,8 +33,8 @@ def stack_names(source: Source) -> list[str]:
     for rows in source.rows:
         if (other := rows[names[rows] != names[rows[0]]]).size:
             raise UserError(
-                f"{source.whole.path}: column _rlnImageName, row {other[0] + 1}: {names[other[0]]}, but other images of "
-                f"this particle (row {rows[0] + 1}) are in {names[rows[0]]}; all must be in one stack: extract again"
+                f"{source.whole.path}: column _rlnImageName, row {other[0] + 1}: {names[other[0]]}, but other images "
+                f"of this particle (row {rows[0] + 1}) are in {names[rows[0]]}; all must be in one stack: extract again"
             )
     return [str(names[rows[0]]) for rows in source.rows]
 
@@ -56,7 +56,7 @@ def read_series(source: Source, pixel_size: float) -> TiltImages:
     for i, members in enumerate(rows):
         rotation[i] = _particle_rotation(turns[members], table[members])
         tilts = turns[members] @ rotation[i].T
-        table[members, :3] = matrix_to_euler(torch.from_numpy(tilts)).numpy()
+        table[members, :3] = tilt_angles(tilts)
         plane = tilts[:, :2].reshape(-1, 3)
         origin[i] = np.linalg.lstsq(plane, shifts[members, :2].ravel(), rcond=1e-3)[0]
         residual[members] = shifts[members, :2] - (plane @ origin[i]).reshape(-1, 2)
@@ -100,3 +100,19 @@ def _numbers(star: StarFile) -> NDArray[np.int64]:
                 "image (from 1); correct it"
             )
     return np.array(numbers, np.int64) - 1
+
+
+def poses_in_file(
+    source: Source, pixel_size: float, rotation: NDArray[np.float64], origin: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Euler angles and origins (rows, 3) of every image where the particles have these poses, (P, 3, 3) and (P, 3)."""
+    star, rows = source.whole, source.rows
+    assert rows is not None
+    given = read_series(source, pixel_size)
+    euler, shifts = relion.eulers(star), relion.origins(star, pixel_size)[0]
+    turns = euler_to_matrix(torch.from_numpy(euler)).numpy()
+    for i, members in enumerate(rows):
+        tilts = turns[members] @ given.rotation[i].T
+        euler[members] = matrix_to_euler(torch.from_numpy(tilts @ rotation[i])).numpy()
+        shifts[members, :2] += (tilts @ (origin[i] - given.origin[i]))[:, :2]
+    return euler, shifts

@@ -6,7 +6,7 @@ row of its own, the first row of each particle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ class Source:
     """The particle table (P rows) and the files it comes from."""
 
     format: Format
-    why: str  # how that was recognised
+    why: str  # how that was recognised, "" where nothing marks it
     table: StarFile  # one row for each particle
     whole: StarFile  # the file of the table, all rows: what is written back
     rows: tuple[NDArray[np.int64], ...] | None = None  # (P,) of each particle in ``whole``; None: its own row alone
@@ -35,6 +35,19 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.table.particles)
+
+    def rows_of(self, index: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of ``whole`` of the particles at ``index``, and which of these each belongs to."""
+        if self.rows is None:
+            return np.asarray(index, np.int64), np.arange(len(index))
+        chosen = [self.rows[int(i)] for i in index]
+        return np.concatenate(chosen), np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+
+    def subset(self, index: NDArray[np.integer]) -> Source:
+        """The particles at ``index`` alone, with their rows, in both tables."""
+        rows, member = self.rows_of(index)
+        split = None if self.rows is None else tuple(np.flatnonzero(member == i) for i in range(len(index)))
+        return replace(self, table=_at(self.table, np.asarray(index)), whole=_at(self.whole, rows), rows=split)
 
 
 def read_source(path: Path, stated: Format | Literal["auto"] = "auto", datadir: Path | None = None) -> Source:
@@ -51,8 +64,8 @@ def read_source(path: Path, stated: Format | Literal["auto"] = "auto", datadir: 
         files = dict(zip(names, found, strict=True))
         whole, tomograms = read_star(files["rlnTomoParticlesFile"]), files.get("rlnTomoTomogramsFile")
     kind, why = _recognise(whole)
-    if stated not in ("auto", kind):
-        kind, why = stated, f"as --format says; recognised was {kind}: {why}"
+    if stated != "auto" and stated != kind:
+        kind, why = stated, f"as --format says; recognised was {kind}"
     if kind == "series":
         return _series(whole, why)
     return Source(kind, why, whole, whole, None, optimisation, tomograms)
@@ -70,7 +83,7 @@ def _recognise(star: StarFile) -> tuple[Format, str]:
         return "series", "one row for each tilt image (@ in rlnImageName)"
     if star.has(star.particle_block, "rlnTomoParticleName") and relion.premultiplied(star):
         return "relion4", "pseudo-subtomograms (rlnTomoParticleName, premultiplied)"
-    return "relion3", "subtomograms"
+    return "relion3", ""
 
 
 def _series(whole: StarFile, why: str) -> Source:
@@ -84,6 +97,11 @@ def _series(whole: StarFile, why: str) -> Source:
     member = np.array([order[name] for name in names], np.int64)
     by_particle = np.argsort(member, kind="stable")
     rows = np.split(by_particle, np.cumsum(np.bincount(member))[:-1])
-    first = whole.particles.iloc[[row[0] for row in rows]].reset_index(drop=True)
-    table = StarFile(whole.path, {**whole.blocks, whole.particle_block: first})
+    table = _at(whole, np.array([row[0] for row in rows]))
     return Source("series", why, table, whole, tuple(rows))
+
+
+def _at(star: StarFile, rows: NDArray[np.integer]) -> StarFile:
+    """The file with these rows of its particles alone."""
+    table = star.particles.iloc[rows].reset_index(drop=True)
+    return StarFile(star.path, {**star.blocks, star.particle_block: table})
