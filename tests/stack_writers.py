@@ -184,9 +184,9 @@ class Set:
         star = folder / ("warp.star" if warp1 else "flat.star")
         if warp1:
             columns |= {f"rlnOrigin{axis}": [f"{v:.6f}" for v in shift[:, i]] for i, axis in enumerate("XY")}
-            columns |= {"rlnMagnification": ["10000"] * len(p),
-                        "rlnDetectorPixelSize": [f"{self.microscope.pixel}"] * len(p), "rlnVoltage": ["300"] * len(p),
-                        "rlnSphericalAberration": ["2.7"] * len(p), "rlnAmplitudeContrast": ["0.07"] * len(p)}  # fmt: skip
+            constant = {"rlnMagnification": "10000", "rlnDetectorPixelSize": f"{self.microscope.pixel}"}
+            constant |= {"rlnVoltage": "300", "rlnSphericalAberration": "2.7", "rlnAmplitudeContrast": "0.07"}
+            columns |= {name: [value] * len(p) for name, value in constant.items()}
             put_loop(star, "", columns)
         else:
             columns |= {f"rlnOrigin{axis}Angst": [f"{v * self.microscope.pixel:.6f}" for v in shift[:, i]]
@@ -206,7 +206,8 @@ def native_turns(tilts: Array) -> Array:
 def two_states_set(
     count: int, noise: float | Array, box: int = 32, turns: Array | None = None, step: float = 4.0, twice: bool = False
 ) -> Set:
-    """Images of two states at random poses; noise: standard deviation, of all or of each tilt; turns: (T, 3, 3), default tilts about y in RELION's sign."""
+    """Images of two states at random poses; noise: standard deviation, of all or of each tilt; turns: (T, 3, 3),
+    default tilts about y in RELION's sign."""
     rng = np.random.default_rng(5)
     microscope = Microscope(box, 240.0 / box, np.arange(-60.0, 61.0, step))
     tilts = len(microscope.tilts)

@@ -100,7 +100,8 @@ def _set_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block
     base, told = old.absolute(), Path(stated)
     shown = new.absolute()
     if not told.is_absolute() and base.parts[-len(told.parts) :] == told.parts:
-        shown = Path(os.path.relpath(shown, base.parents[len(told.parts) - 1]))
+        # real paths: ".." after a link leads elsewhere
+        shown = Path(os.path.relpath(shown.resolve(), base.parents[len(told.parts) - 1].resolve()))
     block = blocks[name]
     changed = block.assign(**{column: str(shown)}) if isinstance(block, pd.DataFrame) else {**block, column: str(shown)}
     return {**blocks, name: changed}

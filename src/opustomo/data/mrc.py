@@ -37,6 +37,8 @@ def header_of(path: Path) -> MrcHeader:
 def read_volume(path: Path) -> tuple[NDArray[np.float32], float]:
     """Read a volume as float32 (z, y, x) and its pixel size in Angstrom.  NaNs pass through; errors of header_of."""
     header, dtype, offset = _header(path)
+    if header.shape[0] < 2:
+        raise UserError(f"{path}: is not a 3-D volume (z, y, x = {header.shape}); give 3-D subtomograms, not images")
     data = np.fromfile(path, dtype, count=int(np.prod(header.shape)), offset=offset)
     return data.reshape(header.shape).astype(np.float32), header.pixel_size
 

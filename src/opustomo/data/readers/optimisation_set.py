@@ -29,6 +29,7 @@ from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
 
 _LOOKED_AT = 8  # stacks
+_OF_WARP = "dummy_tiltseries.mrc"  # rlnTomoTiltSeriesName
 _PER_DOSE = "rlnCtfBfactorPerElectronDose"
 _CTF = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfScalefactor", "rlnCtfBfactor")
 
@@ -41,6 +42,7 @@ class _Series(NamedTuple):
     hand: float  # Angstrom of defocus per Angstrom of depth
     pixel_size: float  # of the tilt series, Angstrom
     size: NDArray[np.float64] | None  # (3,) pixels of the tilt series
+    warp: bool  # whether WarpTools wrote it
 
 
 def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None) -> TiltImages:
@@ -159,9 +161,8 @@ def _positions(star: StarFile, series: list[_Series]) -> tuple[NDArray[np.float6
     size = np.stack([one.size for one in series if one.size is not None])
     unit = np.array([one.pixel_size for one in series])[:, None]
     binning, words = relion.constant(star, "rlnTomoSubtomogramBinning") or 1.0, "pixels of the tilt series"
-    # WarpTools writes them in pixels of the images it exports: then none lies beyond the tomogram's size in those
-    if binning > 1.5 and len(place) > 3 and (place <= size / binning).all():
-        place, words = place * binning, "pixels of the extracted images, as all lie within the tomogram then"
+    if all(one.warp for one in series):
+        place, words = place * binning, "pixels of the extracted images, as WarpTools writes them"
     return (place - size / 2) * unit, f"defocus from the depth of rlnCoordinateX/Y/Z, in {words}"
 
 
@@ -208,7 +209,10 @@ def _series(
     size = None if None in axes else np.array(axes, np.float64)
     slope = of_tomogram("rlnTomoDefocusSlope")
     hand = (of_tomogram("rlnTomoHand") or 0.0) * (1.0 if slope is None else slope)
-    return _Series(tilt_table(angles | columns, stated, star.path), rotation, hand, pixel or image_pixel, size)
+    column = "rlnTomoTiltSeriesName"
+    named = tomograms.has("global", column) and Path(tomograms.text("global", column, "the images")[row]).name
+    table = tilt_table(angles | columns, stated, star.path)
+    return _Series(table, rotation, hand, pixel or image_pixel, size, named == _OF_WARP)
 
 
 def _rotations(star: StarFile, block: str) -> NDArray[np.float64]:
