@@ -54,7 +54,7 @@ class CheckConfig:
     """Look at a data set in seconds and say what will be done about every finding."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     input: InputOptions = InputOptions()
     grid: GridOptions = GridOptions()
     sample: int = 64
@@ -68,7 +68,7 @@ class CacheConfig:
     """Make the numerator/weight cache in the consensus frame (run by train when missing or stale)."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Folder of the cache."""
     input: InputOptions = InputOptions()
@@ -82,7 +82,7 @@ class AverageConfig:
     """Consensus map with half maps and FSC, and a proposed solvent mask: the sanity check before training."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Output folder: average.mrc, half1.mrc, half2.mrc, fsc.csv, fsc.png, mask.mrc, average.png."""
     input: InputOptions = InputOptions()
@@ -99,7 +99,7 @@ class LinearConfig:
     """Mean, components and the posterior of every particle, in closed form: an answer before any network."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Output folder: mean.mrc, component maps, z.0.pkl, linear.npz, pictures."""
     input: InputOptions = InputOptions()
@@ -123,7 +123,7 @@ class TrainConfig:
     """Train the convolutional VAE, started from the linear stage; ends with a full encode pass."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Run folder: config.yaml, run.log, metrics.csv, weights.N.pkl, z.N.pkl, pose.N.pkl, previews."""
     input: InputOptions = InputOptions()

@@ -61,7 +61,9 @@ def examine(config: CheckConfig) -> Report:
 
 
 def _sections(config: CheckConfig, particles: Particles) -> dict[str, list[Finding]]:
-    names = [str(name) for name in (particles.names if particles.stacks else relion.image_names(particles.star))]
+    # of stacks their own names: the rows of a flat table are images
+    named = [path.name for path in particles.image_files] if particles.stacks else relion.image_names(particles.star)
+    names = [str(name) for name in named]
     survey = headers.survey_headers(particles.image_files, names)
     geometry = [
         *headers.box_findings(survey, particles.stacks),
@@ -144,6 +146,7 @@ def _next_step(config: CheckConfig, report: Report) -> str:
     typed = {
         "datadir": config.input.datadir,
         "contrast": config.input.contrast if config.input.contrast != "auto" else None,
+        "format": config.input.format if config.input.format != "auto" else None,
         "normalisation": config.input.normalisation if config.input.normalisation != "auto" else None,
         "mask": mask,
         "downfrac": config.grid.downfrac if config.grid.downfrac != GridOptions().downfrac else None,

@@ -17,7 +17,8 @@ from opustomo.data.particles import SCALE, TILT_COLUMNS
 from opustomo.data.star import read_numeric_table
 from opustomo.errors import UserError
 
-# In the order of TILT_COLUMNS; a number is the value taken when the column is absent, None means it is needed.
+# In the order of TILT_COLUMNS but the last, the dose, which these files do not have; a number is the value taken when
+# the column is absent, None means it is needed.
 _COLUMNS: dict[str, float | None] = {
     "rlnAngleRot": 0.0,
     "rlnAngleTilt": None,
@@ -31,7 +32,6 @@ _COLUMNS: dict[str, float | None] = {
     "rlnPhaseShift": 0.0,
     "rlnCtfBfactor": 0.0,
     "rlnCtfScalefactor": 1.0,
-    "dose": 0.0,  # no column: readers of tilt series give it where the images are filtered by dose
 }
 _BFACTOR = TILT_COLUMNS.index("bfactor")
 
@@ -67,7 +67,7 @@ def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
 def tilt_table(
     found: Mapping[str, NDArray[np.float64]], microscope: Mapping[str, float], path: Path
 ) -> NDArray[np.float64]:
-    """Rows (T, 13) of TILT_COLUMNS from the columns of a file, each (T,); other columns are not looked at.
+    """Rows (T, 13) of TILT_COLUMNS from the columns of a file, each (T,), and perhaps "dose"; others are not looked at.
 
     UserError naming ``path``: column missing, value without a CTF.
     """
@@ -86,7 +86,7 @@ def tilt_table(
                 )
             value = np.full(rows, constant)
         columns.append(value)
-    table = np.stack(columns, 1)
+    table = np.stack([*columns, found.get("dose", np.zeros(rows))], 1)
     table[:, _BFACTOR] = np.abs(table[:, _BFACTOR])
     _refuse_impossible(path, table)
     return table
