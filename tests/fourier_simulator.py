@@ -106,28 +106,28 @@ class Microscope:
         matrix = (weight[..., None] * wave).transpose(1, 2, 0, 3).reshape(kz.size, -1)
         return weight.sum(0), matrix.astype(np.complex64), np.exp(1j * np.pi * (kx + kz))
 
-    def mean_volume(self, images: Array) -> NDArray[np.float32]:
-        """Subtomogram (N, N, N): mean of the tilts that cover a frequency, made on the padded grid."""
+    def mean_volume(self, images: Array, mean: bool = True) -> NDArray[np.float32]:
+        """Subtomogram (N, N, N): mean of the tilts that cover a frequency, or their sum, made on the padded grid."""
         n = self.box
         multiplicity, matrix, phase = self._padded
         columns = images.transpose(0, 2, 1).reshape(-1, n).astype(np.complex64)
         spectrum = (matrix @ columns).reshape(2 * n, n + 1, n)
-        inside = multiplicity > 1e-3
-        spectrum *= (phase * np.where(inside, 1 / np.maximum(multiplicity, 1e-3), 0))[..., None]
+        share = np.where(multiplicity > 1e-3, 1 / np.maximum(multiplicity, 1e-3), 0) if mean else 1.0
+        spectrum *= (phase * share)[..., None]
         padded = np.fft.irfftn(spectrum, s=(2 * n, 2 * n), axes=(0, 1))
         middle = slice(n // 2, n // 2 + n)
         return np.ascontiguousarray(padded[middle, middle].transpose(0, 2, 1), np.float32)
 
-    def mean_transfer(self, defocus: float, power: int) -> NDArray[np.float32]:
-        """Mean over covering tilts of CTF^power, (N, N, N) with its origin at voxel N//2."""
+    def mean_transfer(self, defocus: float, power: int, mean: bool = True) -> NDArray[np.float32]:
+        """Mean over covering tilts of CTF^power, or the sum, (N, N, N) with its origin at voxel N//2."""
         k = np.arange(self.box) - self.box // 2
         kz, ky, kx = (a[None] for a in np.meshgrid(k, k, k, indexing="ij"))
         angle = np.deg2rad(self.tilts)[:, None, None, None]
         weight = np.clip(1 - np.abs(kx * np.sin(angle) + kz * np.cos(angle)), 0, None)
         contrast = self.contrast(kx * np.cos(angle) - kz * np.sin(angle), ky + 0 * angle, defocus)
         total = weight.sum(0)
-        mean = (weight * contrast**power).sum(0) / np.maximum(total, 1e-3)
-        return np.where(total > 1e-3, mean, 0).astype(np.float32)
+        summed = (weight * contrast**power).sum(0)
+        return np.where(total > 1e-3, summed / np.maximum(total, 1e-3) if mean else summed, 0).astype(np.float32)
 
 
 def random_poses(count: int, rng: np.random.Generator) -> tuple[Array, Array]:

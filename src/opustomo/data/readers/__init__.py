@@ -86,6 +86,11 @@ def _of_tilt_images(
     source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str]
 ) -> dict[str, Any]:
     """The same of stacks of tilt images."""
+    if options.normalisation != "auto":
+        raise UserError(
+            f"--normalisation {options.normalisation}: {source.whole.path} has tilt images, which are not combined; "
+            "leave it out"
+        )
     if source.format == "series":
         found = series.read_series(source, pixel_size)
     else:
