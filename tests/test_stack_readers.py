@@ -294,6 +294,10 @@ def edited(star: Path, file: str, old: str, new: str) -> Path:
 REFUSED = {
     "unknown tomogram": (("particles.star", "TS_2 TS_2/0", "TS_9 TS_2/0"), "_rlnTomoName, row 1: tomogram TS_9"),
     "frames": (("particles.star", "[1,1,", "[1,"), "row 1: 12 flags where the tilt series has 13 images"),
+    "nothing visible": (
+        ("particles.star", "[" + "1," * 12 + "1]", "[" + "0," * 12 + "0]"),
+        "row 1: no image is visible",
+    ),
     "no tomograms": (("set.star", "tomograms.star", "gone.star"), "gone.star"),
     "projection": (("tomograms.star", "[0.500000000,", "[2.500000000,"), "is not a rotation"),
     "bracket": (("tomograms.star", "[0.500000000,", "[half,"), "column _rlnTomoProjX, row 1"),

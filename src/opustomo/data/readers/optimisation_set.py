@@ -112,6 +112,8 @@ def _visible(star: StarFile, series: list[_Series]) -> list[NDArray[np.int64]]:
                 f"{star.path}: column _{column}, row {row + 1}: {len(flags)} flags where the tilt series has "
                 f"{len(one.table)} images (each 0 or 1); give the tomograms that these particles were extracted from"
             )
+        if "1" not in flags:
+            raise UserError(f"{star.path}: column _{column}, row {row + 1}: no image is visible; remove this particle")
         frames.append(np.flatnonzero(np.array(flags) == "1"))
     return frames
 

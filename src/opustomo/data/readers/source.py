@@ -46,7 +46,8 @@ class Source:
     def subset(self, index: NDArray[np.integer]) -> Source:
         """The particles at ``index`` alone, with their rows, in both tables."""
         rows, member = self.rows_of(index)
-        split = None if self.rows is None else tuple(np.flatnonzero(member == i) for i in range(len(index)))
+        ends = np.cumsum(np.bincount(member))[:-1]
+        split = None if self.rows is None else tuple(np.split(np.arange(len(rows)), ends))
         return replace(self, table=_at(self.table, np.asarray(index)), whole=_at(self.whole, rows), rows=split)
 
 
