@@ -37,8 +37,8 @@ class CorrectedPoses:
         """Those of some of the particles."""
         return CorrectedPoses(self.euler[index], self.origin[index], self.pixel_size)
 
-    def in_file(self, source: Source, index: NDArray[np.integer], rows: NDArray[np.int64]) -> CorrectedPoses:
-        """These poses, of the particles at ``index``, as the file has them, one for each of its ``rows``."""
+    def in_file(self, source: Source, index: NDArray[np.integer]) -> CorrectedPoses:
+        """These poses, of the particles at ``index``, as the file has them, one for each of their rows."""
         if source.format not in ("relion5", "series"):
             return self
         rotation, origin = euler_to_matrix(torch.from_numpy(self.euler)).numpy(), self.origin
@@ -83,7 +83,7 @@ def write_subset(
     if classes is not None:
         table["rlnClassNumber"] = np.array([str(int(label) + 1) for label in np.asarray(classes)[member]], object)
     if poses is not None:
-        for name, column in poses.in_file(source, np.asarray(index), rows).columns(star).items():
+        for name, column in poses.in_file(source, index).columns(star).items():
             table[name] = column
     write_star(path, {**star.blocks, star.particle_block: table})
     if source.optimisation is not None:
