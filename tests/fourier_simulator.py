@@ -61,7 +61,7 @@ class Microscope:
     def scale(self) -> Array:
         return np.cos(np.deg2rad(self.tilts))
 
-    def contrast(self, u: Array, v: Array, defocus: float) -> Array:
+    def contrast(self, u: Array, v: Array, defocus: float | Array) -> Array:
         """CTF, envelope and scale of every tilt at image frequencies in cycles per box: (T, ...) like u."""
         s2 = (u**2 + v**2) / (self.box * self.pixel) ** 2
         wavelength = 0.019687
@@ -71,20 +71,26 @@ class Microscope:
 
     def images(self, beads: Beads, turn: Array, origin: Array, defocus: float, noise: Array, twice: bool) -> Array:
         """Tilt images (T, N, N) as (y, u): CTF times projection plus noise; ``twice`` multiplies by the CTF again."""
+        angle = np.deg2rad(self.tilts)
+        zero, one = np.zeros_like(angle), np.ones_like(angle)
+        rows = [[np.cos(angle), zero, -np.sin(angle)], [zero, one, zero], [np.sin(angle), zero, np.cos(angle)]]
+        turns = np.moveaxis(np.array(rows), 2, 0)
+        return self.images_at(beads, turns @ turn, turns @ origin, np.full(len(angle), defocus), noise, twice)
+
+    def images_at(self, beads: Beads, turns: Array, origins: Array, defocus: Array, noise: Array, twice: bool) -> Array:
+        """The same of any turns (T, 3, 3) into the image's frame, origins (T, 3) there, voxels, and defocus (T,)."""
         n = self.box
         fy, fu = np.fft.fftfreq(n), np.fft.rfftfreq(n)
-        x, y, z = (beads.centre @ turn.T - origin).T
-        angle = np.deg2rad(self.tilts)[:, None]
-        u = x * np.cos(angle) - z * np.sin(angle)
+        u, v, _ = np.moveaxis(np.einsum("tij,pj->tpi", turns, beads.centre) - origins[:, None], 2, 0)
 
         def wave(position: Array, frequency: Array) -> Array:
             damping = np.exp(-2 * (np.pi * beads.sigma[:, None] * frequency) ** 2)
             return damping * np.exp(-2j * np.pi * frequency * (position[..., None] + n // 2))
 
         mass = beads.height * (2 * np.pi) ** 1.5 * beads.sigma**3
-        projections = np.einsum("j,jy,tju->tyu", mass, wave(y, fy), wave(u, fu))
+        projections = np.einsum("j,tjy,tju->tyu", mass, wave(v, fy), wave(u, fu))
         frequency_u, frequency_v = np.meshgrid(fu * n, fy * n)
-        contrast = self.contrast(frequency_u[None], frequency_v[None], defocus)
+        contrast = self.contrast(frequency_u[None], frequency_v[None], defocus[:, None, None])
         spectra = projections * contrast + np.fft.rfft2(noise)
         return np.fft.irfft2(spectra * contrast if twice else spectra, s=(n, n))
 
@@ -100,28 +106,28 @@ class Microscope:
         matrix = (weight[..., None] * wave).transpose(1, 2, 0, 3).reshape(kz.size, -1)
         return weight.sum(0), matrix.astype(np.complex64), np.exp(1j * np.pi * (kx + kz))
 
-    def mean_volume(self, images: Array) -> NDArray[np.float32]:
-        """Subtomogram (N, N, N): mean of the tilts that cover a frequency, made on the padded grid."""
+    def mean_volume(self, images: Array, mean: bool = True) -> NDArray[np.float32]:
+        """Subtomogram (N, N, N): mean of the tilts that cover a frequency, or their sum, made on the padded grid."""
         n = self.box
         multiplicity, matrix, phase = self._padded
         columns = images.transpose(0, 2, 1).reshape(-1, n).astype(np.complex64)
         spectrum = (matrix @ columns).reshape(2 * n, n + 1, n)
-        inside = multiplicity > 1e-3
-        spectrum *= (phase * np.where(inside, 1 / np.maximum(multiplicity, 1e-3), 0))[..., None]
+        share = np.where(multiplicity > 1e-3, 1 / np.maximum(multiplicity, 1e-3), 0) if mean else 1.0
+        spectrum *= (phase * share)[..., None]
         padded = np.fft.irfftn(spectrum, s=(2 * n, 2 * n), axes=(0, 1))
         middle = slice(n // 2, n // 2 + n)
         return np.ascontiguousarray(padded[middle, middle].transpose(0, 2, 1), np.float32)
 
-    def mean_transfer(self, defocus: float, power: int) -> NDArray[np.float32]:
-        """Mean over covering tilts of CTF^power, (N, N, N) with its origin at voxel N//2."""
+    def mean_transfer(self, defocus: float, power: int, mean: bool = True) -> NDArray[np.float32]:
+        """Mean over covering tilts of CTF^power, or the sum, (N, N, N) with its origin at voxel N//2."""
         k = np.arange(self.box) - self.box // 2
         kz, ky, kx = (a[None] for a in np.meshgrid(k, k, k, indexing="ij"))
         angle = np.deg2rad(self.tilts)[:, None, None, None]
         weight = np.clip(1 - np.abs(kx * np.sin(angle) + kz * np.cos(angle)), 0, None)
         contrast = self.contrast(kx * np.cos(angle) - kz * np.sin(angle), ky + 0 * angle, defocus)
         total = weight.sum(0)
-        mean = (weight * contrast**power).sum(0) / np.maximum(total, 1e-3)
-        return np.where(total > 1e-3, mean, 0).astype(np.float32)
+        summed = (weight * contrast**power).sum(0)
+        return np.where(total > 1e-3, summed / np.maximum(total, 1e-3) if mean else summed, 0).astype(np.float32)
 
 
 def random_poses(count: int, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -269,7 +269,7 @@ def test_a_few_bad_defocus_values_dose_and_flat_tilt_range(sound: Path) -> None:
 def test_ragged_and_excluded_tilts_are_counted(sound: Path) -> None:
     particles = particles_of(sound)
     tilts = particles.tilts.copy()
-    tilts[:38, -1] = 0  # of the first particle's 41
+    tilts[:38, TILT_COLUMNS.index("scale")] = 0  # of the first particle's 41
     found = one(transfer.transfer_findings(replace(particles, tilts=tilts)), "tilts")
     assert found.level == "warning" and found.values["min"] == 3 and found.values["excluded"] == 38
 

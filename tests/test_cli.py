@@ -29,6 +29,7 @@ TRAIN_OPTIONS = [
     "--relion31",
     "--contrast",
     "--normalisation",
+    "--format",
     "-r/--mask",
     "--downfrac",
     "--poses",
@@ -77,6 +78,7 @@ LINEAR_OPTIONS = [
     "--relion31",
     "--contrast",
     "--normalisation",
+    "--format",
     "-r/--mask",
     "--downfrac",
     "--components",
@@ -201,7 +203,14 @@ def test_a_switch_that_is_off_has_no_twin(capsys: pytest.CaptureFixture[str]) ->
 
 def sample(option: options.Option, default: object) -> list[str]:
     """argv that sets an option to something else than its default."""
-    literal = {"contrast": "black", "normalisation": "sum", "beta": "cos", "encode_mode": "fixed", "device": "cpu"}
+    literal = {
+        "contrast": "black",
+        "normalisation": "sum",
+        "format": "series",
+        "beta": "cos",
+        "encode_mode": "fixed",
+        "device": "cpu",
+    }
     if isinstance(default, bool):
         return [option.flags[-1]]
     if isinstance(default, int | float):

@@ -57,6 +57,15 @@ def test_bfactor_of_either_sign_damps_by_the_formula(bfactor: float) -> None:
     assert float((damped.abs() - plain.abs()).max()) <= 0
 
 
+def test_dose_filter_is_that_of_the_critical_dose() -> None:
+    plain, damped = ours(), ours(dose=60.0)
+    for index in ((0, 5), (7, 0), (3, 20)):
+        s = float(torch.hypot(U[index], V[index]))
+        expected = math.exp(-60.0 / (2 * (0.245 * s**-1.665 + 2.81)))
+        assert float(damped[index] / plain[index]) == pytest.approx(expected, rel=1e-4)
+    assert float(damped[0, 0]) == pytest.approx(float(plain[0, 0]), rel=1e-4)
+
+
 def test_wavelength_at_the_usual_voltages() -> None:
     found = electron_wavelength(torch.tensor([100.0, 200.0, 300.0]))
     assert found.tolist() == pytest.approx([0.037014, 0.025079, 0.019687], rel=1e-4)

@@ -17,6 +17,7 @@ from opustomo.config import InputOptions, SelectConfig
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles
+from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import read_star
 from opustomo.errors import UserError
 from star_sets import REAL_SETS, Set, real_star, relion31
@@ -34,7 +35,7 @@ def test_subset_of_a_real_set_loads_again(name: str, tmp_path: Path) -> None:
     star = real_star(name)
     whole = read_particles(star, InputOptions())
     rows = np.random.default_rng(0).permutation(len(whole))[:17]
-    write_subset(whole.star, rows, tmp_path / "some.star")
+    write_subset(read_source(star), rows, tmp_path / "some.star")
     again = read_particles(tmp_path / "some.star", InputOptions(datadir=star.parent))
     assert_same_particles(again, whole.subset(rows))
 
@@ -44,7 +45,7 @@ def test_every_block_column_and_value_is_kept(tmp_path: Path) -> None:
     made.columns["rlnUnknown"] = ["1.50", "007", "-0.0", "1e5"]
     star = read_star(made.write_star())
     star.blocks["general"] = {"rlnTomoSubTomosAre2DStacks": "0"}
-    write_subset(star, np.array([3, 1]), tmp_path / "out.star", np.array([7, 0]))
+    write_subset(Source("relion3", "", star, star), np.array([3, 1]), tmp_path / "out.star", np.array([7, 0]))
     again = read_star(tmp_path / "out.star")
     assert list(again.blocks) == list(star.blocks)
     assert again.table("optics").equals(star.table("optics"))
@@ -57,24 +58,24 @@ def test_every_block_column_and_value_is_kept(tmp_path: Path) -> None:
 def test_ambiguous_identities_and_empty_selections_are_refused(tmp_path: Path) -> None:
     made = Set(tmp_path)
     made.columns["rlnImageName"][3] = "sub/p1.mrc"
-    star = read_star(made.write_star())
+    source = read_source(made.write_star())
     with pytest.raises(UserError, match=r"sub/p1.mrc occurs twice \(rows 2 and 4\)"):
-        write_subset(star, np.array([0]), tmp_path / "out.star")
+        write_subset(source, np.array([0]), tmp_path / "out.star")
     made.columns["rlnTomoParticleName"] = ["a", "b", "c", "d"]  # these tell them apart
-    write_subset(read_star(made.write_star()), np.array([0]), tmp_path / "out.star")
+    write_subset(read_source(made.write_star()), np.array([0]), tmp_path / "out.star")
     with pytest.raises(UserError, match="no particles selected"):
-        write_subset(star, np.array([], np.int64), tmp_path / "none.star")
+        write_subset(source, np.array([], np.int64), tmp_path / "none.star")
     assert not (tmp_path / "none.star").exists()
 
 
 def test_classes_partition_the_set(tmp_path: Path) -> None:
     star = Set(tmp_path, n=6).write_star()
     labels = np.array([1, 0, 3, 1, 0, 1])  # class 2 has no particle
-    paths = write_classes(star, labels, tmp_path / "out")
+    paths = write_classes(read_source(star), labels, tmp_path / "out")
     assert [path.name for path in paths] == ["pre0.star", "pre1.star", "pre3.star"]
     assert read_star(paths[1]).particles["rlnImageName"].tolist() == ["sub/p0.mrc", "sub/p3.mrc", "sub/p5.mrc"]
     with pytest.raises(UserError, match="6 particles but there are 5 labels"):
-        write_classes(star, labels[:5], tmp_path / "other")
+        write_classes(read_source(star), labels[:5], tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -121,7 +122,7 @@ def test_corrected_poses_are_written_in_the_units_of_the_file(version: str, tmp_
     euler = np.array([[10.0, 20, 30], [170, 90, -60], [0, 1e-3, 5]])
     poses = CorrectedPoses(euler, np.array([[0.5, -1, 2], [0, 0, 0.25], [3, 4, 5.0]]), before.pixel_size)
     rows = np.array([4, 0, 2])
-    write_subset(read_star(star), rows, tmp_path / "moved.star", poses=poses)
+    write_subset(read_source(star), rows, tmp_path / "moved.star", poses=poses)
     after = read_particles(tmp_path / "moved.star", InputOptions())
     assert np.allclose(after.euler, euler, atol=1e-5) and np.allclose(after.origin, poses.origin, atol=1e-5)
     assert after.dialect == before.dialect
@@ -137,7 +138,7 @@ def test_select_refuses_other_particles_and_the_same_in_another_order(tmp_path: 
     identity = fingerprint_of(read_particles(star, InputOptions()).names)
     (run / "config.yaml").write_text(yaml.safe_dump({"star": str(star), "identity": identity, "particles": 6}))
     assert select(SelectConfig(star, run, tmp_path / "a", kmeans=2)) == 0
-    write_subset(read_star(star), np.arange(6)[::-1], tmp_path / "sorted.star")
+    write_subset(read_source(star), np.arange(6)[::-1], tmp_path / "sorted.star")
     with pytest.raises(UserError, match=r"in another order.*give .*particles\.star"):
         select(SelectConfig(tmp_path / "sorted.star", run, tmp_path / "b", kmeans=2))
     with pytest.raises(UserError, match="--corrected"):

@@ -290,11 +290,11 @@ def negated_origin(particles: Particles) -> Particles:
 
 
 def negated_tilt(particles: Particles) -> Particles:
-    return replace(particles, tilts=particles.tilts * np.where(np.arange(12) == 1, -1.0, 1.0))
+    return replace(particles, tilts=particles.tilts * np.where(np.arange(13) == 1, -1.0, 1.0))
 
 
 def overfocus(particles: Particles) -> Particles:
-    return replace(particles, tilts=particles.tilts * np.where(np.isin(np.arange(12), (3, 4)), -1.0, 1.0))
+    return replace(particles, tilts=particles.tilts * np.where(np.isin(np.arange(13), (3, 4)), -1.0, 1.0))
 
 
 @pytest.mark.parametrize("mistake", [transposed, negated_origin, negated_tilt, overfocus])

@@ -132,7 +132,7 @@ def test_missing_columns_and_stacks(tmp_path: Path) -> None:
     assert "_rlnAngleTilt, needed for the consensus poses" in error_of(made.write_star())
     made = Set(tmp_path)
     made.columns["rlnImageName"][0] = "1@stack.mrcs"
-    assert "2-D tilt images" in error_of(made.write_star())
+    assert "stacks missing, first: stack.mrcs" in error_of(made.write_star())
     made = Set(tmp_path)
     made.columns["rlnOriginx"] = made.columns.pop("rlnOriginX")  # dynamo2m writes lower case
     del made.columns["rlnOriginZ"]

@@ -16,6 +16,7 @@ from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import InputOptions
 from opustomo.data.export import write_subset
 from opustomo.data.readers import read_particles
+from opustomo.data.readers.source import read_source
 from opustomo.data.star import read_star
 from small_set import EPOCHS, SMALL, SmallSet, copy_run, hurry, tensors
 
@@ -53,7 +54,7 @@ def test_text_pickle_and_star_of_the_same_rows_give_the_same_run(
     small_set: SmallSet, rows: NDArray[np.int64], by_rows: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows.tolist()))
-    write_subset(read_star(small_set.star), rows, tmp_path / "some.star")
+    write_subset(read_source(small_set.star), rows, tmp_path / "some.star")
     pickled = train(small_set.star, small_set.mask, tmp_path / "pickled", "--ind", str(tmp_path / "rows.pkl"))
     written = train(tmp_path / "some.star", small_set.mask, tmp_path / "written", "--datadir", str(small_set.folder))
     assert_same_run(by_rows, pickled)

@@ -35,6 +35,8 @@ class InputOptions:
     """Protein density in the subtomograms: white (bright), black (dark) or detected from the data."""
     normalisation: Literal["auto", "sum", "mean"] = "auto"
     """How tilts were combined in the subtomograms: summed, averaged over covering tilts, or detected."""
+    format: Literal["auto", "relion3", "relion4", "relion5", "series"] = "auto"
+    """Dialect, if not the one recognised: subtomograms, pseudo-subtomograms, stacks, or one row per tilt image."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class CheckConfig:
     """Look at a data set in seconds and say what will be done about every finding."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     input: InputOptions = InputOptions()
     grid: GridOptions = GridOptions()
     sample: int = 64
@@ -66,7 +68,7 @@ class CacheConfig:
     """Make the numerator/weight cache in the consensus frame (run by train when missing or stale)."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Folder of the cache."""
     input: InputOptions = InputOptions()
@@ -80,7 +82,7 @@ class AverageConfig:
     """Consensus map with half maps and FSC, and a proposed solvent mask: the sanity check before training."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Output folder: average.mrc, half1.mrc, half2.mrc, fsc.csv, fsc.png, mask.mrc, average.png."""
     input: InputOptions = InputOptions()
@@ -97,7 +99,7 @@ class LinearConfig:
     """Mean, components and the posterior of every particle, in closed form: an answer before any network."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Output folder: mean.mrc, component maps, z.0.pkl, linear.npz, pictures."""
     input: InputOptions = InputOptions()
@@ -121,7 +123,7 @@ class TrainConfig:
     """Train the convolutional VAE, started from the linear stage; ends with a full encode pass."""
 
     star: Star
-    """RELION STAR file of 3-D subtomograms."""
+    """STAR file of subtomograms or of tilt images, or an optimisation set."""
     output: Output
     """Run folder: config.yaml, run.log, metrics.csv, weights.N.pkl, z.N.pkl, pose.N.pkl, previews."""
     input: InputOptions = InputOptions()

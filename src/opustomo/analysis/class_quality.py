@@ -33,12 +33,11 @@ from opustomo.analysis.class_halves import (
 from opustomo.analysis.data_maps import open_rows
 from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probability
 from opustomo.analysis.score_maps import resolution
-from opustomo.analysis.selection import find_labels
+from opustomo.analysis.selection import find_labels, source_of
 from opustomo.compat.legacy_files import load_labels
 from opustomo.config import QualityConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.readers.relion import tomograms
-from opustomo.data.star import read_star
 from opustomo.errors import UserError
 from opustomo.monitor import progress
 
@@ -286,7 +285,7 @@ def tomogram_names(run: Run) -> NDArray[np.str_] | None:
     """(P,) tomogram of every particle; None without the STAR file, for a part of it, or where there is but one."""
     if not run.star.is_file():
         return None
-    names = tomograms(read_star(run.star)).astype(str)
+    names = tomograms(source_of(run.star, run.config).table).astype(str)
     return names if len(names) == len(run.codes) and len(np.unique(names)) > 1 else None
 
 

@@ -16,12 +16,11 @@ from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import score_codes, score_maps, score_poses
 from opustomo.analysis.axes import axes_of, joint_groups
-from opustomo.analysis.selection import trained_rows
+from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.analysis.truth import Truth, read_truth
 from opustomo.config import EvaluateConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.readers import relion
-from opustomo.data.star import read_star
+from opustomo.data.readers import poses_of
 from opustomo.errors import UserError
 from opustomo.monitor import read_rows
 
@@ -60,11 +59,11 @@ def _truth(run: Run, folder: Path) -> Truth:
     rows = _subset(run)
     if rows is None:
         return read_truth(folder, len(run.codes))
-    return read_truth(folder, len(read_star(run.star).particles)).at(rows)
+    return read_truth(folder, len(source_of(run.star, run.config))).at(rows)
 
 
 def _subset(run: Run) -> NDArray[np.int64] | None:
-    return trained_rows(run.path, read_star(run.star)) if run.config.get("ind") else None
+    return trained_rows(run.path, source_of(run.star, run.config).table) if run.config.get("ind") else None
 
 
 def _codes_and_maps(run: Run, known: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -103,18 +102,17 @@ def _poses(run: Run, truth: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:
     """Errors of the STAR file's poses and of the run's."""
     if truth.euler is None or truth.origin is None:
         return {}
-    star = read_star(run.star)
-    euler, origin = relion.eulers(star), relion.origins(star, run.grid.pixel_size)[0]
+    rotation, origin = poses_of(source_of(run.star, run.config), run.grid.pixel_size)
     subset = _subset(run)
     if subset is not None:
-        euler, origin = euler[subset], origin[subset]
-    if len(euler) != len(run.codes):
+        rotation, origin = rotation[subset], origin[subset]
+    if len(rotation) != len(run.codes):
         raise UserError(
-            f"{run.star}: has {len(euler)} rows but the run has {len(run.codes)} codes; give back the STAR file that "
-            "the run was made with"
+            f"{run.star}: has {len(rotation)} particles but the run has {len(run.codes)} codes; give back the STAR "
+            "file that the run was made with"
         )
     true = (score_poses.rotation_matrices(truth.euler)[rows], truth.origin[rows])
-    before = score_poses.pose_errors(score_poses.rotation_matrices(euler)[rows], origin[rows], *true)
+    before = score_poses.pose_errors(rotation[rows], origin[rows], *true)
     after = score_poses.pose_errors(np.asarray(run.rotation, float)[rows], np.asarray(run.origin, float)[rows], *true)
     ratio = {name: after[name] / before[name] for name in before if before[name] > 1e-3}
     return {"before": before, "after": after, "ratio": ratio}

@@ -13,10 +13,9 @@ import numpy as np
 
 from opustomo.analysis import page, plots
 from opustomo.analysis.page import Section
-from opustomo.analysis.score_poses import pose_errors, rotation_matrices
-from opustomo.analysis.selection import trained_rows
-from opustomo.data.readers import relion
-from opustomo.data.star import read_star
+from opustomo.analysis.score_poses import pose_errors
+from opustomo.analysis.selection import source_of, trained_rows
+from opustomo.data.readers import poses_of
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -48,11 +47,11 @@ def sections(run: Run) -> Iterator[Section]:
 
 
 def _poses(run: Run) -> Section:
-    star = read_star(run.star)
-    rows = trained_rows(run.path, star)
+    source = source_of(run.star, run.config)
+    rows = trained_rows(run.path, source.table)
     index = slice(None) if rows is None else rows
-    given = rotation_matrices(relion.eulers(star)[index]), relion.origins(star, run.grid.pixel_size)[0][index]
-    moved = pose_errors(run.rotation, run.origin, *given)
+    rotation, origin = poses_of(source, run.grid.pixel_size)
+    moved = pose_errors(run.rotation, run.origin, rotation[index], origin[index])
     units = {"angle": "degrees", "shift": "pixels"}
     names = {name: f"{name.split('_')[0]}, {name.split('_')[1]} ({units[name.split('_')[0]]})" for name in moved}
     note = "How far the poses have been moved from those of the STAR file: median and 90th percentile."

@@ -22,7 +22,8 @@ from opustomo.config import SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.readers.relion import identities
-from opustomo.data.star import StarFile, read_star
+from opustomo.data.readers.source import Source, read_source
+from opustomo.data.star import StarFile
 from opustomo.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,13 @@ log = logging.getLogger(__name__)
 def main(config: SelectConfig) -> int:
     """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
     labels, epoch = _labels(config)
-    star = read_star(config.star)
-    rows = trained_rows(config.run, star)
+    source = source_of(config.star, _stored(config.run))
+    rows = trained_rows(config.run, source.table)
     poses = _corrected(config.run, epoch) if config.corrected else None
     if config.classes:
-        paths = [_write_union(star, labels, config.classes, config.output, rows, poses)]
+        paths = [_write_union(source, labels, config.classes, config.output, rows, poses)]
     else:
-        paths = write_classes(config.star, labels, config.output, rows, poses)
+        paths = write_classes(source, labels, config.output, rows, poses)
     _write_manifest(config, epoch, labels, paths)
     for path in paths:
         log.info("wrote %s", path)
@@ -60,8 +61,14 @@ def _stored(run: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def source_of(star: Path, config: dict[str, Any]) -> Source:
+    """The particles of ``star``, found and read as a run with this config.yaml did."""
+    datadir = config.get("datadir")
+    return read_source(star, config.get("format") or "auto", Path(datadir) if datadir else None)
+
+
 def write_classes(
-    star: Path,
+    source: Source,
     labels: NDArray[np.integer],
     outdir: Path,
     rows: NDArray[np.int64] | None = None,
@@ -69,16 +76,15 @@ def write_classes(
 ) -> list[Path]:
     """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
 
-    labels: (P,) 0-based class of every row of ``star``, or of its ``rows``; poses: of the same.  UserError: counts
+    labels: (P,) 0-based class of every particle, or of those at ``rows``; poses: of the same.  UserError: counts
     differ, ambiguous identities.
     """
-    table = read_star(star)
-    rows = _rows_of(table, labels, rows)
+    rows = _rows_of(source.table, labels, rows)
     paths = []
     for label in np.unique(labels):
         path = outdir / f"pre{label}.star"
         member = labels == label
-        write_subset(table, rows[member], path, poses=poses.at(member) if poses else None)
+        write_subset(source, rows[member], path, poses=poses.at(member) if poses else None)
         paths.append(path)
     return paths
 
@@ -124,14 +130,14 @@ def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
 
 
 def _write_union(
-    star: StarFile,
+    source: Source,
     labels: NDArray[np.int64],
     classes: tuple[int, ...],
     outdir: Path,
     rows: NDArray[np.int64] | None,
     poses: CorrectedPoses | None,
 ) -> Path:
-    rows = _rows_of(star, labels, rows)
+    rows = _rows_of(source.table, labels, rows)
     absent = sorted(set(classes) - set(labels.tolist()))
     if absent:
         raise UserError(
@@ -140,7 +146,7 @@ def _write_union(
         )
     chosen = np.isin(labels, classes)
     path = outdir / "selected.star"
-    write_subset(star, rows[chosen], path, labels[chosen], poses.at(chosen) if poses else None)
+    write_subset(source, rows[chosen], path, labels[chosen], poses.at(chosen) if poses else None)
     return path
 
 

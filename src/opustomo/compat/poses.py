@@ -15,6 +15,7 @@ from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
 from opustomo.data.readers import relion, sampling
 from opustomo.data.readers.files import Locator
+from opustomo.data.readers.source import read_source
 from opustomo.data.star import StarFile, read_star
 from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix
@@ -70,5 +71,5 @@ def write_poses(star: StarFile, box: int, angpix: float, path: Path) -> None:
 def write_label_stars(star: StarFile, labels: Path, outdir: Path, run: Path | None = None) -> None:
     """``outdir``/preI.star for every class I of ``labels``; ``run`` knows the rows it was trained on (``--ind``)."""
     rows = None if run is None else trained_rows(run, star)
-    paths = write_classes(star.path, load_labels(labels), outdir, rows)
+    paths = write_classes(read_source(star.path), load_labels(labels), outdir, rows)
     print(f"{len(paths)} STAR files written: {paths[0]} ... {paths[-1].name}")

@@ -41,7 +41,9 @@ def fingerprint(particles: Particles, grid: Grid, mask: Tensor, options: tuple[s
     for path in (*particles.image_files, *dict.fromkeys(particles.ctf_files)):
         status = path.stat()
         digest.update(f"{path}{status.st_size}{status.st_mtime_ns}".encode())
-    for array in (particles.rotation, particles.origin, particles.tilts, particles.tilt_offsets):
+    digest.update(str(particles.premultiplied).encode())
+    geometry = (particles.tilts, particles.tilt_offsets, particles.slices, particles.tilt_shifts)
+    for array in (particles.rotation, particles.origin, *geometry):
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(mask.numpy().tobytes())
     return digest.hexdigest()

@@ -61,9 +61,14 @@ def examine(config: CheckConfig) -> Report:
 
 
 def _sections(config: CheckConfig, particles: Particles) -> dict[str, list[Finding]]:
-    names = [str(name) for name in relion.image_names(particles.star)]
+    # of stacks their own names: the rows of a flat table are images
+    named = [path.name for path in particles.image_files] if particles.stacks else relion.image_names(particles.star)
+    names = [str(name) for name in named]
     survey = headers.survey_headers(particles.image_files, names)
-    geometry = [*headers.box_findings(survey), *headers.pixel_findings(survey, particles.star, particles.pixel_size)]
+    geometry = [
+        *headers.box_findings(survey, particles.stacks),
+        *headers.pixel_findings(survey, particles.star, particles.pixel_size),
+    ]
     geometry += [*table.origin_findings(particles), *table.orientation_findings(particles)]
     picture, power = _data_findings(config, particles, names, survey)
     mask_lines, mask = crop.mask_findings(config.grid, particles.box, particles.pixel_size)
@@ -91,7 +96,8 @@ def _data_findings(
     config: CheckConfig, particles: Particles, names: list[str], survey: headers.Survey
 ) -> tuple[list[Finding], list[Finding]]:
     """Findings from voxels (images) and from their Fourier power (transfer), on samples spread over the file."""
-    fitting = {name for name, header in survey.readable if header.shape == (particles.box,) * 3}
+    shape = (particles.box,) * (2 if particles.stacks else 3)
+    fitting = {name for name, header in survey.readable if header.shape[-len(shape) :] == shape}
     candidates = np.array([i for i, name in enumerate(names) if name in fitting], np.int64)
     if len(candidates) == 0:
         return [], []
@@ -109,6 +115,8 @@ def _data_findings(
     if isinstance(noise, UserError):
         return found, [Finding("error", "CTF", str(noise))]
     found += signal.signal_findings(noise, few, grid, config.input)
+    if particles.stacks:
+        return found, []  # images have no wedge to compare with
     return found, wedge.wedge_findings(wedge.sample_power(few, grid, noise.mean_normalised))
 
 
@@ -138,6 +146,7 @@ def _next_step(config: CheckConfig, report: Report) -> str:
     typed = {
         "datadir": config.input.datadir,
         "contrast": config.input.contrast if config.input.contrast != "auto" else None,
+        "format": config.input.format if config.input.format != "auto" else None,
         "normalisation": config.input.normalisation if config.input.normalisation != "auto" else None,
         "mask": mask,
         "downfrac": config.grid.downfrac if config.grid.downfrac != GridOptions().downfrac else None,

@@ -6,17 +6,23 @@ Owns: the rule that every block, column, value and their order survive, and that
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 from numpy.typing import NDArray
 
-from opustomo.data.readers.relion import identities
-from opustomo.data.star import StarFile, write_star
+from opustomo.data.readers import optimisation_set, series
+from opustomo.data.readers.relion import has_series, identities
+from opustomo.data.readers.source import Source
+from opustomo.data.star import Block, StarFile, write_star
 from opustomo.errors import UserError
+from opustomo.physics.geometry import euler_to_matrix
 
 
 @dataclass(frozen=True)
@@ -31,38 +37,74 @@ class CorrectedPoses:
         """Those of some of the particles."""
         return CorrectedPoses(self.euler[index], self.origin[index], self.pixel_size)
 
+    def in_file(self, source: Source, index: NDArray[np.integer]) -> CorrectedPoses:
+        """These poses, of the particles at ``index``, as the file has them, one for each of their rows."""
+        if source.format not in ("relion5", "series"):
+            return self
+        rotation, origin = euler_to_matrix(torch.from_numpy(self.euler)).numpy(), self.origin
+        part = source.subset(index)
+        if source.format == "relion5":
+            euler, origin = optimisation_set.poses_in_file(part.table, rotation, origin)
+        else:
+            euler, origin = series.poses_in_file(part, self.pixel_size, rotation, origin)
+        return CorrectedPoses(euler, origin, self.pixel_size)
+
     def columns(self, star: StarFile) -> dict[str, NDArray[np.object_]]:
         """Columns in the units of the file: origins in Angstrom for RELION 3.1 and later, else in pixels."""
         angstrom = star.has(star.particle_block, "rlnOriginXAngst") or star.optics_block is not None
         suffix, unit = ("Angst", self.pixel_size) if angstrom else ("", 1.0)
         values = dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), self.euler.T, strict=True))
-        values |= {f"rlnOrigin{axis}{suffix}": self.origin[:, i] * unit for i, axis in enumerate("XYZ")}
+        axes = "XY" if has_series(star) else "XYZ"  # images have no depth
+        values |= {f"rlnOrigin{axis}{suffix}": self.origin[:, i] * unit for i, axis in enumerate(axes)}
         return {name: np.array([f"{v:.6f}" for v in column], object) for name, column in values.items()}
 
 
 def write_subset(
-    star: StarFile,
-    rows: NDArray[np.integer],
+    source: Source,
+    index: NDArray[np.integer],
     path: Path,
     classes: NDArray[np.integer] | None = None,
     poses: CorrectedPoses | None = None,
 ) -> None:
-    """Write the particles at ``rows`` (integers, their order is kept) with all other blocks unchanged.
+    """Write the particles at ``index`` (integers, their order is kept) with all other blocks unchanged.
 
-    classes: optional class of each written row, 0-based; written as rlnClassNumber, 1-based, replacing that column
-    or appended.  poses: of each written row, in place of those of the file.  File names stay as they were: they are
-    relative to the source STAR's folder or to ``--datadir``.  UserError: no rows, ambiguous identities.
+    classes: optional class of each written particle, 0-based; written as rlnClassNumber, 1-based, replacing that column
+    or appended.  poses: of each written particle, in place of those of the file.  File names stay as they were: they
+    are relative to the source STAR's folder or to ``--datadir``.  Of tilt images all rows of a particle are written; of
+    an optimisation set the set as well, ``<path>_optimisation_set.star``.  UserError: no particles, ambiguous
+    identities.
     """
-    if len(rows) == 0:
+    if len(index) == 0:
         raise UserError(f"{path}: no particles selected; choose other classes")
-    refuse_ambiguous(star)
-    table = star.particles.iloc[np.asarray(rows, np.int64)].reset_index(drop=True)
+    refuse_ambiguous(source.table)
+    rows, member = source.rows_of(index)
+    star = source.whole
+    table = star.particles.iloc[rows].reset_index(drop=True)
     if classes is not None:
-        table["rlnClassNumber"] = np.array([str(int(label) + 1) for label in classes], object)
+        table["rlnClassNumber"] = np.array([str(int(label) + 1) for label in np.asarray(classes)[member]], object)
     if poses is not None:
-        for name, column in poses.columns(star).items():
+        for name, column in poses.in_file(source, index).columns(star).items():
             table[name] = column
     write_star(path, {**star.blocks, star.particle_block: table})
+    if source.optimisation is not None:
+        set_path = path.with_name(f"{path.stem}_optimisation_set.star")
+        write_star(set_path, _set_blocks(source.optimisation, star.path, path))
+
+
+def _set_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block]:
+    """The optimisation set with other particles, their file named as the old one was: relative to the same folder."""
+    column = "rlnTomoParticlesFile"
+    blocks = dict(optimisation.blocks)
+    name = next(name for name in blocks if optimisation.has(name, column))
+    stated = str(optimisation.text(name, column, "the set")[0])
+    base, told = old.absolute(), Path(stated)
+    shown = new.absolute()
+    if not told.is_absolute() and base.parts[-len(told.parts) :] == told.parts:
+        # real paths: ".." after a link leads elsewhere
+        shown = Path(os.path.relpath(shown.resolve(), base.parents[len(told.parts) - 1].resolve()))
+    block = blocks[name]
+    changed = block.assign(**{column: str(shown)}) if isinstance(block, pd.DataFrame) else {**block, column: str(shown)}
+    return {**blocks, name: changed}
 
 
 def fingerprint_of(names: Iterable[object]) -> str:

@@ -37,8 +37,22 @@ def header_of(path: Path) -> MrcHeader:
 def read_volume(path: Path) -> tuple[NDArray[np.float32], float]:
     """Read a volume as float32 (z, y, x) and its pixel size in Angstrom.  NaNs pass through; errors of header_of."""
     header, dtype, offset = _header(path)
+    if header.shape[0] < 2:
+        raise UserError(f"{path}: is not a 3-D volume (z, y, x = {header.shape}); give 3-D subtomograms, not images")
     data = np.fromfile(path, dtype, count=int(np.prod(header.shape)), offset=offset)
     return data.reshape(header.shape).astype(np.float32), header.pixel_size
+
+
+def read_slices(path: Path, index: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Images of a stack, (len(index), y, x) float32; index from 0.  UserError: those of header_of, no such image."""
+    header, dtype, offset = _header(path)
+    if index.max() >= header.shape[0] or index.min() < 0:
+        raise UserError(
+            f"{path}: has {header.shape[0]} images, number {index.max() + 1} is asked for; extract the particle again, "
+            "or give the STAR file that belongs to these stacks"
+        )
+    stack = np.memmap(path, dtype, "r", offset, header.shape)
+    return np.asarray(stack[index], np.float32)
 
 
 def write_volume(
@@ -89,8 +103,8 @@ def _header(path: Path) -> tuple[MrcHeader, np.dtype[Any], int]:
     record, order = _decode(raw, path)
     shape = (int(record["nz"]), int(record["ny"]), int(record["nx"]))
     mode = int(record["mode"])
-    if min(shape) < 2:
-        raise UserError(f"{path}: is not a 3-D volume (z, y, x = {shape}); give 3-D subtomograms, not images")
+    if min(shape[1:]) < 2:
+        raise UserError(f"{path}: is neither a volume nor a stack of images (z, y, x = {shape}); check the name")
     if mode not in _MODES:
         raise UserError(f"{path}: MRC mode {mode} is not supported (0, 1, 2, 6, 12 are); convert it to float32")
     dtype = dtype_from_mode(mode).newbyteorder(order)

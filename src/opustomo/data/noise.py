@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opustomo.data.observe import Noise, is_covered, observe_all, read_band, sample_rows, tilt_rows, transfer_band
 from opustomo.data.particles import Particles
+from opustomo.data.stacks import read_stack, stack_power
 from opustomo.physics.fourier import (
     band_frequencies,
     band_multiplicity,
@@ -70,14 +71,18 @@ def _smooth(band: Tensor, size: int) -> Tensor:
     return to_band(ratio)
 
 
-def _power(particles: Particles, i: int, grid: Grid, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What one particle adds to the noise estimate, each (n,) on the band in its own frame.
+def _power(particles: Particles, i: int, grid: Grid, mean: bool) -> Tensor:
+    """What one particle adds to the noise estimate: (3, n) on the band, its own frame; shells where s is radial.
 
     Its power (as a sum over tilts), the coverage that this power is proportional to, and the power over coverage.
     """
+    size = grid.working_box
+    if particles.stacks:
+        power, coverage, pixels = stack_power(read_stack(particles, i, grid))
+        return torch.stack([power, coverage, pixels * power / coverage.clamp(min=1e-12)])
     y2 = read_band(particles.image_files[i], grid).abs().square()
     if particles.transfer == "tilts":
-        _, coverage = insert_tilts(band_frequencies(grid.working_box), tilt_rows(particles, i), grid.extent)
+        _, coverage = insert_tilts(band_frequencies(size), tilt_rows(particles, i), grid.extent)
         covered = coverage > MIN_COVERAGE
         y2 = y2 * coverage.square() if mean else y2
     else:
@@ -85,12 +90,9 @@ def _power(particles: Particles, i: int, grid: Grid, mean: bool) -> tuple[Tensor
         covered = is_covered(transfer)
         weighted = particles.transfer == "weight_volume"
         coverage = transfer.clamp(min=MIN_COVERAGE) if weighted else torch.ones_like(transfer)
-    zero = torch.zeros(())
-    return (
-        torch.where(covered, y2, zero),
-        torch.where(covered, coverage, zero),
-        torch.where(covered, y2 / coverage.clamp(min=MIN_COVERAGE), zero),
-    )
+    found = torch.stack([y2, coverage, y2 / coverage.clamp(min=MIN_COVERAGE)])
+    found = torch.where(covered, found, torch.zeros(()))
+    return shell_sum(found, size) if particles.transfer == "tilts" else found
 
 
 def estimate_noise(
@@ -111,18 +113,20 @@ def estimate_noise(
     size, rows = grid.working_box, sample_rows(len(particles), sample).tolist()
     by_tilts = particles.transfer == "tilts"
     few = rows[:: max(1, len(rows) // 32)]
-    mean = by_tilts and (normalisation == "mean" or (normalisation == "auto" and _prefers_mean(particles, few, grid)))
+    volumes = by_tilts and not particles.stacks
+    mean = volumes and (normalisation == "mean" or (normalisation == "auto" and _prefers_mean(particles, few, grid)))
     ones = torch.ones(len(band_frequencies(size)))
     unit = Noise(ones, 1.0, mean, torch.zeros(size // 2 + 1))
     numerator, weight = torch.zeros((size,) * 3), torch.zeros_like(ones)
-    power, coverage, ratio = torch.zeros_like(ones), torch.zeros_like(ones), torch.zeros_like(ones)
+    sums = torch.zeros(3, size // 2 + 1 if by_tilts else len(ones))
     for i, b, w in observe_all(particles, rows, grid, unit, workers, crop=size):
         numerator, weight = numerator + b, weight + w
-        add = _power(particles, i, grid, mean)
-        power, coverage, ratio = power + add[0], coverage + add[1], ratio + add[2]
-    volume, explained = _consensus_share(numerator, weight, shell_sum(ratio, size), mask, grid)
+        sums = sums + _power(particles, i, grid, mean)
+    power, coverage, ratio = sums
+    total = ratio if by_tilts else shell_sum(ratio, size)
+    volume, explained = _consensus_share(numerator, weight, total, mask, grid)
     if by_tilts:
-        curve = shell_sum(power, size) / shell_sum(coverage, size).clamp(min=1e-6) * (1.0 - explained)
+        curve = power / coverage.clamp(min=1e-6) * (1.0 - explained)
         curve[0] = curve[1]
         level = radial(curve, size)
     else:

@@ -21,6 +21,7 @@ from torch import Tensor
 from opustomo.data.mrc import read_volume
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_transfer_volume
+from opustomo.data.stacks import observe_stack, read_stack
 from opustomo.errors import UserError
 from opustomo.physics.fourier import (
     band_frequencies,
@@ -46,7 +47,8 @@ class Noise:
     """Noise power of a data set on the working band, and what was found on the way.
 
     ``power`` is (n,) on the band, in the particle's frame: with tilt parameters the power per slice s (radial);
-    with a transfer volume that of a voxel of the data (CTF volume) or of the data over the weight (weight volume).
+    with a transfer volume that of a voxel of the data (CTF volume) or of the data over the weight (weight volume);
+    for tilt images the curve (radial) that multiplies the level of each image.
     """
 
     power: Tensor
@@ -91,7 +93,7 @@ def is_covered(transfer: Tensor) -> Tensor:
 
 
 def tilt_rows(particles: Particles, i: int) -> Tensor:
-    """(T, 12) rows of the tilts of particle i that are not excluded; UserError if none is left."""
+    """(T, 13) rows of the tilts of particle i that are not excluded; UserError if none is left."""
     rows = particles.tilts_of(i)
     if len(rows) == 0:
         raise UserError(
@@ -135,6 +137,12 @@ def _weight_band(particles: Particles, i: int, grid: Grid, noise: Noise, matrix:
 def observe(particles: Particles, i: int, grid: Grid, noise: Noise, crop: int | None = None) -> tuple[Tensor, Tensor]:
     """Numerator (C, C, C) and weight (n,) of particle i in the consensus frame (METHOD section 4)."""
     matrix, origin = _pose(particles, i, grid)
+    if particles.stacks:
+        stack = read_stack(particles, i, grid)
+        numerator, weight = observe_stack(
+            stack, particles.premultiplied, matrix, origin, grid, noise.power, crop or grid.crop
+        )
+        return numerator * noise.contrast, weight
     band = _numerator_band(particles, i, grid, noise)
     numerator = resample_numerator(band, matrix, origin, grid.working_box, crop or grid.crop)
     return numerator, _weight_band(particles, i, grid, noise, matrix)

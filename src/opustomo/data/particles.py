@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 # Columns of ``Particles.tilts``, one row per tilt image of one particle.  Angles in degrees, defocus in
 # Angstrom (underfocus positive), voltage in kV, Cs in mm, B-factor in Angstrom^2 (>= 0, damping), scale as in
-# the file (0 = excluded tilt).  (rot, tilt, psi) is RELION's ZYZ of the tilt: (u, v, distance) = R_t k.
+# the file (0 = excluded tilt), dose in electrons per square Angstrom where the dose filter damps (else 0).
+# (rot, tilt, psi) is RELION's ZYZ of the tilt: (u, v, distance) = R_t k.
 TILT_COLUMNS = (
     "rot", "tilt", "psi", "defocus_u", "defocus_v", "defocus_angle", "voltage", "cs", "amplitude",
-    "phase_shift", "bfactor", "scale",
+    "phase_shift", "bfactor", "scale", "dose",
 )  # fmt: skip
+
+SCALE = TILT_COLUMNS.index("scale")
 
 Transfer = Literal["tilts", "ctf_volume", "weight_volume", "none"]
 Normalisation = Literal["sum", "mean", "unknown"]
@@ -30,10 +33,14 @@ Normalisation = Literal["sum", "mean", "unknown"]
 
 @dataclass(frozen=True)
 class Particles:
-    """Subtomograms with poses and transfer functions (P particles).
+    """Subtomograms, or stacks of tilt images, with poses and transfer functions (P particles).
 
     ``rotation`` is A of METHOD section 2, ``x_particle = A x_consensus`` on (x, y, z) vectors; ``origin`` is in
     pixels of the subtomogram, (x, y, z): the particle's centre lies at ``N//2 - origin``.
+
+    A stack has ``slices``: of each row of ``tilts`` the image in the particle's file (from 0); none for subtomograms.
+    Its images are ``c_t P_t V``, for premultiplied ones ``c_t^2 P_t V``, with R_t of the tilt's row; the particle's
+    centre lies there at ``N//2 - (R_t origin)[u, v] - tilt_shifts``.
     """
 
     source: Path  # the STAR file read
@@ -55,25 +62,36 @@ class Particles:
     normalisation: Normalisation  # how tilts were combined: METHOD section 3, r
     tilts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(TILT_COLUMNS))))
     tilt_offsets: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))  # (P + 1,)
+    slices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (rows of tilts,) or (0,)
+    tilt_shifts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))  # (rows of tilts, 2) or (0, 2)
     notes: tuple[str, ...] = ()  # what the reader decided and how it knows, for check and the log
 
     def __len__(self) -> int:
         return len(self.image_files)
 
+    @property
+    def stacks(self) -> bool:
+        """Whether the particles are stacks of tilt images."""
+        return len(self.slices) > 0
+
+    def tilt_index(self, i: int) -> NDArray[np.int64]:
+        """(T_i,) rows of ``tilts`` of particle i; excluded tilts (scale 0) are left out."""
+        rows = np.arange(self.tilt_offsets[i], self.tilt_offsets[i + 1])
+        return rows[self.tilts[rows, SCALE] != 0]
+
     def tilts_of(self, i: int) -> NDArray[np.float64]:
-        """(T_i, 12) tilt rows of particle i; excluded tilts (scale 0) are left out."""
-        rows = self.tilts[self.tilt_offsets[i] : self.tilt_offsets[i + 1]]
-        return rows[rows[:, -1] != 0]
+        """(T_i, 13) tilt rows of particle i; excluded tilts (scale 0) are left out."""
+        return self.tilts[self.tilt_index(i)]
 
     def subset(self, index: NDArray[np.int64]) -> Particles:
         """The particles at ``index`` (integers, any order); the source table is kept whole."""
         index = np.asarray(index, np.int64)
-        tilts, offsets = self.tilts, np.zeros(1, np.int64)
+        rows, offsets = np.arange(len(self.tilts)), np.zeros(1, np.int64)
         if self.transfer == "tilts":
             counts = np.diff(self.tilt_offsets)[index]
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-            rows = [np.arange(self.tilt_offsets[i], self.tilt_offsets[i + 1]) for i in index]
-            tilts = self.tilts[np.concatenate(rows)] if rows else self.tilts[:0]
+            chosen = [np.arange(self.tilt_offsets[i], self.tilt_offsets[i + 1]) for i in index]
+            rows = np.concatenate([rows[:0], *chosen])
         return replace(
             self,
             names=self.names[index],
@@ -85,6 +103,8 @@ class Particles:
             coordinates=None if self.coordinates is None else self.coordinates[index],
             tomogram=self.tomogram[index],
             half=self.half[index],
-            tilts=tilts,
+            tilts=self.tilts[rows],
             tilt_offsets=offsets,
+            slices=self.slices[rows] if self.stacks else self.slices,
+            tilt_shifts=self.tilt_shifts[rows] if self.stacks else self.tilt_shifts,
         )

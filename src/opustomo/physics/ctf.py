@@ -30,14 +30,17 @@ def contrast_transfer(
     phase_shift: Tensor,
     bfactor: Tensor,
     scale: Tensor,
+    dose: Tensor | None = None,
 ) -> Tensor:
     """CTF times envelope times scale at in-plane frequencies (u, v).
 
     u, v: 1/Angstrom along x and y of the aligned tilt image.  Defocus in Angstrom, its angle in degrees from x,
     voltage in kV, Cs in mm, amplitude contrast as a fraction, phase shift in degrees, B-factor in Angstrom^2 (its
     sign is ignored: both dialects mean damping).  All arguments broadcast.
-    ``sin(pi df lambda s^2 - pi/2 Cs lambda^3 s^4 + phase + asin w) scale exp(-|B| s^2 / 4)``.
-    Source: Mindell & Grigorieff 2003 for the astigmatic defocus; RELION for B-factor and scale.
+    ``sin(pi df lambda s^2 - pi/2 Cs lambda^3 s^4 + phase + asin w) scale exp(-|B| s^2 / 4)``, and with a dose in
+    electrons per square Angstrom times ``exp(-dose / (2 Nc))`` of the critical dose ``Nc = 0.245 s^-1.665 + 2.81``.
+    Source: Mindell & Grigorieff 2003 for the astigmatic defocus; RELION for B-factor and scale; Grant & Grigorieff 2015
+    (eLife 4:e06980) for the dose at 300 kV.
     """
     s2 = u * u + v * v
     wavelength = electron_wavelength(voltage)
@@ -48,4 +51,7 @@ def contrast_transfer(
         + torch.deg2rad(phase_shift)
         + torch.asin(amplitude)
     )
-    return torch.sin(phase) * scale * torch.exp(-0.25 * bfactor.abs() * s2)
+    exponent = -0.25 * bfactor.abs() * s2
+    if dose is not None and bool((dose != 0).any()):
+        exponent = exponent - 0.5 * dose / (0.245 * s2.clamp(min=1e-12) ** -0.8325 + 2.81)
+    return torch.sin(phase) * scale * torch.exp(exponent)

@@ -24,27 +24,40 @@ from opustomo.physics.volume import (
 MIN_COVERAGE = 1e-3  # below this multiplicity a voxel says nothing: B = W = 0
 
 
-def insert_tilts(k: Tensor, tilts: Tensor, extent: float) -> tuple[Tensor, Tensor]:
-    """Transfer h and multiplicity m of a tilt series at frequencies of the particle's frame.
-
-    k: (n, 3) frequency vectors (x, y, z) in units of 1/extent (real numbers: rotated grids are welcome);
-    tilts: (T, 12) rows as in data.particles.TILT_COLUMNS; extent: box edge in Angstrom.
-    Returns h = sum_t w_t c_t and m = sum_t w_t, (n,) each, with the linear kernel ``w_t = 1 - |distance|`` to
-    the tilt's plane and the CTF evaluated at each voxel's own in-plane coordinates.
-    """
+def _near_planes(k: Tensor, tilts: Tensor, extent: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every pair of a voxel and a tilt whose plane is within one voxel: voxel, tilt, linear kernel, CTF; (pairs,)."""
     frames = euler_to_matrix(tilts[:, :3]).to(k.dtype)  # (u, v, distance) = R_t k
     distance = k @ frames[:, 2].T
     near = torch.nonzero(distance.abs() < 1.0)  # only the voxels close to a plane: a few percent
     voxel, tilt = near[:, 0], near[:, 1]
-    kernel = 1.0 - distance[voxel, tilt].abs()
     points = k[voxel]
     u = (points * frames[tilt, 0]).sum(-1) / extent
     v = (points * frames[tilt, 1]).sum(-1) / extent
     rows = tilts[:, 3:].to(k.dtype)[tilt]
-    contrast = contrast_transfer(u, v, *rows.unbind(-1))
+    return voxel, tilt, 1.0 - distance[voxel, tilt].abs(), contrast_transfer(u, v, *rows.unbind(-1))
+
+
+def insert_tilts(k: Tensor, tilts: Tensor, extent: float) -> tuple[Tensor, Tensor]:
+    """Transfer h and multiplicity m of a tilt series at frequencies of the particle's frame.
+
+    k: (n, 3) frequency vectors (x, y, z) in units of 1/extent (real numbers: rotated grids are welcome);
+    tilts: (T, 13) rows as in data.particles.TILT_COLUMNS; extent: box edge in Angstrom.
+    Returns h = sum_t w_t c_t and m = sum_t w_t, (n,) each, with the linear kernel ``w_t = 1 - |distance|`` to
+    the tilt's plane and the CTF evaluated at each voxel's own in-plane coordinates.
+    """
+    voxel, _, kernel, contrast = _near_planes(k, tilts, extent)
     h = k.new_zeros(k.shape[0]).index_add(0, voxel, kernel * contrast)
     m = k.new_zeros(k.shape[0]).index_add(0, voxel, kernel)
     return h, m
+
+
+def insert_squares(k: Tensor, tilts: Tensor, extent: float, noise: Tensor) -> Tensor:
+    """``sum_t w_t c_t^2 / s_t`` of tilt images that are kept apart, arguments as ``insert_tilts``: (n,).
+
+    noise: (T,) noise power s_t of every image; a part that depends on |k| alone is for the caller.
+    """
+    voxel, tilt, kernel, contrast = _near_planes(k, tilts, extent)
+    return k.new_zeros(k.shape[0]).index_add(0, voxel, kernel * contrast.square() / noise.to(k.dtype)[tilt])
 
 
 def information(h: Tensor, m: Tensor, noise: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from mrcfile.utils import dtype_from_mode
 
-from opustomo.data.findings import Finding, listed, megabytes
+from opustomo.data.findings import Finding, listed, megabytes, span
 from opustomo.data.mrc import MrcHeader, header_of
 from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ, is_set
@@ -43,8 +43,8 @@ def survey_headers(files: Sequence[Path], names: Sequence[str]) -> Survey:
     return Survey(list(distinct.values()), [header for header, _ in found], reasons)
 
 
-def box_findings(survey: Survey) -> list[Finding]:
-    """Whether every subtomogram can be read and has the box of the majority."""
+def box_findings(survey: Survey, stacks: bool = False) -> list[Finding]:
+    """Whether every subtomogram, or stack of images, can be read and has the box of the majority."""
     findings = []
     total, readable = len(survey.names), survey.readable
     if survey.reasons:
@@ -52,6 +52,8 @@ def box_findings(survey: Survey) -> list[Finding]:
         findings.append(Finding("error", "files", found, "extract them again or remove their rows"))
     if not readable:
         return findings
+    if stacks:
+        return [*findings, *_image_findings(readable)]
     shapes = Counter(header.shape for _, header in readable)
     usual = shapes.most_common(1)[0][0]
     other = [f"{name} ({_size(header.shape)})" for name, header in readable if header.shape != usual]
@@ -67,6 +69,23 @@ def box_findings(survey: Survey) -> list[Finding]:
         found = f"{usual[0]}^3 voxels in all {total} subtomograms, {megabytes(size)} in {_mode(readable[0][1])}"
         findings.append(Finding("ok", "box", found, values={"box": usual[0], "bytes": size}))
     return findings
+
+
+def _image_findings(readable: list[tuple[str, MrcHeader]]) -> list[Finding]:
+    shapes = Counter(header.shape[1:] for _, header in readable)
+    (y, x), count = shapes.most_common(1)[0]
+    other = [
+        f"{name} ({header.shape[2]} x {header.shape[1]})" for name, header in readable if header.shape[1:] != (y, x)
+    ]
+    if other:
+        found = f"{len(other)} of {len(readable)} stacks are not of {x} x {y} pixels: {listed(other)}"
+        action = "extract them with one box size or remove their rows"
+        return [Finding("error", "box", found, action, {"count": len(other)})]
+    size = sum(_bytes(header) for _, header in readable)
+    lengths = [header.shape[0] for _, header in readable]
+    images = span(min(lengths), max(lengths))
+    found = f"{x} x {y} pixels in all {count} stacks of {images} images, {megabytes(size)} in {_mode(readable[0][1])}"
+    return [Finding("ok", "box", found, values={"box": x, "bytes": size})]
 
 
 def pixel_findings(survey: Survey, star: StarFile, pixel_size: float) -> list[Finding]:

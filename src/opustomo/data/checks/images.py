@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opustomo.data.findings import Finding, listed, span
-from opustomo.data.mrc import read_volume
+from opustomo.data.mrc import read_slices, read_volume
 from opustomo.data.particles import Particles
 
 OUTLIER = 5.0  # median absolute deviations, as standard deviations of a normal distribution
@@ -52,8 +52,19 @@ class Sample(NamedTuple):
 def read_sample(particles: Particles, rows: NDArray[np.int64], names: Sequence[str]) -> Sample:
     """Read the subtomograms at ``rows``; names are those in the STAR file, one per particle."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        greys = list(pool.map(_greys, [particles.image_files[i] for i in rows]))
+        greys = list(pool.map(_stack_greys if particles.stacks else _greys, *_places(particles, rows)))
     return Sample(rows, greys, [names[i] for i in rows])
+
+
+def _places(particles: Particles, rows: NDArray[np.int64]) -> tuple[list[Any], ...]:
+    files = [particles.image_files[i] for i in rows]
+    return (files, [particles.slices[particles.tilt_index(i)] for i in rows]) if particles.stacks else (files,)
+
+
+def _stack_greys(path: Path, slices: NDArray[np.int64]) -> Greys:
+    """Of all images of a particle together; what is cut off is left out image by image."""
+    data = read_slices(path, slices)
+    return _summary(data, 0) if np.isfinite(data).all() else Greys(0.0, 0.0, False, False, 0)
 
 
 def _greys(path: Path) -> Greys:
@@ -62,6 +73,10 @@ def _greys(path: Path) -> Greys:
         return Greys(0.0, 0.0, False, False, 0)
     faces = [np.take(data, index, axis) for axis in range(3) for index in (0, -1)]
     flat = sum(bool(face.min() == face.max()) for face in faces)
+    return _summary(data, flat)
+
+
+def _summary(data: NDArray[np.float32], flat: int) -> Greys:
     empty = bool(data.min() == data.max())
     return Greys(float(data.mean(dtype=np.float64)), float(data.std(dtype=np.float64)), True, empty, flat)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ _FEW_FOR_GAPS, _FEW_FOR_AREA = 40, 192  # particles
 def count_findings(particles: Particles) -> list[Finding]:
     """Dialect, particles, tomograms and half sets."""
     total = len(particles)
-    findings = [Finding("ok", "read as", particles.dialect)]
+    findings = [Finding("ok", "read as", particles.notes[0] if particles.stacks else particles.dialect)]
     per_tomogram = Counter(particles.tomogram)
     if set(per_tomogram) == {""}:
         found = f"{total} particles; the file names no tomograms"
@@ -48,7 +49,13 @@ def _half_sets(particles: Particles) -> list[Finding]:
 
 def duplicate_findings(particles: Particles) -> list[Finding]:
     """Subtomograms used twice, and particles of one tomogram within one pixel of each other."""
-    uses = Counter(particles.image_files)
+    # tilt images of many particles may share one file
+    stacks = (
+        zip(particles.image_files, particles.slices[particles.tilt_offsets[:-1]], strict=True)
+        if particles.stacks
+        else ()
+    )
+    uses = Counter([f"{path}@{number}" for path, number in stacks] or [str(path) for path in particles.image_files])
     repeated = [path for path, number in uses.items() if number > 1]
     if repeated and len(set(uses.values())) == 1:
         times = uses[repeated[0]]
@@ -56,7 +63,9 @@ def duplicate_findings(particles: Particles) -> list[Finding]:
         action = "every row gets its own code; keep in mind that the copies are not independent"
         return [Finding("note", "duplicates", found, action, {"files": len(repeated), "times": times})]
     if repeated:
-        found = f"{len(repeated)} subtomograms are used more than once: {listed([path.name for path in repeated])}"
+        found = (
+            f"{len(repeated)} subtomograms are used more than once: {listed([Path(path).name for path in repeated])}"
+        )
         return [Finding("warning", "duplicates", found, "remove the extra rows: they count twice and leak into "
                         "validation", {"files": len(repeated)})]  # fmt: skip
     return _neighbours(particles)

@@ -111,6 +111,8 @@ def _contrast(noise: Noise, count: int, seen: bool, options: InputOptions) -> Fi
 
 
 def _normalisation(noise: Noise, particles: Particles, options: InputOptions) -> list[Finding]:
+    if particles.stacks:
+        return []
     if particles.transfer != "tilts":
         kind = "CTF volume" if particles.transfer == "ctf_volume" else "weight volume"
         action = "the noise is estimated for every Fourier voxel from the data"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo.data.findings import Finding, Level, span
-from opustomo.data.particles import TILT_COLUMNS, Particles
+from opustomo.data.particles import SCALE, TILT_COLUMNS, Particles
 
 _DEFOCUS = (
     1_000.0,
@@ -26,14 +26,14 @@ def transfer_findings(particles: Particles) -> list[Finding]:
         data = "CTF-premultiplied" if particles.premultiplied else "not CTF-premultiplied"
         found = f"{number} {kind}{'s' if number > 1 else ''}{shared}; the data are {data}"
         return [Finding("ok", "CTF", found, "tilt angles and defocus are not needed", {"volumes": number})]
-    rows = particles.tilts[particles.tilts[:, -1] != 0]
+    rows = particles.tilts[particles.tilts[:, SCALE] != 0]
     table = dict(zip(TILT_COLUMNS, rows.T, strict=True))
     return [
         _counts(particles),
         *_angles(table),
         _defocus(table, particles),
         *_microscope(table),
-        _dose(table["bfactor"], particles),
+        _dose(table["bfactor"], table["dose"], particles),
     ]
 
 
@@ -140,8 +140,14 @@ def _microscope(table: dict[str, NDArray[np.float64]]) -> list[Finding]:
     return wrong or [Finding("ok", "microscope", ", ".join(words), values=values_found)]
 
 
-def _dose(bfactor: NDArray[np.float64], particles: Particles) -> Finding:
-    """The B-factor is 4 x dose in both dialects that write it."""
+def _dose(bfactor: NDArray[np.float64], dose: NDArray[np.float64], particles: Particles) -> Finding:
+    """The B-factor is 4 x dose in both dialects that write it; tilt images may be filtered by dose instead."""
+    if dose.any():
+        found = f"{span(dose.min(), dose.max(), '.3g')} e/A^2 before the images"
+        if dose.max() > _DOSE:
+            action = "far more than a tilt series takes: check rlnMicrographPreExposure"
+            return Finding("warning", "dose", found, action, {"dose_high": float(dose.max())})
+        return Finding("ok", "dose", found, "damped as by the dose filter of RELION", {"dose_high": float(dose.max())})
     low, high = float(bfactor.min()), float(bfactor.max())
     values = {"bfactor_low": low, "bfactor_high": high}
     found = f"B-factor {span(low, high, '.4g')} A^2"

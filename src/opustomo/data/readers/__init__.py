@@ -15,62 +15,99 @@ from numpy.typing import NDArray
 
 from opustomo.config import InputOptions
 from opustomo.data.particles import Normalisation, Particles
-from opustomo.data.readers import relion, sampling
+from opustomo.data.readers import optimisation_set, relion, sampling, series
 from opustomo.data.readers.ctf_volume import read_transfer_volume
 from opustomo.data.readers.files import Locator
+from opustomo.data.readers.source import Source, read_source
 from opustomo.data.readers.transfer import find_transfer
-from opustomo.data.star import StarFile, read_star
 from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix
 
-__all__ = ["read_particles", "read_transfer_volume", "with_poses"]
+__all__ = ["poses_of", "read_particles", "read_transfer_volume", "with_poses"]
 
 
 def read_particles(star: Path, options: InputOptions) -> Particles:
-    """Read a RELION 3.0 or 3.1 STAR file of 3-D subtomograms (P rows) with everything its particles refer to.
+    """Read a particle STAR file or an optimisation set (P particles) with everything its particles refer to.
 
-    options: cross-checks (``-D``, ``--angpix``, ``--relion31``), ``--datadir`` and the normalisation.
-    UserError (one line, with the fix): any file missing, column missing, box or pixel size in disagreement, particle
-    without CTF.  Every decision is a sentence in ``notes``.
+    options: the dialect (``--format``), cross-checks (``-D``, ``--angpix``, ``--relion31``), ``--datadir`` and the
+    normalisation.  UserError (one line, with the fix): any file missing, column missing, box or pixel size in
+    disagreement, particle without CTF.  Every decision is a sentence in ``notes``, the dialect first.
     """
-    table = read_star(star)
-    dialect, notes = _dialect(table, options)
-    locator = Locator(star, options.datadir)
-    images = locator.require([str(name) for name in relion.image_names(table)], "subtomograms")
+    source = read_source(star, options.format, options.datadir)
+    table, stacks = source.table, source.format in ("relion5", "series")
+    dialect, note = _dialect(source, options)
+    locator = Locator(table.path, options.datadir)
+    named = series.stack_names(source) if source.format == "series" else [str(n) for n in relion.image_names(table)]
+    images = locator.require(named, "stacks" if stacks else "subtomograms")
+    notes = [note]
     if locator.outside_datadir(images):
-        notes.append(f"--datadir {options.datadir} was not needed: the subtomograms are in {images[0].parent}")
-    box, box_note = sampling.box_size(images, star, relion.image_size(table), options)
+        notes.append(f"--datadir {options.datadir} was not needed: the particles are in {images[0].parent}")
+    box, box_note = sampling.box_size(images, star, relion.image_size(table), options, stacks)
     pixel_size, pixel_note = sampling.pixel_size(images, star, relion.pixel_size(table), options)
-    euler = relion.eulers(table)
-    origin, origin_note = relion.origins(table, pixel_size)
-    transfer = find_transfer(table, images, locator, box)
-    if transfer.transfer == "tilts" and relion.premultiplied(table):
-        raise UserError(
-            f"{star}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it would "
-            "be applied twice; give the weight volumes in rlnCtfImage (move the CTF STAR files away), or set it to 0"
-        )
+    notes += [box_note, pixel_note]
+    fields = _of_tilt_images if stacks else _of_subtomograms
     return Particles(
         source=star.absolute(),
         dialect=dialect,
         star=table,
         names=relion.identities(table),
         image_files=images,
-        ctf_files=transfer.ctf_files,
-        euler=euler,
-        rotation=_matrices(euler),
-        origin=origin,
         coordinates=relion.coordinates(table),
         tomogram=relion.tomograms(table),
         half=relion.halves(table),
         box=box,
         pixel_size=pixel_size,
-        transfer=transfer.transfer,
         premultiplied=relion.premultiplied(table),
         normalisation=_normalisation(options),
-        tilts=transfer.tilts,
-        tilt_offsets=transfer.tilt_offsets,
-        notes=(*notes, box_note, pixel_note, origin_note, transfer.note),
+        **fields(source, images, box, pixel_size, options, notes),
     )
+
+
+def _of_subtomograms(
+    source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str]
+) -> dict[str, Any]:
+    """Poses, transfer functions and notes of 3-D subtomograms, as fields of ``Particles``."""
+    table = source.table
+    euler = relion.eulers(table)
+    origin, origin_note = relion.origins(table, pixel_size)
+    transfer = find_transfer(table, images, Locator(table.path, options.datadir), box)
+    if transfer.transfer == "tilts" and relion.premultiplied(table):
+        raise UserError(
+            f"{table.path}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it "
+            "would be applied twice; give the weight volumes in rlnCtfImage (move the CTF STAR files away), or set it "
+            "to 0"
+        )
+    fields = transfer._asdict()
+    notes = [*notes, origin_note, fields.pop("note")]
+    return fields | {"euler": euler, "rotation": _matrices(euler), "origin": origin, "notes": tuple(notes)}
+
+
+def _of_tilt_images(
+    source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str]
+) -> dict[str, Any]:
+    """The same of stacks of tilt images."""
+    if options.normalisation != "auto":
+        raise UserError(
+            f"--normalisation {options.normalisation}: {source.whole.path} has tilt images, which are not combined; "
+            "leave it out"
+        )
+    if source.format == "series":
+        found = series.read_series(source, pixel_size)
+    else:
+        found = optimisation_set.read_tilt_series(source, images, pixel_size, options.datadir)
+    kind = "CTF-premultiplied" if relion.premultiplied(source.table) else "not CTF-premultiplied"
+    notes = [*notes, *found.notes, f"the images are {kind}"]
+    return found._asdict() | {"transfer": "tilts", "ctf_files": (), "notes": tuple(notes)}
+
+
+def poses_of(source: Source, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A (P, 3, 3) and origins (P, 3) in pixels of ``pixel_size`` Angstrom, as read_particles, from the tables alone."""
+    if source.format == "series":
+        found = series.read_series(source, pixel_size)
+        return found.rotation, found.origin
+    if source.format == "relion5":
+        return optimisation_set.poses(source.table, pixel_size)[1:3]
+    return _matrices(relion.eulers(source.table)), relion.origins(source.table, pixel_size)[0]
 
 
 def with_poses(
@@ -99,14 +136,18 @@ def with_poses(
     return replace(particles, rotation=matrices, origin=origin, euler=angles, notes=notes)
 
 
-def _dialect(table: StarFile, options: InputOptions) -> tuple[str, list[str]]:
-    dialect = relion.dialect(table)
-    if options.relion31 and dialect == "RELION 3.0":
+def _dialect(source: Source, options: InputOptions) -> tuple[str, str]:
+    """What messages call the dialect, and a note on how it was recognised."""
+    table = source.table
+    version = relion.version(table)
+    if options.relion31 and version == "RELION 3.0":
         raise UserError(
             f"--relion31: {table.path} has no data_optics table, it is RELION 3.0 (block data_{table.particle_block}); "
             "leave --relion31 out"
         )
-    return dialect, [f"{dialect}: {len(table.particles)} particles in block data_{table.particle_block}"]
+    dialect = {"relion3": version, "relion4": "RELION 4", "relion5": "RELION 5", "series": "tilt images"}[source.format]
+    note = f"{dialect}: {len(source)} particles in block data_{table.particle_block}"
+    return dialect, f"{note}: {source.why}" if source.why else note
 
 
 def _normalisation(options: InputOptions) -> Normalisation:

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from opustomo.data.particles import TILT_COLUMNS
+from opustomo.data.particles import SCALE, TILT_COLUMNS
 from opustomo.data.star import read_numeric_table
 from opustomo.errors import UserError
 
-# In the order of TILT_COLUMNS; a number is the value taken when the column is absent, None means it is needed.
+# In the order of TILT_COLUMNS but the last, the dose, which these files do not have; a number is the value taken when
+# the column is absent, None means it is needed.
 _COLUMNS: dict[str, float | None] = {
     "rlnAngleRot": 0.0,
     "rlnAngleTilt": None,
@@ -38,7 +39,7 @@ _BFACTOR = TILT_COLUMNS.index("bfactor")
 def read_tilts(
     files: Sequence[Path], names: Sequence[str], microscope: Mapping[str, float]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Tilts of P particles, packed: rows (T, 12) of TILT_COLUMNS and offsets (P + 1,).
+    """Tilts of P particles, packed: rows (T, 13) of TILT_COLUMNS and offsets (P + 1,).
 
     files, names: P CTF STARs (one shared by many particles is parsed once) and particle names for messages.
     microscope: rlnVoltage, rlnSphericalAberration, rlnAmplitudeContrast from the optics table, used when a file has
@@ -49,7 +50,7 @@ def read_tilts(
     for path, name in zip(files, names, strict=True):
         if path not in known:
             known[path] = _tilts(path, microscope)
-            if not known[path][:, -1].any():
+            if not known[path][:, SCALE].any():
                 raise UserError(
                     f"{path}: all {len(known[path])} tilts of particle {name} are excluded (rlnCtfScalefactor 0); "
                     "remove the particle from the STAR file or restore some tilts"
@@ -60,7 +61,16 @@ def read_tilts(
 
 
 def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
-    found = read_numeric_table(path, "images", tuple(_COLUMNS))
+    return tilt_table(read_numeric_table(path, "images", tuple(_COLUMNS)), microscope, path)
+
+
+def tilt_table(
+    found: Mapping[str, NDArray[np.float64]], microscope: Mapping[str, float], path: Path
+) -> NDArray[np.float64]:
+    """Rows (T, 13) of TILT_COLUMNS from the columns of a file, each (T,), and perhaps "dose"; others are not looked at.
+
+    UserError naming ``path``: column missing, value without a CTF.
+    """
     rows = len(next(iter(found.values()))) if found else 0
     columns = []
     for name, default in _COLUMNS.items():
@@ -76,7 +86,7 @@ def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
                 )
             value = np.full(rows, constant)
         columns.append(value)
-    table = np.stack(columns, 1)
+    table = np.stack([*columns, found.get("dose", np.zeros(rows))], 1)
     table[:, _BFACTOR] = np.abs(table[:, _BFACTOR])
     _refuse_impossible(path, table)
     return table

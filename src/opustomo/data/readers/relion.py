@@ -7,24 +7,40 @@ and how it becomes pixels and degrees.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
+from opustomo.physics.geometry import euler_to_matrix
 
 AXES = ("X", "Y", "Z")
 
 
 def dialect(star: StarFile) -> str:
-    """ "RELION 3.1" where the file has an optics table, "RELION 3.0" else.  UserError for 2-D tilt stacks."""
-    flag = "rlnTomoSubTomosAre2DStacks"
-    stacks = star.has("general", flag) and star.text("general", flag, "telling stacks")[0] == "1"
-    if stacks or "@" in image_names(star)[0]:
+    """ "RELION 3.1" where the file has an optics table, "RELION 3.0" else.  UserError for stacks of tilt images."""
+    if has_stacks(star) or has_series(star):
         raise UserError(
-            f"{star.path}: its particles are stacks of 2-D tilt images; only 3-D subtomograms are read: "
-            "export them as 3-D subtomograms"
+            f"{star.path}: its particles are stacks of 2-D tilt images, which only `opustomo` reads; use its verbs, or "
+            "export 3-D subtomograms"
         )
+    return version(star)
+
+
+def version(star: StarFile) -> str:
+    """ "RELION 3.1" where the file has an optics table, "RELION 3.0" else."""
     return "RELION 3.0" if star.optics_block is None else "RELION 3.1"
+
+
+def has_stacks(star: StarFile) -> bool:
+    """Whether every row is a particle with a stack of tilt images (RELION 5, WarpTools)."""
+    flag = "rlnTomoSubTomosAre2DStacks"
+    return star.has("general", flag) and star.text("general", flag, "telling stacks")[0] == "1"
+
+
+def has_series(star: StarFile) -> bool:
+    """Whether every row is one tilt image of a particle (``7@stack.mrcs``)."""
+    return "@" in image_names(star)[0]
 
 
 def image_names(star: StarFile) -> NDArray[np.object_]:
@@ -33,10 +49,13 @@ def image_names(star: StarFile) -> NDArray[np.object_]:
 
 
 def identities(star: StarFile) -> NDArray[np.object_]:
-    """(P,) name of each particle: rlnTomoParticleName, else rlnImageName."""
-    if star.has(star.particle_block, "rlnTomoParticleName"):
-        return star.text(star.particle_block, "rlnTomoParticleName", "telling particles apart")
-    return image_names(star)
+    """(rows,) name of the particle: rlnTomoParticleName; rlnGroupName, else the stack, of images; else rlnImageName."""
+    names = image_names(star)
+    series = "@" in names[0]
+    for column in ("rlnTomoParticleName", *(["rlnGroupName"] if series else [])):
+        if star.has(star.particle_block, column):
+            return star.text(star.particle_block, column, "telling particles apart")
+    return np.array([name.split("@")[-1] for name in names], object) if series else names
 
 
 def tomograms(star: StarFile) -> NDArray[np.object_]:
@@ -75,12 +94,24 @@ def origins(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], str
     return np.zeros((len(star.particles), 3)), "the file has no origins: taken as zero"
 
 
-def coordinates(star: StarFile) -> NDArray[np.float64] | None:
-    """(P, 3) rlnCoordinateX/Y/Z as in the file, None when an axis is missing."""
-    names = [f"rlnCoordinate{axis}" for axis in AXES]
-    if not all(star.has(star.particle_block, name) for name in names):
+def subtomogram_rotation(star: StarFile) -> NDArray[np.float64] | None:
+    """(P, 3, 3) from the subtomogram to the tomogram (rlnTomoSubtomogramRot/Tilt/Psi); None where there is none.
+
+    Poses and origins of the file are in the subtomogram's frame.  The images of a stack are in that of the tomogram.
+    """
+    names = ("rlnTomoSubtomogramRot", "rlnTomoSubtomogramTilt", "rlnTomoSubtomogramPsi")
+    if not star.has(star.particle_block, names[0]):
         return None
-    return np.stack([star.numbers(star.particle_block, name, "coordinates") for name in names], 1)
+    angles = np.stack([star.numbers(star.particle_block, name, "the subtomograms' orientation") for name in names], 1)
+    return euler_to_matrix(torch.from_numpy(angles)).numpy()
+
+
+def coordinates(star: StarFile) -> NDArray[np.float64] | None:
+    """(P, 3) rlnCoordinateX/Y/Z as in the file, else rlnCenteredCoordinate*Angst; None when an axis is missing."""
+    for names in ([f"rlnCoordinate{axis}" for axis in AXES], [f"rlnCenteredCoordinate{axis}Angst" for axis in AXES]):
+        if all(star.has(star.particle_block, name) for name in names):
+            return np.stack([star.numbers(star.particle_block, name, "coordinates") for name in names], 1)
+    return None
 
 
 def pixel_size(star: StarFile) -> tuple[float, str] | None:

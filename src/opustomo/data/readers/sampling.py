@@ -18,15 +18,17 @@ _TOLERANCE = 0.005  # relative difference of pixel sizes that users' rounding ex
 _LOOKED_AT = 8  # headers read here; `check` reads all
 
 
-def box_size(files: Sequence[Path], star: Path, stated: int | None, options: InputOptions) -> tuple[int, str]:
-    """Box N of the subtomograms from their headers, and a note.
+def box_size(
+    files: Sequence[Path], star: Path, stated: int | None, options: InputOptions, stacks: bool = False
+) -> tuple[int, str]:
+    """Box N of the subtomograms, or of the images of stacks, from their headers, and a note.
 
-    stated: box in the STAR's optics.  UserError: not cubic, odd, mixed, unlike the STAR or ``-D``.
+    stated: box in the STAR's optics.  UserError: not cubic (not square), odd, mixed, unlike the STAR or ``-D``.
     """
     first, *others = _sample(files)
-    box = check_box(first, header_of(first))
+    box = check_box(first, header_of(first), stacks)
     for path in others:
-        size = check_box(path, header_of(path))
+        size = check_box(path, header_of(path), stacks)
         if size != box:
             raise UserError(
                 f"{path}: box {size} but {first} has box {box}; all subtomograms must have one size: extract them again"
@@ -37,13 +39,18 @@ def box_size(files: Sequence[Path], star: Path, stated: int | None, options: Inp
         )
     if options.box is not None and options.box != box:
         raise UserError(f"-D {options.box}: the subtomograms have box {box} ({first}); give -D {box} or leave it out")
-    return box, f"box {box} from the headers of {1 + len(others)} of {len(files)} subtomograms"
+    return (
+        box,
+        f"box {box} from the headers of {1 + len(others)} of {len(files)} {'stacks' if stacks else 'subtomograms'}",
+    )
 
 
-def check_box(path: Path, header: MrcHeader) -> int:
-    """Box of one subtomogram; UserError when it is not cubic or odd."""
+def check_box(path: Path, header: MrcHeader, stack: bool = False) -> int:
+    """Box of one subtomogram or of the images of a stack; UserError when it is not cubic (not square) or odd."""
     z, y, x = header.shape
-    if not x == y == z:
+    if stack and x != y:
+        raise UserError(f"{path}: its images are not square (x, y = {x}, {y}); extract them with a square box")
+    if not stack and not x == y == z:
         raise UserError(f"{path}: subtomogram is not cubic (x, y, z = {x}, {y}, {z}); extract it with a cubic box")
     if x % 2:
         raise UserError(f"{path}: box {x} is odd; extract the subtomograms with an even box, e.g. {x + 1}")

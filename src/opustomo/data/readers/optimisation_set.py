@@ -1,0 +1,258 @@
+"""RELION 5 and WarpTools optimisation sets: the tilt series of every particle from the tomograms' STAR files.
+
+Owns: the columns of those files and their geometry.  A point x of a tomogram, pixels from its middle, lies in image f
+at ``R_f x`` (first two rows) and depth ``R_f x`` (third row), R_f the upper left of rlnTomoProjX/Y/Z or
+``Rz(ZRot) Ry(YTilt) Rx(XTilt)`` with active rotations.  A box of images is centred on the particle's coordinate, so the
+rest of the projection (shifts of the stage) does not enter.  Source: RELION 5, ``Tomogram::setProjectionMatrix``,
+``Tomogram::getCtf``, ``ParticleSet::getPosition``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from opustomo.data.mrc import header_of
+from opustomo.data.readers import relion
+from opustomo.data.readers.ctf_star import tilt_table
+from opustomo.data.readers.files import Locator
+from opustomo.data.readers.source import Source
+from opustomo.data.readers.tilt_images import TiltImages, tilt_angles
+from opustomo.data.star import StarFile, read_star
+from opustomo.errors import UserError
+from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
+
+_LOOKED_AT = 8  # stacks
+_OF_WARP = "dummy_tiltseries.mrc"  # rlnTomoTiltSeriesName
+_PER_DOSE = "rlnCtfBfactorPerElectronDose"
+_CTF = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfScalefactor", "rlnCtfBfactor")
+
+
+class _Series(NamedTuple):
+    """One tilt series of T images."""
+
+    table: NDArray[np.float64]  # (T, 13) at the middle of the tomogram
+    rotation: NDArray[np.float64]  # (T, 3, 3) R_f
+    hand: float  # Angstrom of defocus per Angstrom of depth
+    pixel_size: float  # of the tilt series, Angstrom
+    size: NDArray[np.float64] | None  # (3,) pixels of the tilt series
+    warp: bool  # whether WarpTools wrote it
+
+
+def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None) -> TiltImages:
+    """Poses and tilts of P particles, whose stacks ``images`` have pixels of ``pixel_size`` Angstrom.
+
+    UserError: no tomograms file, tomogram not in it, frames that do not fit, columns missing.
+    """
+    star, block = source.table, source.table.particle_block
+    if source.tomograms is None:
+        raise UserError(
+            f"{star.path}: particles are stacks of tilt images, whose tilt angles are in the tomograms' STAR file; "
+            "give the optimisation set (the STAR file with _rlnTomoParticlesFile and _rlnTomoTomogramsFile) instead"
+        )
+    tomograms = _read_tomograms(source.tomograms, star, pixel_size, datadir)
+    names = star.text(block, "rlnTomoName", "finding the tilt series")
+    if missing := [row for row, name in enumerate(names) if name not in tomograms]:
+        raise UserError(
+            f"{star.path}: column _rlnTomoName, row {missing[0] + 1}: tomogram {names[missing[0]]} is not in "
+            f"{source.tomograms} (which has {', '.join(list(tomograms)[:3])} ...); give the file that has it"
+        )
+    euler, rotation, origin, origin_note = poses(star, pixel_size)
+    series = [tomograms[name] for name in names]
+    frames = _visible(star, series)
+    depth, depth_note = _depths(star, series, origin * pixel_size)
+    tables = []
+    for one, visible, along in zip(series, frames, depth, strict=True):
+        table = one.table[visible]
+        table[:, 3:5] += (one.hand * along[visible])[:, None]
+        tables.append(table)
+    offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
+    whole = _holds_all(star, images, frames, series)
+    slices = np.concatenate([visible if whole else np.arange(len(visible)) for visible in frames])
+    counts = np.diff(offsets)
+    tilts = (
+        f"{len(set(names))} tilt series in {source.tomograms.name}, {counts.min()} to {counts.max()} images a particle"
+    )
+    return TiltImages(
+        euler, rotation, origin, np.concatenate(tables), offsets, slices, np.zeros((len(slices), 2)),
+        (origin_note, tilts, depth_note),
+    )  # fmt: skip
+
+
+def poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64], str]:
+    """Euler angles (P, 3), A (P, 3, 3) and origin (P, 3) in the tomogram's frame, and a note."""
+    euler = relion.eulers(star)
+    rotation = euler_to_matrix(torch.from_numpy(euler)).numpy()
+    origin, note = relion.origins(star, pixel_size)
+    turn = relion.subtomogram_rotation(star)
+    if turn is None:
+        return euler, rotation, origin, note
+    rotation = turn @ rotation
+    euler = matrix_to_euler(torch.from_numpy(rotation)).numpy()
+    note += "; poses and origins turned by rlnTomoSubtomogramRot/Tilt/Psi"
+    return euler, rotation, np.einsum("pij,pj->pi", turn, origin), note
+
+
+def _visible(star: StarFile, series: list[_Series]) -> list[NDArray[np.int64]]:
+    """Frames of its tomogram that each particle's stack holds, in their order."""
+    column, block = "rlnTomoVisibleFrames", star.particle_block
+    if not star.has(block, column):
+        return [np.arange(len(one.table)) for one in series]
+    frames = []
+    for row, (text, one) in enumerate(zip(star.text(block, column, "the frames"), series, strict=True)):
+        flags = str(text).strip("[]").split(",")
+        if len(flags) != len(one.table) or not set(flags) <= {"0", "1"}:
+            raise UserError(
+                f"{star.path}: column _{column}, row {row + 1}: {len(flags)} flags where the tilt series has "
+                f"{len(one.table)} images (each 0 or 1); give the tomograms that these particles were extracted from"
+            )
+        if "1" not in flags:
+            raise UserError(f"{star.path}: column _{column}, row {row + 1}: no image is visible; remove this particle")
+        frames.append(np.flatnonzero(np.array(flags) == "1"))
+    return frames
+
+
+def _holds_all(star: StarFile, images: Sequence[Path], frames: list[NDArray[np.int64]], series: list[_Series]) -> bool:
+    """Whether stacks hold the images that are not visible, too: those of WarpTools do, those of RELION do not.
+
+    A few stacks are looked at.  UserError where they hold yet another number.
+    """
+    kinds = []
+    some = [i for i, one in enumerate(series) if len(frames[i]) < len(one.table)] or list(range(len(series)))
+    for i in some[:: max(1, len(some) // _LOOKED_AT)]:
+        held, all_frames, visible = header_of(images[i]).shape[0], len(series[i].table), len(frames[i])
+        if held not in (all_frames, visible):
+            raise UserError(
+                f"{images[i]}: has {held} images where {star.path}, row {i + 1}, shows {visible} of {all_frames} "
+                "(rlnTomoVisibleFrames); give the particles and tomograms that these stacks were extracted with"
+            )
+        kinds.append(held != visible)
+    if len(set(kinds)) > 1:
+        raise UserError(
+            f"{star.path}: some stacks hold all images, some only those of rlnTomoVisibleFrames; give sets that were "
+            "extracted apart one at a time"
+        )
+    return kinds[0]
+
+
+def _depths(
+    star: StarFile, series: list[_Series], origin: NDArray[np.float64]
+) -> tuple[list[NDArray[np.float64]], str]:
+    """Depth of every particle in each image (T,), Angstrom from the tomogram's middle, and a note."""
+    position, note = _positions(star, series)
+    if position is None:
+        return [np.zeros(len(one.table)) for one in series], note
+    return [one.rotation[:, 2] @ place for one, place in zip(series, position - origin, strict=True)], note
+
+
+def _positions(star: StarFile, series: list[_Series]) -> tuple[NDArray[np.float64] | None, str]:
+    """(P, 3) Angstrom from the middle of the tomogram, None where the files do not say."""
+    place, block = relion.coordinates(star), star.particle_block
+    if place is None or not any(one.hand for one in series):
+        return None, "no coordinates or no rlnTomoHand: the defocus of the tomogram's middle is used"
+    if not star.has(block, "rlnCoordinateX"):
+        return place, "defocus from the depth of rlnCenteredCoordinateX/Y/ZAngst"
+    if any(one.size is None for one in series):
+        return None, "the tomograms' sizes are not known: the defocus of their middle is used"
+    size = np.stack([one.size for one in series if one.size is not None])
+    unit = np.array([one.pixel_size for one in series])[:, None]
+    binning, words = relion.constant(star, "rlnTomoSubtomogramBinning") or 1.0, "pixels of the tilt series"
+    if all(one.warp for one in series):
+        place, words = place * binning, "pixels of the extracted images, as WarpTools writes them"
+    return (place - size / 2) * unit, f"defocus from the depth of rlnCoordinateX/Y/Z, in {words}"
+
+
+def _read_tomograms(path: Path, particles: StarFile, pixel_size: float, datadir: Path | None) -> dict[str, _Series]:
+    """Every tilt series by the name of its tomogram."""
+    star = read_star(path)
+    if "global" not in star.blocks:
+        raise UserError(f"{path}: has no block data_global; give the tomograms' STAR file of the optimisation set")
+    names = star.text("global", "rlnTomoName", "finding the tilt series")
+    column = "rlnTomoTiltSeriesStarFile"
+    if star.has("global", column):
+        files = Locator(path, datadir).require(list(star.text("global", column, "the tilts")), "tilt series")
+        stars = [read_star(file) for file in files]
+        blocks = [next(iter(one.blocks)) for one in stars]
+    else:
+        stars, blocks = [star] * len(names), [str(name) for name in names]
+    found = {}
+    for row, (name, one, block) in enumerate(zip(names, stars, blocks, strict=True)):
+        found[str(name)] = _series(star, row, one, block, particles, pixel_size)
+    return found
+
+
+def _series(
+    tomograms: StarFile, row: int, star: StarFile, block: str, particles: StarFile, image_pixel: float
+) -> _Series:
+    def of_tomogram(name: str) -> float | None:
+        has = tomograms.has("global", name)
+        return float(tomograms.numbers("global", name, "the tilt series")[row]) if has else None
+
+    stated = relion.microscope(particles)
+    stated |= {name: value for name in ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
+               if (value := of_tomogram(name)) is not None}  # fmt: skip
+    pixel = of_tomogram("rlnTomoTiltSeriesPixelSize") or relion.constant(particles, "rlnTomoTiltSeriesPixelSize")
+    rotation = _rotations(star, block)
+    columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}
+    if "rlnCtfBfactor" not in columns and star.has(block, "rlnMicrographPreExposure"):
+        dose, per_dose = star.numbers(block, "rlnMicrographPreExposure", "the dose"), of_tomogram(_PER_DOSE)
+        if per_dose:
+            columns["rlnCtfBfactor"] = per_dose * (dose + 0.5 * (of_tomogram("rlnTomoImportFractionalDose") or 0.0))
+        else:
+            columns["dose"] = dose  # as RELION and WarpTools then filter the images
+    angles = dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), tilt_angles(rotation).T, strict=True))
+    axes = [of_tomogram(f"rlnTomoSize{axis}") for axis in relion.AXES]
+    size = None if None in axes else np.array(axes, np.float64)
+    slope = of_tomogram("rlnTomoDefocusSlope")
+    hand = (of_tomogram("rlnTomoHand") or 0.0) * (1.0 if slope is None else slope)
+    column = "rlnTomoTiltSeriesName"
+    named = tomograms.has("global", column) and Path(tomograms.text("global", column, "the images")[row]).name
+    table = tilt_table(angles | columns, stated, star.path)
+    return _Series(table, rotation, hand, pixel or image_pixel, size, named == _OF_WARP)
+
+
+def _rotations(star: StarFile, block: str) -> NDArray[np.float64]:
+    """R_f (T, 3, 3) of a tilt series; UserError naming the row of a matrix that is no rotation."""
+    if not star.has(block, "rlnTomoProjX"):
+        names = ("rlnTomoZRot", "rlnTomoYTilt", "rlnTomoXTilt")
+        zero = np.zeros(len(star.table(block)))
+        angles = [zero if name == names[2] and not star.has(block, name) else star.numbers(block, name, "the tilts")
+                  for name in names]  # fmt: skip
+        return Rotation.from_euler("ZYX", np.stack(angles, 1), degrees=True).as_matrix()
+    rows = []
+    for axis in relion.AXES:
+        column = f"rlnTomoProj{axis}"
+        for number, text in enumerate(star.text(block, column, "the projections")):
+            try:
+                rows.append([float(value) for value in str(text).strip("[]").split(",")][:3])
+                _, _, _ = rows[-1]
+            except ValueError:
+                raise UserError(
+                    f"{star.path}: data_{block}, column _{column}, row {number + 1}: {text!r} is not [x,y,z,shift]; "
+                    "write the tomograms again"
+                ) from None
+    matrix = np.array(rows).reshape(3, -1, 3).transpose(1, 0, 2)
+    u, scale, v = np.linalg.svd(matrix)
+    wrong = (np.abs(scale - 1) > 0.02).any(1) | (np.linalg.det(matrix) < 0)
+    if wrong.any():
+        raise UserError(
+            f"{star.path}: data_{block}, row {np.flatnonzero(wrong)[0] + 1}: rlnTomoProjX/Y/Z is not a rotation (it "
+            "scales or mirrors); export the set from RELION or WarpTools again"
+        )
+    return u @ v
+
+
+def poses_in_file(
+    star: StarFile, rotation: NDArray[np.float64], origin: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Euler angles (P, 3) and origins (P, 3) as the file has them, of poses in the tomogram's frame."""
+    turn = relion.subtomogram_rotation(star)
+    if turn is not None:
+        rotation, origin = turn.swapaxes(1, 2) @ rotation, np.einsum("pji,pj->pi", turn, origin)
+    return matrix_to_euler(torch.from_numpy(rotation)).numpy(), origin

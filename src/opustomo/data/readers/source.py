@@ -1,0 +1,108 @@
+"""Which dialect a file is written in: the particle table of a data set before anything else of it is read.
+
+Owns: how a dialect is recognised, and the one table of particles that all of them have: where every tilt image has a
+row of its own, the first row of each particle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.data.readers import relion
+from opustomo.data.readers.files import Locator
+from opustomo.data.star import StarFile, read_star
+from opustomo.errors import UserError
+
+Format = Literal["relion3", "relion4", "relion5", "series"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The particle table (P rows) and the files it comes from."""
+
+    format: Format
+    why: str  # how that was recognised, "" where nothing marks it
+    table: StarFile  # one row for each particle
+    whole: StarFile  # the file of the table, all rows: what is written back
+    rows: tuple[NDArray[np.int64], ...] | None = None  # (P,) of each particle in ``whole``; None: its own row alone
+    optimisation: StarFile | None = None
+    tomograms: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.table.particles)
+
+    def rows_of(self, index: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of ``whole`` of the particles at ``index``, and which of these each belongs to."""
+        if self.rows is None:
+            return np.asarray(index, np.int64), np.arange(len(index))
+        chosen = [self.rows[int(i)] for i in index]
+        return np.concatenate(chosen), np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+
+    def subset(self, index: NDArray[np.integer]) -> Source:
+        """The particles at ``index`` alone, with their rows, in both tables."""
+        rows, member = self.rows_of(index)
+        ends = np.cumsum(np.bincount(member))[:-1]
+        split = None if self.rows is None else tuple(np.split(np.arange(len(rows)), ends))
+        return replace(self, table=_at(self.table, np.asarray(index)), whole=_at(self.whole, rows), rows=split)
+
+
+def read_source(path: Path, stated: Format | Literal["auto"] = "auto", datadir: Path | None = None) -> Source:
+    """Read the particle table of ``path``, a particle STAR or an optimisation set, and recognise its dialect.
+
+    stated: ``--format``, instead of what is recognised.  UserError: files missing, no table of particles.
+    """
+    given = read_star(path)
+    optimisation = tomograms = None
+    whole, block = given, next((b for b in given.blocks if given.has(b, "rlnTomoParticlesFile")), None)
+    if block is not None:
+        optimisation, names = given, _files(given, block)
+        found = Locator(path, datadir).require(list(names.values()), "files of the optimisation set")
+        files = dict(zip(names, found, strict=True))
+        whole, tomograms = read_star(files["rlnTomoParticlesFile"]), files.get("rlnTomoTomogramsFile")
+    kind, why = _recognise(whole)
+    if stated != "auto" and stated != kind:
+        kind, why = stated, f"as --format says; recognised was {kind}"
+    if kind == "series":
+        return _series(whole, why)
+    return Source(kind, why, whole, whole, None, optimisation, tomograms)
+
+
+def _files(star: StarFile, block: str) -> dict[str, str]:
+    names = ("rlnTomoParticlesFile", "rlnTomoTomogramsFile")
+    return {name: str(star.text(block, name, "the set")[0]) for name in names if star.has(block, name)}
+
+
+def _recognise(star: StarFile) -> tuple[Format, str]:
+    if relion.has_stacks(star):
+        return "relion5", "stacks of tilt images (rlnTomoSubTomosAre2DStacks)"
+    if relion.has_series(star):
+        return "series", "one row for each tilt image (@ in rlnImageName)"
+    if star.has(star.particle_block, "rlnTomoParticleName") and relion.premultiplied(star):
+        return "relion4", "pseudo-subtomograms (rlnTomoParticleName, premultiplied)"
+    return "relion3", ""
+
+
+def _series(whole: StarFile, why: str) -> Source:
+    names = relion.identities(whole)
+    if not relion.has_series(whole):
+        raise UserError(
+            f"{whole.path}: --format series: rlnImageName {relion.image_names(whole)[0]} is not an image of a stack "
+            "(7@stack.mrcs); leave --format out"
+        )
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    member = np.array([order[name] for name in names], np.int64)
+    by_particle = np.argsort(member, kind="stable")
+    rows = np.split(by_particle, np.cumsum(np.bincount(member))[:-1])
+    table = _at(whole, np.array([row[0] for row in rows]))
+    return Source("series", why, table, whole, tuple(rows))
+
+
+def _at(star: StarFile, rows: NDArray[np.integer]) -> StarFile:
+    """The file with these rows of its particles alone."""
+    table = star.particles.iloc[rows].reset_index(drop=True)
+    return StarFile(star.path, {**star.blocks, star.particle_block: table})
