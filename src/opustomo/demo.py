@@ -19,7 +19,7 @@ from opustomo.monitor import duration, peak_memory_gb, setup_log
 MARKER = ".opustomo-demo"
 STAGE_FOLDERS = ("data", "average", "run", "classes")
 CLASSES = 4
-TRAIN_OPTIONS = ("--epochs", "12", "--zdim", "8", "--downfrac", "0.75")
+TRAIN_OPTIONS = ("--epochs", "8", "--zdim", "8", "--downfrac", "0.75")
 LOWEST_AUC = 0.9
 # What the closing table shows of RUN/evaluation.json: dotted names in it, in words.
 FIGURES = {
