@@ -196,3 +196,23 @@ def test_outliers_make_no_classes_of_their_own() -> None:
     alone, _ = latents.cluster(codes[:100], 2, 0)
     assert np.array_equal(labels[:100], alone) and sorted(np.bincount(labels[:100])) == [50, 50]
     assert set(labels[100:]) <= {0, 1} and (centres < 100).all()
+
+
+def test_of_many_particles_a_sample_makes_classes_and_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others join the class, and stand in the part of the embedding, of the particles they are like."""
+    rng = np.random.default_rng(3)
+    group = np.arange(600) % 3
+    codes = np.array([[0.0, 0, 0], [6, 0, 0], [0, 6, 0]])[group] + rng.normal(size=(600, 3))
+    whole, _ = latents.cluster(codes, 3, seed=0)
+    monkeypatch.setattr(latents, "SAMPLE", 100)
+    monkeypatch.setattr(latents, "UMAP_SAMPLE", 120)
+    labels, centre_index = latents.cluster(codes, 3, seed=0)
+    assert adjusted_rand_score(labels, group) > 0.98 and adjusted_rand_score(labels, whole) > 0.98
+    assert [labels[i] for i in centre_index] == [0, 1, 2]
+    found = latents.embed(codes, seed=0)
+    assert found is not None and found.shape == (600, 2)
+    centres = np.stack([found[group == g].mean(0) for g in range(3)])
+    nearest = np.linalg.norm(found[:, None] - centres, axis=2).argmin(1)
+    assert (nearest == group).mean() > 0.98
+    certain = latents.class_probability(codes, np.full_like(codes, 0.1), labels)
+    assert certain.shape == (600,) and (certain > 0.9).mean() > 0.95

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 TRAVERSAL_POINTS = 10
 FEWEST_FOR_UMAP = 10
 DRAWS = 32  # of each code, for the probability of its class
+SAMPLE = 50_000  # particles that are enough to find classes; of more, the others join the nearest
+UMAP_SAMPLE = 20_000  # particles that UMAP arranges; of more, the others are put between their neighbours
 CERTAIN = 0.9  # probability of its class above which a particle is called certain
 Floats = NDArray[np.float64]
 
@@ -158,15 +160,15 @@ def cluster(
     """k-means of (P, zdim) codes: labels (P,) and, per class, its member nearest to the centre (K,).
 
     typical: (P,) particles that make the classes; outliers only join the nearest, or they would take classes for
-    themselves.  Classes are numbered so that neighbours in number are neighbours in code space.  Fewer distinct codes
-    than ``k`` give as many classes as there are distinct codes.
+    themselves.  Of more than 50,000 a random sample makes them.  Classes are numbered so that neighbours in number are
+    neighbours in code space.  Fewer distinct codes than ``k`` give as many classes as there are distinct codes.
     """
     makers = np.ones(len(codes), bool) if typical is None else typical
     distinct = len(np.unique(codes[makers], axis=0))
     if distinct < k:
         log.warning("only %d distinct codes: %d classes instead of %d", distinct, distinct, k)
         k = distinct
-    fit = KMeans(k, n_init=10, random_state=seed).fit(codes[makers])
+    fit = KMeans(k, n_init=10, random_state=seed).fit(codes[_some(np.flatnonzero(makers), SAMPLE, seed)])
     order = np.arange(k) if k < 3 else leaves_list(linkage(fit.cluster_centers_, "average", optimal_ordering=True))
     labels = np.argsort(order)[fit.predict(codes)]
     centres = fit.cluster_centers_[order]
@@ -176,43 +178,62 @@ def cluster(
     return labels.astype(np.int64), np.array(nearest, np.int64)
 
 
+def _some(rows: NDArray[np.integer], most: int, seed: int) -> NDArray[np.integer]:
+    """At most ``most`` of row numbers, at random but in order."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
 def class_probability(
     codes: NDArray[np.floating], sigma: NDArray[np.floating], labels: NDArray[np.integer], seed: int = 0
 ) -> Floats:
     """(P,) how likely each particle belongs to its class, given how well its code is known.
 
-    The share of codes drawn from N(code, sigma^2) whose nearest particle is of the same class: holds for any partition.
+    The share of codes drawn from N(code, sigma^2) whose nearest particle (of at most 50,000) is of the same class.  It
+    holds for any partition.
     codes, sigma: (P, zdim); columns that do not vary say nothing and are left out.
     """
     used = np.ptp(codes, axis=0) > 0
     if not used.any():
         return np.ones(len(codes))
     centre, spread = np.asarray(codes, np.float64)[:, used], np.asarray(sigma, np.float64)[:, used]
-    tree, rng, same = cKDTree(centre), np.random.default_rng(seed), np.zeros(len(codes))
+    some = _some(np.arange(len(centre)), SAMPLE, seed)
+    tree, rng, same = cKDTree(centre[some]), np.random.default_rng(seed), np.zeros(len(codes))
     for _ in range(DRAWS):
-        nearest = tree.query(centre + spread * rng.standard_normal(centre.shape))[1]
-        same += labels[nearest] == labels
+        nearest = tree.query(centre + spread * rng.standard_normal(centre.shape), workers=-1)[1]
+        same += labels[some[nearest]] == labels
     probability: Floats = same / DRAWS
     return probability
 
 
 def embed(codes: Floats, seed: int) -> Floats | None:
-    """UMAP of (P, zdim) codes to (P, 2), reproducible for a seed; None for too few or constant codes."""
+    """UMAP of (P, zdim) codes to (P, 2), reproducible for a seed; None for too few or constant codes.
+
+    Of more than 20,000 a random sample is embedded; the others stand at the mean of their nearest neighbours in it,
+    weighted by closeness, where ``UMAP.transform`` would start from too.
+    """
     if len(codes) < FEWEST_FOR_UMAP or np.ptp(codes, axis=0).max() == 0:
         log.warning("no UMAP: it needs at least %d particles and codes that vary", FEWEST_FOR_UMAP)
         return None
-    log.info("UMAP of %d codes (the first fit on a machine compiles for about a minute) ...", len(codes))
+    some = _some(np.arange(len(codes)), UMAP_SAMPLE, seed)
+    part, of = codes[some], f" of {len(codes)}" if len(some) < len(codes) else ""
+    log.info("UMAP of %d%s codes (the first fit on a machine compiles for about a minute) ...", len(part), of)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of umap's own imports and compiler, nothing a user could act on
         from umap import UMAP
 
-        first = principal_components(codes).scores[:, :2]
+        first = principal_components(part).scores[:, :2]
         first = np.pad(first, ((0, 0), (0, 2 - first.shape[1])))
         first = 10 * first / np.abs(first).max() + np.random.default_rng(seed).normal(0, 1e-3, first.shape)
         # n_jobs=1 is what a fixed seed needs; started from the PCA, distances between groups keep some meaning
-        fit = UMAP(n_neighbors=min(15, len(codes) - 1), random_state=seed, n_jobs=1, init=first.astype(np.float32))
-        result: Floats = np.asarray(fit.fit_transform(codes.astype(np.float32)), np.float64)
+        fit = UMAP(n_neighbors=min(15, len(part) - 1), random_state=seed, n_jobs=1, init=first.astype(np.float32))
+        result: Floats = np.asarray(fit.fit_transform(part.astype(np.float32)), np.float64)
+    if of:
+        distance, near = cKDTree(part).query(codes, 5, workers=-1)
+        weight = 1.0 / np.maximum(distance, 1e-6 * max(float(distance.max()), 1e-30))
+        result = (result[near] * (weight / weight.sum(1, keepdims=True))[..., None]).sum(1)
     log.info("UMAP took %.0f s", time.perf_counter() - start)
     return result
 
