@@ -16,6 +16,7 @@ from opustomo.compat.legacy_files import Poses, load_poses
 from opustomo.config import InputOptions
 from opustomo.data.cache import open_cache
 from opustomo.data.readers import read_particles
+from opustomo.stored import read_config
 from small_set import EPOCHS, SmallSet, given_cache, hurry, metrics_of, tensors, train
 
 
@@ -88,7 +89,7 @@ def test_shared_cache_is_not_touched_by_corrected_poses(untrained: Untrained, fi
     marks = {open_cache(path).fingerprint for path in (given_cache(finished_run), untrained.run / "cache")}
     assert len(marks) == 2
     # what the data say afterwards is said by the rows the run ended with
-    assert checkpoint.read_config(untrained.run)["rows"] == str((untrained.run / "cache").resolve())
+    assert read_config(untrained.run)["rows"] == str((untrained.run / "cache").resolve())
 
 
 def test_untrained_network_has_the_bound_of_the_linear_stage(untrained: Untrained) -> None:

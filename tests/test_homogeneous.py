@@ -17,6 +17,7 @@ from opustomo.data.mrc import read_volume
 from opustomo.data.readers import read_particles
 from opustomo.physics.volume import fourier_shell_correlation
 from opustomo.simulate.dataset import Preset, make_plan, simulate
+from opustomo.stored import read_config
 from small_set import PIXEL, SmallSet, hurry, tensors
 
 COUNT = 60
@@ -117,7 +118,7 @@ def test_the_folder_is_a_run_without_codes(
     poor_set: SmallSet, fixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tensors(fixed / "z.0.pkl")["mu"].shape == (COUNT, 0)
-    assert checkpoint.read_config(fixed)["kind"] == "map" and checkpoint.read_config(fixed)["zdim"] == 0
+    assert read_config(fixed)["kind"] == "map" and read_config(fixed)["zdim"] == 0
     encode = ["encode", str(fixed), str(poor_set.star), "-o", str(tmp_path / "no")]
     verbs = ("analyze",), ("volumes", "--pc", "1"), ("evaluate", "--truth", ".")
     for verb in (*([name, str(fixed), *options] for name, *options in verbs), encode):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import re
 import sys
 import time
@@ -25,16 +24,18 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from opustomo import __version__
-from opustomo.compat.legacy_files import load_poses, load_split, save_config_pickle, save_poses
-from opustomo.data.atomic import atomic, write_text
+from opustomo.compat.legacy_files import Poses, load_poses, load_split, save_config_pickle, save_poses
+from opustomo.data.atomic import write_text
 from opustomo.data.mrc import write_volume
-from opustomo.errors import UserError
+from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
+from opustomo.errors import UserError, reading
 from opustomo.model.vae import Vae
 from opustomo.objective import envelope
 from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
+from opustomo.stored import read_config
 
 Kind = Literal["network", "linear", "map"]  # map: of --encode-mode fixed, without codes
 
@@ -72,47 +73,11 @@ def write_config(folder: Path, values: dict[str, Any]) -> None:
     save_config_pickle(folder / "config.pkl", legacy, meta)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml of a run.  Raises UserError if the folder is no run or the file is damaged."""
-    path = folder / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no run here (config.yaml is missing); give the folder that `train -o` or `linear -o` wrote"
-        ) from None
-    except NotADirectoryError:
-        raise UserError(
-            f"{folder}: is a file, not a run folder; give the folder that `train -o` or `linear -o` wrote"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}); restore it from a copy") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is not a table of options; restore it from a copy")
-    return values
-
-
-def save_tensors(path: Path, payload: dict[str, Any]) -> None:
-    """``torch.save`` of tensors and plain values, atomically.  Raises UserError where the disk is full."""
-    with atomic(path) as temporary, temporary.open("wb") as handle:
-        try:
-            torch.save(payload, handle)
-        except RuntimeError as error:
-            # torch closes its archive after a failed write, which fails in words of its own and hides the reason
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
 def load_tensors(path: Path) -> dict[str, Any]:
     """Read a file of ``save_tensors``; nothing in it is executed.  Raises UserError if it is absent or damaged."""
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `ls {path.parent}` shows which epochs exist") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); use that of another epoch") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; `ls {path.parent}` shows which epochs exist")
+    payload = read_tensors(path, "not a readable checkpoint: use that of another epoch")
     if not isinstance(payload, dict):
         raise UserError(f"{path}: not a checkpoint of this program; use a weights.N.pkl or z.N.pkl of a run")
     return payload
@@ -201,8 +166,7 @@ class Run:
         path = self.path / "linear" / "linear.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+        return read_arrays(path, "restore it from a copy")
 
     def linear_stage(self) -> Run | None:
         """The linear stage that the network started from, as a run of its own; None where its files are not there."""
@@ -295,16 +259,33 @@ def open_run(path: Path, epoch: int = -1, *, needs_codes: bool = True) -> Run:
     codes = load_tensors(path / f"z.{chosen}.pkl")
     poses = load_poses(path / f"pose.{chosen}.pkl")
     weights = load_tensors(path / f"weights.{chosen}.pkl")
+    with reading(path, f"weights, z and pose.{chosen}.pkl do not fit each other: use another epoch"):
+        return _assemble(path, chosen, config, codes, poses, weights)
+
+
+def _assemble(
+    path: Path, epoch: int, config: dict[str, Any], codes: dict[str, Any], poses: Poses, weights: dict[str, Any]
+) -> Run:
+    """The run from what its files hold; any error where that does not fit together."""
     # a warm start may have changed the sizes: config.yaml tells those of the later epochs
     sizes = ("box", "pixel_size", "working_box", "crop", "templateres")
     grid = Grid(*weights.get("grid", [config[name] for name in sizes]))
-    sigma = codes.get("sigma")
+    mu, sigma, state = codes["mu"], codes.get("sigma"), weights["model"]
+    for what, tensor, wanted in (
+        ("codes", mu, (len(poses.euler), mu.shape[1])),
+        ("sigma", mu if sigma is None else sigma, mu.shape),
+        ("mask", state["mask"], (grid.crop,) * 3),
+        ("mean", state["mean"], (grid.crop,) * 3),
+        ("components", state["components"], (len(state["components"]), *(grid.crop,) * 3)),
+    ):
+        if tuple(tensor.shape) != tuple(wanted):
+            raise ValueError(f"{what} of shape {tuple(tensor.shape)}, not {tuple(wanted)}")
     return Run(
         path=path,
         kind=config["kind"],
-        epoch=chosen,
+        epoch=epoch,
         config=config,
-        codes=codes["mu"].numpy(),
+        codes=mu.numpy(),
         sigma=None if sigma is None else sigma.numpy(),
         grid=grid,
         rotation=np.asarray(poses.rotation, float),

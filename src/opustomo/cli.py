@@ -107,6 +107,7 @@ OS_MESSAGES = {
     errno.EACCES: "permission denied; choose another folder with -o or change its permissions",
     errno.EPERM: "not permitted; choose another folder with -o",
     errno.EROFS: "the file system is read-only; choose another folder with -o",
+    errno.EEXIST: "a file stands where a folder is expected; remove it or choose another folder with -o",
     errno.ENOTDIR: "part of the path is a file, not a folder",
     errno.EISDIR: "a folder stands where a file is expected",
 }
@@ -156,7 +157,7 @@ def parse_verb(argv: Sequence[str]) -> tuple[Any, frozenset[str]]:
 
 def resume_arguments(arguments: list[str]) -> list[str]:
     """``--resume RUN`` as what it stands for: the run's own STAR file, ``-o RUN --load latest``."""
-    import yaml
+    from opustomo.stored import read_config
 
     at = arguments.index("--resume")
     if at + 1 == len(arguments):
@@ -169,11 +170,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
 
             raise UserError(f"--resume {folder}: no finished epoch (no config.yaml yet); {BEGIN_AGAIN}")
         raise UserError(f"--resume {folder}: no config.yaml there, so it is not a run folder of train")
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        stored = None
-    if not isinstance(stored, dict) or "star" not in stored:
+    stored = read_config(Path(folder))
+    if "star" not in stored:
         raise UserError(f"{path}: names no STAR file; use opustomo train STAR -o {folder} --load latest")
     return [str(stored["star"]), "-o", folder, "--load", "latest", *arguments[:at], *arguments[at + 2 :]]
 
@@ -254,16 +252,21 @@ def explain(error: Exception, output: Path | None) -> tuple[str, int]:
 
 def write_traceback(output: Path | None) -> Path:
     """Write the traceback being handled to ``output``/error.log or, failing that, to the temporary folder."""
+    from opustomo.data.atomic import write_text
+
     text = traceback.format_exc()
     if output is not None and output.is_dir():
         try:
             path = output / "error.log"
-            path.write_text(text)
+            write_text(path, text)
             return path
-        except OSError:
+        except UserError:
             pass
-    with tempfile.NamedTemporaryFile("w", prefix="opustomo-", suffix="-error.log", delete=False) as file:
-        file.write(text)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="opustomo-", suffix="-error.log", delete=False) as file:
+            file.write(text)
+    except OSError:  # this disk is full as well
+        return Path(os.devnull)
     return Path(file.name)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from opustomo import cli
 from opustomo.config import DemoConfig
+from opustomo.data.atomic import write_text
 from opustomo.errors import UserError
 from opustomo.monitor import duration, peak_memory_gb, setup_log
 
@@ -64,7 +65,7 @@ def claim(output: Path) -> None:
     for name in STAGE_FOLDERS:
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    marker.write_text("made by opustomo demo, which may replace the folders beside this file\n")
+    write_text(marker, "made by opustomo demo, which may replace the folders beside this file\n")
 
 
 def command_lines(output: Path, seed: int) -> list[list[str]]:

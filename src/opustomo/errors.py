@@ -3,6 +3,16 @@
 Owns: the rule that a failure is one line saying what, where, why and how to mend it.
 """
 
+from __future__ import annotations
+
+import csv
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in the input, the options or the machine that the user can mend.
@@ -12,4 +22,32 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes in place of what a terminal would obey: names from files may hold anything but "/"."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+# what parsers raise for bytes that are not of their format
+DAMAGE = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, csv.Error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+@contextmanager
+def reading(path: Path, fix: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the fault of the file: a UserError that names it and ends in ``fix``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {fix}") from None
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); {fix}") from None

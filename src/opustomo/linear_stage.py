@@ -28,6 +28,7 @@ from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.poses import move_poses
+from opustomo.data.tensors import save_arrays
 from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
@@ -124,16 +125,15 @@ def write_results(
     independent, mixing = independent_components(code.numpy(), seed)
     score = outlier_score(result.features, result.usual)
     pull = result.statistics.first[:, 1:] - result.statistics.second[:, 0, 1:]
-    with atomic(folder / "linear.npz") as temporary, temporary.open("wb") as handle:
-        np.savez(
-            handle,
-            code=code.numpy(), covariance=codes.covariance().float().numpy(), gain=post.gain.numpy(),
-            evidence=codes.evidence.numpy(), pose=result.pose_error.numpy(), pose_scale=np.array(model.pose_scale),
-            gaussian=codes.share.float().numpy(), gaussian_mean=result.mixture.mean.numpy(),
-            gaussian_covariance=result.mixture.covariance.numpy(), gaussian_share=result.mixture.share.numpy(),
-            information=result.statistics.second[:, 1:, 1:].float().numpy(), pull=pull.float().numpy(),
-            independent=independent, mixing=mixing, outlier=score.numpy(), trail=np.array(result.trail),
-        )  # fmt: skip
+    save_arrays(
+        folder / "linear.npz",
+        code=code.numpy(), covariance=codes.covariance().float().numpy(), gain=post.gain.numpy(),
+        evidence=codes.evidence.numpy(), pose=result.pose_error.numpy(), pose_scale=np.array(model.pose_scale),
+        gaussian=codes.share.float().numpy(), gaussian_mean=result.mixture.mean.numpy(),
+        gaussian_covariance=result.mixture.covariance.numpy(), gaussian_share=result.mixture.share.numpy(),
+        information=result.statistics.second[:, 1:, 1:].float().numpy(), pull=pull.float().numpy(),
+        independent=independent, mixing=mixing, outlier=score.numpy(), trail=np.array(result.trail),
+    )  # fmt: skip
     checkpoint.write_map(folder / "mean.mrc", model.mean, grid)
     _write_particles(folder / "particles.csv", result, code, score)
     _write_snr(folder / "snr.csv", result, rows, grid, mask)

@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from opustomo import __version__
-from opustomo.errors import UserError
+from opustomo.data.atomic import atomic, hold, remove_leftovers
+from opustomo.errors import UserError, printable
 
 Item = TypeVar("Item")
 
@@ -36,7 +37,23 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(mark + record.getMessage(), file=sys.stderr)
+        tqdm.write(printable(mark + record.getMessage()), file=sys.stderr)
+
+
+class RunLog(logging.FileHandler):
+    """run.log: held by this process while it is open; a line that finds the disk full is lost, the work goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+        try:
+            assert self.stream is not None
+            hold(self.stream, folder)
+        except UserError:
+            self.close()
+            raise
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: logging's own would print a traceback."""
 
 
 def setup_log(output: Path | None, verbose: bool) -> logging.Logger:
@@ -55,9 +72,11 @@ def setup_log(output: Path | None, verbose: bool) -> logging.Logger:
         return logger
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(output / "run.log", encoding="utf-8")
+        file = RunLog(output)
     except OSError as error:
         raise UserError(f"-o {output}: cannot be written ({error.strerror}); choose another folder with -o") from None
+    for name in ("weights", "z", "pose"):
+        remove_leftovers(output, name)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     command = f"opustomo {__version__}, Python {sys.version.split()[0]}: {shlex.join(sys.argv)}"
@@ -120,12 +139,10 @@ class Metrics:
 
     def __init__(self, path: Path, epoch: int = 0) -> None:
         kept = [row for row in read_rows(path) if int(row["epoch"]) < epoch]
-        temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("w", newline="") as file:
+        with atomic(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, METRIC_COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
-        temporary.replace(path)
         self.path = path
 
     def append(self, **values: float | None) -> None:
@@ -139,8 +156,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The complete rows of a metrics file, [] when there is none."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with path.open(newline="", errors="replace") as file:
+        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
     return [row for row in rows if None not in row.values() and row.get("epoch", "").lstrip("-").isdigit()]
 
 

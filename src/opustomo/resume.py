@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from opustomo.checkpoint import epochs_of, flatten, load_tensors, read_config
+from opustomo.checkpoint import epochs_of, flatten, load_tensors
 from opustomo.config import GridOptions, InputOptions, TrainConfig
 from opustomo.errors import UserError
+from opustomo.stored import read_config
 
 BEGIN_AGAIN = "repeat the original command (run.log begins with it); the cache that is there is used"
 # options that say where and how to run, not what is computed

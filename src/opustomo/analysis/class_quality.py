@@ -38,7 +38,8 @@ from opustomo.compat.legacy_files import load_labels
 from opustomo.config import QualityConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.readers.relion import tomograms
-from opustomo.errors import UserError
+from opustomo.data.tensors import read_arrays
+from opustomo.errors import UserError, reading
 from opustomo.monitor import progress
 
 if TYPE_CHECKING:
@@ -276,8 +277,7 @@ def _outlier_scores(run: Run) -> Floats | None:
     path = run.path / "linear" / "linear.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        scores = np.asarray(stored["outlier"], np.float64)
+    scores = np.asarray(read_arrays(path, "restore it from a copy")["outlier"], np.float64)
     return scores if len(scores) == len(run.codes) else None
 
 
@@ -331,18 +331,22 @@ def _write_csv(path: Path, header: tuple[str, ...], cells: list[list[str]]) -> N
     write_text(path, buffer.getvalue())
 
 
+QUALITY_AGAIN = "write it again with `opustomo quality`"
+
+
 def read_quality(path: Path) -> list[ClassQuality]:
     """The rows of quality.csv, best first; UserError when it is not one."""
-    with path.open(newline="") as file:
+    with reading(path, QUALITY_AGAIN), path.open(newline="") as file:
         table = list(csv.reader(file))
     if not table or tuple(table[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in table):
-        raise UserError(f"{path}: is not a table of `opustomo quality`; write it again with that command")
+        raise UserError(f"{path}: is not a table of `opustomo quality`; {QUALITY_AGAIN}")
     found = []
-    for row in table[1:]:
-        values: dict[str, Any] = {
-            f.name: _value(f.type, cell) for f, cell in zip(fields(ClassQuality), row, strict=True)
-        }
-        found.append(ClassQuality(**values))
+    with reading(path, QUALITY_AGAIN):
+        for row in table[1:]:
+            values: dict[str, Any] = {
+                f.name: _value(f.type, cell) for f, cell in zip(fields(ClassQuality), row, strict=True)
+            }
+            found.append(ClassQuality(**values))
     return found
 
 

@@ -26,7 +26,7 @@ from opustomo.data.cache import open_cache
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
-from opustomo.errors import UserError
+from opustomo.errors import UserError, reading
 from opustomo.monitor import progress
 from opustomo.physics.volume import centre_pad, fourier_shell_correlation
 from opustomo.reconstruct import Rows, reconstruct
@@ -187,7 +187,7 @@ def _write_fsc(curves: dict[str, Floats], counts: dict[str, int], extent: float,
 
 def read_fsc(path: Path) -> tuple[Floats, dict[str, Floats]]:
     """(frequency in 1/Angstrom, name to FSC) of fsc_data.csv."""
-    with path.open(newline="") as file:
+    with reading(path, "make it again with `opustomo volumes --from-data`"), path.open(newline="") as file:
         rows = list(csv.reader(file))
-    table = np.array(rows[1:], np.float64)
-    return table[:, 0], {name: table[:, i + 1] for i, name in enumerate(rows[0][1:])}
+        table = np.array(rows[1:], np.float64)
+        return table[:, 0], {name: table[:, i + 1] for i, name in enumerate(rows[0][1:])}

@@ -24,7 +24,7 @@ from opustomo.analysis.axes import as_text, write_axes
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
 from opustomo.data.atomic import write_text
-from opustomo.errors import UserError
+from opustomo.errors import UserError, reading
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -122,7 +122,8 @@ def stored_analysis(run: Run, clusters: int = 0) -> Analysis | None:
         return None
     codes = np.asarray(run.codes, np.float64)
     labels = load_labels(chosen / "labels.pkl")
-    index = np.loadtxt(chosen / "centers_ind.txt", dtype=np.int64, ndmin=1)
+    with reading(chosen / "centers_ind.txt", "run `opustomo analyze` again"):
+        index = np.loadtxt(chosen / "centers_ind.txt", dtype=np.int64, ndmin=1)
     if len(labels) != len(codes) or labels.max() >= len(index) or index.max() >= len(codes):
         return None
     components = principal_components(codes)
@@ -253,7 +254,8 @@ def _check(codes: Floats, pcs: int, clusters: int, where: Path) -> None:
 
 def _stored_umap(folder: Path, particles: int) -> Floats | None:
     path = folder / "umap.pkl"
-    found = np.asarray(load_pickle(path), np.float64) if path.is_file() else None
+    with reading(path, "run `opustomo analyze` again"):
+        found = np.asarray(load_pickle(path), np.float64) if path.is_file() else None
     if found is not None and found.shape == (particles, 2):
         return found
     log.info(

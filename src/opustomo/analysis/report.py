@@ -39,7 +39,7 @@ from opustomo.analysis.report_classes import axes_section, classes_section
 from opustomo.analysis.volumes import option, save_volumes
 from opustomo.config import ReportConfig
 from opustomo.data.atomic import write_text
-from opustomo.errors import UserError
+from opustomo.errors import reading
 from opustomo.monitor import METRIC_COLUMNS, NOTABLE, read_rows
 
 if TYPE_CHECKING:
@@ -290,10 +290,8 @@ def _data_resolution(run: Run, analysis: Analysis) -> Iterator[Section]:
 def _truth(path: Path) -> Iterator[Section]:
     if not path.is_file():
         return
-    try:
+    with reading(path, "write it again with `opustomo evaluate`"):
         found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); write it again with `opustomo evaluate`") from None
     note = "The data are simulated: the benchmark's metrics against what was put in."
     own = {re.sub(r"\bclass(\d+)\b", OTHER_CLASS, name): value for name, value in page.leaves(found)}
     yield Section("truth", "Against the truth", note, page.table(own))

@@ -20,6 +20,7 @@ from opustomo.analysis.page import Section
 from opustomo.analysis.surface import contour
 from opustomo.analysis.volumes import read_codes
 from opustomo.compat.legacy_files import load_labels
+from opustomo.errors import reading
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -45,15 +46,16 @@ def axes_section(run: Run, folder: Path) -> Iterator[Section]:
     table, picture, groups = folder / "axes.csv", folder / "axes.png", folder / "groups"
     if not table.is_file() or not picture.is_file():
         return
-    with table.open(newline="") as handle:
+    with reading(table, "make it again with `opustomo analyze`"), table.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    discrete = [row for row in rows if row["kind"] == "groups"]
+        discrete = [row for row in rows if row["kind"] == "groups"]
+        words = {f"axis {row['axis']}": _words(row) for row in rows}
     note = (
         "Every independent direction of the code by itself. Composition comes in groups with gaps between them, motion "
         "does not. Bars: where the data put the particles, noise included; line: what the fitted law expects. "
     )
     body = page.row([page.picture(picture.read_bytes(), "Independent axes of the code", wide=True)])
-    body += page.table({f"axis {row['axis']}": _words(row) for row in rows})
+    body += page.table(words)
     if discrete and (groups / "centers.txt").is_file():
         labels = load_labels(groups / "labels.pkl")
         codes = read_codes(groups / "centers.txt", run.codes.shape[1])

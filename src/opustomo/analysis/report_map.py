@@ -16,6 +16,7 @@ from opustomo.analysis.page import Section
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.data.readers import poses_of
+from opustomo.errors import reading
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -36,7 +37,8 @@ def sections(run: Run) -> Iterator[Section]:
     yield Section("map", "The map", note, page.row([page.figure(drawn, "Front and side, and central slices")]))
     path = run.path / "fsc.csv"
     if path.is_file():
-        fsc = np.loadtxt(path, delimiter=",", skiprows=1)[:, 2]
+        with reading(path, "remove it, or train again"):
+            fsc = np.loadtxt(path, delimiter=",", skiprows=1)[:, 2]
         drawn = plots.fsc_curves(np.arange(len(fsc)) / run.grid.extent, {"half maps": fsc})
         note = "Each half of the particles has had its poses corrected against its own map, from the poses of the file."
         note = note if run.config["estpose"] else "Poses are those of the file, which both halves share."

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from opustomo import __version__
-from opustomo.checkpoint import read_config
 from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
 from opustomo.config import SelectConfig
 from opustomo.data.atomic import write_text
@@ -25,6 +23,7 @@ from opustomo.data.readers.relion import identities
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
+from opustomo.stored import read_config
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +55,7 @@ def _labels(config: SelectConfig) -> tuple[NDArray[np.int64], int]:
 
 def _stored(run: Path) -> dict[str, Any]:
     """config.yaml of a run, {} where there is none."""
-    path = run / "config.yaml"
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values if isinstance(values, dict) else {}
+    return read_config(run) if (run / "config.yaml").is_file() else {}
 
 
 def source_of(star: Path, config: dict[str, Any]) -> Source:

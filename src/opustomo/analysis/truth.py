@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError
 
 _MAP_NAME = re.compile(r"state(\d+)_hinge([+-]\d+(?:\.\d+)?)\.mrc")
@@ -65,11 +66,7 @@ def read_truth(folder: Path, particles: int) -> Truth:
     path = folder / "labels.npz"
     if not path.is_file():
         raise UserError(f"--truth {folder}: has no labels.npz; give the folder that `opustomo simulate -o` wrote")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            labels = {key: file[key] for key in file.files}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); simulate the set again") from error
+    labels = read_arrays(path, "simulate the set again")
     state = labels.get("state", labels.get("present"))
     pose = labels.get("true_pose")
     rows = {key: len(labels[key]) for key in ("state", "present", "junk", "true_pose") if key in labels}

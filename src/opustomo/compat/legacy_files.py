@@ -6,12 +6,15 @@ them atomically in the layouts users' scripts expect.
 
 from __future__ import annotations
 
-import codecs
+import io
+import math
 import pickle
+import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,29 +27,118 @@ def _constructor(value: Any, protocol: int) -> Any:
     return value.__reduce_ex__(protocol)[0]
 
 
-# The functions with which numpy rebuilds arrays, taken from the running numpy: its modules moved between 1 and 2.
-_NUMPY: dict[tuple[str, str], Any] = {
-    ("multiarray", "_reconstruct"): _constructor(np.zeros((1, 1))[:, ::2], 2),
-    ("multiarray", "scalar"): _constructor(np.float64(0), 2),
-    ("numeric", "_frombuffer"): _constructor(np.zeros(1), 5),
-}
-_CONTAINERS = (set, frozenset, complex, bytearray, slice, range)
+def _dtype(kind: Any, *_: Any) -> np.dtype[Any]:
+    """Numbers, strings and objects; numpy's own would also make structures, whose state can be forged."""
+    if not re.fullmatch(r"[|<>=]?[biufcOSU]\d{0,9}", str(kind)):
+        raise pickle.UnpicklingError(f"an array of {str(kind)[:40]}")
+    return np.dtype(kind)
+
+
+def _empty(*_: Any) -> NDArray[Any]:
+    """An array that gets its shape and values with its state: another size asked for here would only take memory."""
+    return np.empty(0)
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: str) -> NDArray[Any]:
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _bytes(text: str, coding: str) -> bytes:
+    return text.encode(coding if coding == "latin1" else "ascii")
+
+
+_MOST_CLASSES = 1_000_000
+_CONTAINERS = (set, frozenset, complex)
+# What pickles of arrays, numbers and containers ask for, and what they get instead of functions that would do more.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _dtype,
     ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): codecs.encode,
+    ("_codecs", "encode"): _bytes,
     **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in _CONTAINERS},
-    **{(f"{core}.{module}", name): f for (module, name), f in _NUMPY.items() for core in ("numpy.core", "numpy._core")},
+    **{
+        (f"{core}.{module}", name): function
+        for core in ("numpy.core", "numpy._core")
+        for module, name, function in (
+            ("multiarray", "_reconstruct", _empty),
+            ("multiarray", "scalar", lambda dtype, data: np.frombuffer(data, dtype, 1)[0]),
+            ("numeric", "_frombuffer", _from_buffer),
+        )
+    },
 }
 
 
-class _Restricted(pickle.Unpickler):
+class _Restricted(pickle._Unpickler):
+    """Reads data alone.  Python's own unpickler, not that in C: there its steps cannot be overridden.
+
+    An array is never given its state as numpy would: ``__setstate__`` of arrays and types believes what it is told, and
+    a damaged state crashes the process, a forged one makes addresses out of bytes.  A byte array is allocated at
+    whatever size the file states.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    # of the superclass
+    stack: list[Any]
+    memo: dict[int, Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+    def load_build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, np.dtype):
+            full: Any = made.newbyteorder(state[1])
+        elif isinstance(made, np.ndarray):
+            full = _array(*state[-4:])
+        else:
+            raise pickle.UnpicklingError(f"it gives a state to {type(made).__name__}")
+        # it has just been memorised; backwards this is found at once
+        for key in reversed(self.memo):
+            if self.memo[key] is made:
+                self.memo[key] = full
+                break
+        self.stack[-1] = full
+
+    def load_bytearray8(self) -> None:
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def _array(shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool, content: Any) -> NDArray[Any]:
+    """The array of this state; content: bytes, or a list of objects."""
+    count = math.prod(shape)
+    if not dtype.hasobject:
+        flat = np.frombuffer(content, dtype).copy()
+    elif isinstance(content, list):
+        flat = np.empty(len(content), object)
+        for i, value in enumerate(content):
+            flat[i] = value
+    if len(flat) != count:
+        raise pickle.UnpicklingError(f"an array of {count} elements with {len(flat)}")
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _refuse_bomb(loaded: Any, size: int) -> None:
+    """A few bytes that share lists within lists stand for billions of elements, or for endlessly many."""
+    seen, waiting = 0, [loaded]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += (*value.keys(), *value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+            waiting += value.ravel().tolist()
+        seen += 1
+        if seen + len(waiting) > size:
+            raise pickle.UnpicklingError("it repeats its parts without end")
 
 
 class Poses(NamedTuple):
@@ -64,26 +156,22 @@ def load_pickle(path: Path) -> Any:
 
 def _load_tensor(path: Path) -> Any:
     """A tensor as ``torch.save`` writes it (the earlier program's split) as an array; otherwise as ``load_pickle``."""
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                return load_pickle(path)
-    except OSError:
+    if not zipfile.is_zipfile(path):
         return load_pickle(path)
-    import torch  # here: labels and poses are read without it
+    from opustomo.data.tensors import read_tensors  # here: labels and poses are read without torch
 
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); write it again") from None
-    return found.numpy() if isinstance(found, torch.Tensor) else found
+    found = read_tensors(path)
+    return found.numpy() if hasattr(found, "numpy") else found
 
 
 def load_pickles(path: Path, count: int) -> list[Any]:
     """The first ``count`` objects pickled one after another into a file (``config.pkl`` has two)."""
     try:
-        with path.open("rb") as file:
-            return [_Restricted(file).load() for _ in range(count)]
+        raw = path.read_bytes()
+        file = io.BytesIO(raw)  # not the file: a read cannot be larger than what there is
+        found = [_Restricted(file).load() for _ in range(count)]
+        _refuse_bomb(found, len(raw) + 16)
+        return found
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the name") from None
     except OSError as error:
@@ -119,15 +207,16 @@ def load_poses(path: Path) -> Poses:
             f"{path}: is not a pose pickle of rotations, origins and Euler angles; make it with "
             "`dsdsh prepare STAR BOX APIX`"
         )
-    arrays = [np.asarray(value) for value in found]
+    arrays = [value for value in found if isinstance(value, np.ndarray) and value.dtype.kind in "iuf"]
     shapes = [array.shape for array in arrays]
-    n = len(arrays[0]) if arrays[0].ndim else 0
+    n = len(arrays[0]) if shapes and shapes[0] else 0
     if n == 0 or shapes != [(n, 3, 3), (n, 3), (n, 3)]:
         raise UserError(
             f"{path}: is a pose pickle of the wrong shapes {shapes}, not (P, 3, 3), (P, 3), (P, 3); "
             "make it again with `dsdsh prepare STAR BOX APIX`"
         )
-    poses = Poses(*(np.asarray(value, np.float32) for value in arrays))
+    with np.errstate(over="ignore"):  # what overflows is not finite
+        poses = Poses(*(np.asarray(value, np.float32) for value in arrays))
     if not all(np.isfinite(value).all() for value in poses):
         raise UserError(f"{path}: has poses that are not finite numbers; make it again with `dsdsh prepare`")
     return poses
@@ -165,8 +254,8 @@ def load_indices(path: Path, particles: int) -> NDArray[np.int64]:
 def load_labels(path: Path) -> NDArray[np.int64]:
     """Class of every particle (P,), 0-based, from ``labels.pkl``."""
     labels = _integers(load_pickle(path), path, "a list of labels")
-    if labels.size == 0 or labels.min() < 0:
-        raise UserError(f"{path}: has no labels or negative ones; run the analysis again")
+    if labels.size == 0 or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
+        raise UserError(f"{path}: has no labels, negative ones or any beyond {_MOST_CLASSES}; run the analysis again")
     return labels
 
 
@@ -187,9 +276,17 @@ def _text_numbers(path: Path) -> list[float]:
 
 def _integers(found: Any, path: Path, what: str) -> NDArray[np.int64]:
     try:
-        values = np.asarray(found, np.float64)
-    except (TypeError, ValueError):
-        values = np.full((1, 1), np.nan)
-    if values.ndim != 1 or not np.array_equal(values, np.round(values)):
+        values = np.asarray(found)
+        kind, values = values.dtype.kind, values.astype(np.float64 if values.dtype.kind != "c" else complex)
+    except (TypeError, ValueError, OverflowError):
+        kind, values = "", np.full((1, 1), np.nan)
+    if kind == "b":
+        raise UserError(f"{path}: is a mask of true and false, not {what}; write np.flatnonzero(mask) instead")
+    if (
+        kind == "c"
+        or values.ndim != 1
+        or not np.array_equal(values, np.round(values))
+        or not (np.abs(values) < 2**53).all()
+    ):
         raise UserError(f"{path}: is not {what} (one-dimensional integers); check which file this is")
     return values.astype(np.int64)

@@ -1,26 +1,34 @@
-"""Owns: how a file is written so that a reader never meets half of it."""
+"""Owns: how a file is written so that a reader never meets half of it, and that a folder has one writer at a time."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from opustomo.errors import UserError
+
+log = logging.getLogger("opustomo")
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path``, on failure nothing is left.
 
-    Missing parent folders are made.  Raises UserError where the folder is not writable or the disk is full.
+    What was written is on the disk before it replaces: after a crash ``path`` is the old file or the new one.  Missing
+    parent folders are made.  Raises UserError where the folder is not writable or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _to_disk(temporary)
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -34,3 +42,77 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8, surrogates kept) atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the temporary files that a killed process left of ``pattern``; only for who alone writes such files."""
+    for old in folder.glob(f".{pattern}.*.tmp"):
+        old.unlink(missing_ok=True)
+
+
+def hold(handle: IO[Any], folder: Path) -> None:
+    """Lock an open file of ``folder`` until it is closed, if need be by the kernel: a dead process blocks nobody.
+
+    Raises UserError where another process holds it.  File systems without locks: nothing is held.
+    """
+    if not _locked(handle):
+        raise UserError(
+            f"{folder}: another process is writing into this folder (its command is in run.log); wait for it, stop it, "
+            "or choose another folder with -o"
+        )
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it while the block runs, waiting for whoever holds it now.
+
+    Leaves no lock file, nor a folder that is still empty.
+    """
+    path = folder / ".lock"
+    handle = _wait_for(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        handle.close()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _wait_for(path: Path) -> IO[Any]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = path.open("a")
+        except FileNotFoundError:  # the folder has just been removed by who held it before
+            continue
+        if not _locked(handle):
+            log.info("%s: waiting for another process that is writing here", path.parent)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # who held it may have removed the file between our opening and locking it
+        with suppress(FileNotFoundError):
+            if os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                return handle
+        handle.close()
+
+
+def _locked(handle: IO[Any]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    return True
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import exclusive, write_text
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe, observe_all
 from opustomo.data.particles import Particles
+from opustomo.data.tensors import read_arrays, save_arrays
 from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
@@ -31,6 +32,7 @@ from opustomo.physics.grid import Grid
 FORMAT = 3
 HELD_SHARE = 0.1  # of the free memory
 _MANIFEST, _NOISE = "cache.json", "noise.npz"
+_FILES = ("numerator.f16", "weight.f16", "scale.f32", "checksum.u32")
 Row = tuple[int, Tensor, Tensor]
 Progress = Callable[[Iterable[Row], int], Iterable[Row]]
 
@@ -40,7 +42,7 @@ def fingerprint(particles: Particles, grid: Grid, mask: Tensor, options: tuple[s
     digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], options)).encode())
     for path in (*particles.image_files, *dict.fromkeys(particles.ctf_files)):
         status = path.stat()
-        digest.update(f"{path}{status.st_size}{status.st_mtime_ns}".encode())
+        digest.update(os.fsencode(path) + f"{status.st_size}{status.st_mtime_ns}".encode())
     digest.update(str(particles.premultiplied).encode())
     geometry = (particles.tilts, particles.tilt_offsets, particles.slices, particles.tilt_shifts)
     for array in (particles.rotation, particles.origin, *geometry):
@@ -151,12 +153,17 @@ def row_bytes(grid: Grid) -> int:
 
 def _files(folder: Path, grid: Grid, count: int) -> dict[str, tuple[Path, type, tuple[int, int]]]:
     band = len(band_frequencies(grid.working_box))
+    kinds = ((np.float16, grid.crop**3), (np.float16, band), (np.float32, 2), (np.uint32, 2))
     return {
-        "numerator": (folder / "numerator.f16", np.float16, (count, grid.crop**3)),
-        "weight": (folder / "weight.f16", np.float16, (count, band)),
-        "scale": (folder / "scale.f32", np.float32, (count, 2)),
-        "checksum": (folder / "checksum.u32", np.uint32, (count, 2)),
+        name.split(".")[0]: (folder / name, kind, (count, width))
+        for name, (kind, width) in zip(_FILES, kinds, strict=True)
     }
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of a cache, the manifest first; whatever else is in the folder is not ours to remove."""
+    for name in (_MANIFEST, *_FILES, _NOISE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _allocate(folder: Path, grid: Grid, count: int) -> None:
@@ -167,7 +174,7 @@ def _allocate(folder: Path, grid: Grid, count: int) -> None:
             with path.open("wb") as handle:
                 os.posix_fallocate(handle.fileno(), 0, int(np.prod(shape)) * np.dtype(kind).itemsize)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder)
         if error.errno != errno.ENOSPC:
             raise
         free = shutil.disk_usage(folder.parent).free
@@ -187,25 +194,25 @@ def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: s
     return Cache(folder, grid, noise, mark, *arrays, torch.zeros(count, 6))
 
 
-def _save_noise(folder: Path, noise: Noise) -> None:
-    with (folder / _NOISE).open("wb") as handle:
-        np.savez(handle, power=noise.power.numpy(), explained=noise.explained.numpy())
-
-
 def _load_noise(folder: Path, manifest: dict) -> Noise:
-    with np.load(folder / _NOISE, allow_pickle=False) as stored:
-        power, explained = torch.from_numpy(stored["power"]), torch.from_numpy(stored["explained"])
+    stored = read_arrays(folder / _NOISE, f"delete {folder} and run again")
+    power, explained = torch.from_numpy(stored["power"]), torch.from_numpy(stored["explained"])
     kept = {name: manifest[name] for name in ("contrast", "mean_normalised", "contrast_sure", "calibration")}
     return Noise(power=power, explained=explained, **kept)
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The cache's manifest, or None where there is no (readable) cache."""
+    """The cache's manifest, or None where there is none, or one that is damaged or of another version."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        sound = manifest.pop("checksum") == _manifest_sum(manifest) and manifest["format"] == FORMAT
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    return manifest if sound else None
+
+
+def _manifest_sum(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def open_cache(folder: Path) -> Cache:
@@ -241,6 +248,14 @@ def prepare_cache(
     mask: (C, C, C) on the working grid.  noise: for a cache that has to be made anew; None: estimated.
     """
     mark = fingerprint(particles, grid, mask, (contrast, normalisation))
+    with exclusive(folder):  # runs that share a cache may begin at the same time
+        return _prepare(folder, particles, grid, mask, noise, mark, contrast, normalisation, workers, progress)
+
+
+def _prepare(
+    folder: Path, particles: Particles, grid: Grid, mask: Tensor, noise: Noise | None, mark: str,
+    contrast: str, normalisation: str, workers: int, progress: Progress,
+) -> Cache:  # fmt: skip
     manifest = read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != mark:
         noise = noise or estimate_noise(
@@ -269,12 +284,12 @@ def rows_without_disk(
 
 
 def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: str) -> None:
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / _MANIFEST).exists() and not (folder / _NOISE).exists():
-            raise UserError(f"{folder}: not empty and not a cache; choose another folder for the cache")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    _save_noise(folder, noise)  # first: it marks the folder as a cache, should the next step be killed
+    found = {path.name for path in folder.iterdir()} - {".lock"}
+    if found and not found & {_MANIFEST, _NOISE}:
+        raise UserError(f"{folder}: not empty and not a cache; choose another folder for the cache")
+    _clear(folder)
+    # first: it marks the folder as a cache, should the next step be killed
+    save_arrays(folder / _NOISE, power=noise.power.numpy(), explained=noise.explained.numpy())
     _allocate(folder, grid, len(particles))
     manifest = {
         "format": FORMAT,
@@ -287,6 +302,7 @@ def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: 
         "calibration": noise.calibration,
         "source": str(particles.source),
     }
+    manifest["checksum"] = _manifest_sum(manifest)
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles, relion
 from opustomo.data.readers.files import Locator
 from opustomo.data.star import read_star
-from opustomo.errors import UserError
+from opustomo.errors import UserError, printable
 from opustomo.physics.grid import make_grid
 
 _BAND_BOX = 32  # working box of the Fourier statistics: enough to see wedge, CTF and contrast
@@ -40,7 +40,7 @@ def main(config: CheckConfig) -> int:
         raise UserError(f"--sample {config.sample}: at least one subtomogram must be read; leave it out for 64")
     report = examine(config)
     if report.failure is None or config.json or any(report.sections.values()):
-        print(report.json() if config.json else report.text(_width()))
+        print(report.json() if config.json else printable(report.text(_width())))
     if report.failure is not None:
         raise UserError(report.failure)
     if not config.json:

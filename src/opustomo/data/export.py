@@ -109,7 +109,7 @@ def _set_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block
 
 def fingerprint_of(names: Iterable[object]) -> str:
     """One hash of the particles' identities in their order: what a run remembers of the STAR file it was made from."""
-    return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(str, names)).encode(errors="surrogateescape")).hexdigest()
 
 
 def refuse_ambiguous(star: StarFile) -> None:

@@ -5,6 +5,7 @@ Owns: the MRC2014 header as far as the program uses it.  Header fields and modes
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from opustomo.errors import UserError
 
 _MODES = (0, 1, 2, 6, 12)  # int8, int16, float32, uint16, float16
 _HEADER_BYTES = 1024
+LARGEST = 1e12  # of a grey value: beyond, squares and sums in single precision come to nothing
 
 
 class MrcHeader(NamedTuple):
@@ -40,6 +42,8 @@ def read_volume(path: Path) -> tuple[NDArray[np.float32], float]:
     if header.shape[0] < 2:
         raise UserError(f"{path}: is not a 3-D volume (z, y, x = {header.shape}); give 3-D subtomograms, not images")
     data = np.fromfile(path, dtype, count=int(np.prod(header.shape)), offset=offset)
+    if data.size != np.prod(header.shape):
+        raise UserError(f"{path}: became shorter while it was read; copy or write it again")
     return data.reshape(header.shape).astype(np.float32), header.pixel_size
 
 
@@ -91,7 +95,8 @@ def _cell(shape: tuple[int, ...], pixel_size: float) -> tuple[np.float32, ...]:
 def _header(path: Path) -> tuple[MrcHeader, np.dtype[Any], int]:
     """Header, data type in file byte order, offset of the data."""
     try:
-        with path.open("rb") as file:
+        # a named pipe, which a folder from elsewhere may hold, would wait for ever
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             raw = file.read(_HEADER_BYTES)
             size = file.seek(0, 2)
     except FileNotFoundError:

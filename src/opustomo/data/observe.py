@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo.data.mrc import read_volume
+from opustomo.data.mrc import LARGEST, read_volume
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_transfer_volume
 from opustomo.data.stacks import observe_stack, read_stack
@@ -72,8 +72,10 @@ def read_band(path: Path, grid: Grid) -> Tensor:
     data, _ = read_volume(path)
     if data.shape != (grid.box,) * 3:
         raise UserError(f"{path}: box {'x'.join(map(str, data.shape))} where {grid.box} is expected; re-extract it")
-    if not np.isfinite(data).all():
-        raise UserError(f"{path}: NaN or infinite voxels; re-extract this subtomogram or remove its row")
+    if not (np.abs(data) < LARGEST).all():
+        raise UserError(
+            f"{path}: NaN, infinite or absurdly large voxels; re-extract this subtomogram or remove its row"
+        )
     if data.min() == data.max():
         raise UserError(f"{path}: empty box (every voxel is {data.flat[0]:g}); re-extract it or remove its row")
     spectrum = resize_spectrum(rfft3(torch.from_numpy(data)), grid.working_box)

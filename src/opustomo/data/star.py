@@ -1,27 +1,29 @@
 """STAR files: every block, column and value kept as the text it was, numbers made on demand.
 
 Owns: the parsing of STAR text (with line numbers in its errors) and the table that is written back unchanged.
-The ``starfile`` library writes; it does not read here because it turns numbers into floats, fills short rows
-silently and stumbles over a blank line after ``loop_``.
+The ``starfile`` library would not do (docs/decisions/0004): it turns numbers into floats, fills short rows silently and
+writes values that it reads as something else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import starfile
 from numpy.typing import NDArray
 
 from opustomo.data.atomic import write_text
 from opustomo.errors import UserError
 
 _QUOTED = re.compile(r"\"[^\"]*\"(?=\s|$)|'[^']*'(?=\s|$)|\S+")
+# Values that are only read as what they are within quotes; the last three at the start of a row alone.
+_QUOTES_NEEDED = re.compile(r"(?m)^$|[^\S\n]|^[\"'#_]|^data_|^loop_$")
 _PARTICLE_BLOCKS = ("particles", "images", "")
 
 Block = pd.DataFrame | dict[str, str]
@@ -100,8 +102,36 @@ def read_star(path: Path) -> StarFile:
 
 
 def write_star(path: Path, blocks: Mapping[str, Block]) -> None:
-    """Write blocks in their order, atomically; values are written exactly as the strings they are."""
-    write_text(path, starfile.to_string(dict(blocks)))
+    """Write blocks in their order, atomically; values are written exactly as the strings they are.
+
+    UserError: a value with both kinds of quotes, which cannot be written so that it is read as what it is.
+    """
+    lines = [""]
+    for name, block in blocks.items():
+        lines += [f"data_{name}", ""]
+        if isinstance(block, pd.DataFrame):
+            lines += ["loop_", *(f"_{column} #{i}" for i, column in enumerate(block, 1))]
+            columns = [_written(block[column], f"{path}: data_{name}, column _{column}") for column in block]
+            lines += map("\t".join, zip(*columns, strict=True))
+        else:
+            values = _written(block.values(), f"{path}: data_{name}")
+            lines += [f"_{column}\t{value}" for column, value in zip(block, values, strict=True)]
+        lines += ["", ""]
+    write_text(path, "\n".join(lines))
+
+
+def _written(values: Iterable[str], where: str) -> list[str]:
+    """Values as words of a STAR file.  One search tells whether any needs quotes: they hold no newline."""
+    values = list(values)
+    if not _QUOTES_NEEDED.search("\n".join(values)):
+        return values
+    words = []
+    for row, value in enumerate(values, 1):
+        mark = next((m for m in "\"'" if m not in value), None) if _QUOTES_NEEDED.search(value) else ""
+        if mark is None:
+            raise UserError(f"{where}, row {row}: {value!r} has quotes of both kinds; rename that file or particle")
+        words.append(f"{mark}{value}{mark}")
+    return words
 
 
 def read_numeric_table(path: Path, block: str, columns: Sequence[str]) -> dict[str, NDArray[np.float64]]:
@@ -133,16 +163,19 @@ def _parse(path: Path) -> dict[str, _Loop | dict[str, str]]:
         words = _words(line)
         if not words:
             continue
-        if words[0].startswith("data_") and len(words) == 1:
+        quoted = line.lstrip()[0] in "\"'"  # then it is a value, whatever it says
+        if words[0].startswith("data_") and len(words) == 1 and not quoted:
             name, loop = words[0][5:], None
             if name in blocks:
                 raise UserError(f"{path}: line {number}: block data_{name} occurs twice; remove one of them")
             blocks[name] = {}
         elif name is None:
             raise UserError(f"{path}: is not a STAR file (line {number} comes before any data_ block); check the name")
-        elif words[0] == "loop_":
+        elif words[0] == "loop_" and not quoted:
+            if blocks[name] != {}:
+                raise UserError(f"{path}: line {number}: data_{name} has more than one table; give each a data_ line")
             blocks[name] = loop = _Loop()
-        elif loop is not None and (loop.rows or not words[0].startswith("_")):
+        elif loop is not None and (loop.rows or quoted or not words[0].startswith("_")):
             _add_row(loop, words, path, number)
         elif loop is not None:
             _add_column(loop, words[0][1:], path, number)
@@ -160,22 +193,20 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path}: no such STAR file; check the name and the working directory") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name and permissions") from error
-    if b"\0" in text[:4096]:
-        raise UserError(f"{path}: is not a STAR file but binary; give the .star file")
+    if (zero := text.find(b"\0")) >= 0:
+        line = text.count(b"\n", 0, zero) + 1
+        raise UserError(f"{path}: is binary or damaged (line {line} holds a zero byte); give a STAR file that is text")
     # not str.splitlines: it also splits at form feeds and other rare separators within a value; the "\r" of CRLF
     # is white space to the tokenizer
     return text.decode("utf-8-sig", errors="surrogateescape").split("\n")
 
 
 def _words(line: str) -> list[str]:
-    if '"' in line or "'" in line:
-        words = [w[1:-1] if len(w) > 1 and w[0] in "\"'" and w[-1] == w[0] else w for w in _QUOTED.findall(line)]
-    else:
-        words = line.split()
+    words = _QUOTED.findall(line) if '"' in line or "'" in line else line.split()
     if "#" in line:
-        for i, word in enumerate(words):
-            if word.startswith("#"):
-                return words[:i]
+        words = list(takewhile(lambda word: not word.startswith("#"), words))
+    if '"' in line or "'" in line:
+        words = [w[1:-1] if len(w) > 1 and w[0] in "\"'" and w[-1] == w[0] else w for w in words]
     return words
 
 
@@ -197,6 +228,8 @@ def _add_column(loop: _Loop, column: str, path: Path, number: int) -> None:
 def _add_pair(block: Any, words: list[str], path: Path, number: int) -> None:
     if not words[0].startswith("_") or len(words) > 2:
         raise UserError(f"{path}: line {number} is neither a '_name value' pair nor in a loop_ table; repair the file")
+    if words[0][1:] in block:
+        raise UserError(f"{path}: line {number}: {words[0]} occurs twice in its block; remove one of them")
     block[words[0][1:]] = words[1] if len(words) == 2 else ""
 
 

@@ -21,8 +21,9 @@ from scipy.spatial.transform import Rotation
 
 from opustomo.config import SimulateConfig
 from opustomo.data import write_relion5 as relion5
-from opustomo.data.atomic import atomic, write_text
+from opustomo.data.atomic import write_text
 from opustomo.data.mrc import write_stack, write_volume
+from opustomo.data.tensors import save_arrays
 from opustomo.data.write_relion30 import write_ctf, write_particles
 from opustomo.errors import UserError
 from opustomo.monitor import duration, progress
@@ -244,8 +245,7 @@ def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) ->
         labels["present"] = (plan.state == preset.states[1]).astype(np.int64)
     if preset.junk > 0:
         labels |= {"junk": (plan.junk_kind != GOOD).astype(np.int64), "junk_kind": plan.junk_kind}
-    with atomic(output / "labels.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **labels)
+    save_arrays(output / "labels.npz", **labels)
     maps = truth_maps(preset)
     for stem, volume in maps.items():
         write_volume(output / "gt" / f"{stem}.mrc", volume, preset.pixel_size)

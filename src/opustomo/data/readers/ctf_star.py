@@ -95,8 +95,15 @@ def tilt_table(
 def _refuse_impossible(path: Path, table: NDArray[np.float64]) -> None:
     """Values without a CTF: they would turn into NaN far from here."""
     for name, good, hint in (
-        ("rlnVoltage", lambda v: v > 0, "write kV, e.g. 300"),
+        ("rlnVoltage", lambda v: (v > 0) & (v < 1e4), "write kV, e.g. 300"),
         ("rlnAmplitudeContrast", lambda v: (v >= 0) & (v < 1), "write a fraction, e.g. 0.07"),
+        ("rlnDefocusU", lambda v: np.abs(v) < 1e6, "write Angstrom, e.g. 30000"),
+        ("rlnDefocusV", lambda v: np.abs(v) < 1e6, "write Angstrom, e.g. 30000"),
+        ("rlnSphericalAberration", lambda v: np.abs(v) < 1e3, "write mm, e.g. 2.7"),
+        ("rlnCtfBfactor", lambda v: v < 1e6, "write Angstrom^2, four times the dose"),
+        ("rlnCtfScalefactor", lambda v: np.abs(v) < 1e6, "write the cosine of the tilt angle"),
+        *((name, lambda v: np.abs(v) < 1e6, "write degrees") for name in _COLUMNS if "Angle" in name),
+        ("rlnPhaseShift", lambda v: np.abs(v) < 1e6, "write degrees"),
     ):
         values = table[:, list(_COLUMNS).index(name)]
         wrong = np.flatnonzero(~good(values))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from opustomo.data.mrc import read_volume
+from opustomo.data.mrc import LARGEST, read_volume
 from opustomo.errors import UserError
 
 
@@ -38,6 +38,8 @@ def half_fourier(volume: NDArray[np.float32], box: int, path: Path) -> tuple[NDA
             f"{path}: transfer volume of size (z, y, x) {volume.shape} does not fit the box {box}: expected "
             f"{(box, box, box)} or {(box, box, half)}; make it at the box size of the subtomograms"
         )
+    if not (np.abs(volume) < LARGEST).all():
+        raise UserError(f"{path}: NaN, infinite or absurdly large values; make the transfer volume again")
     if not np.any(volume):
         raise UserError(f"{path}: transfer volume has zeros only; remove the particle or make the volume again")
     cubic = volume.shape[2] == box

@@ -84,6 +84,6 @@ class Locator:
         Only folders above the STAR file: those beside it may hold files of the same names of another set.
         """
         for folder in self.star.absolute().parents:
-            if (folder / name).exists():
+            if self.exists(folder / name):
                 return f"try --datadir {folder}"
         return "give the folder in front of these names with --datadir"

@@ -70,13 +70,20 @@ def halves(star: StarFile) -> NDArray[np.int64]:
     """(P,) half set 1 or 2, 0 where the file has no random subsets."""
     if not star.has(star.particle_block, "rlnRandomSubset"):
         return np.zeros(len(star.particles), np.int64)
-    return star.numbers(star.particle_block, "rlnRandomSubset", "the half sets").astype(np.int64)
+    found = star.numbers(star.particle_block, "rlnRandomSubset", "the half sets")
+    if len(wrong := np.flatnonzero(~np.isin(found, (0, 1, 2)))):
+        raise UserError(
+            f"{star.path}: _rlnRandomSubset, row {wrong[0] + 1}: {found[wrong[0]]:g} is no half set; write 1 or 2, or "
+            "remove the column"
+        )
+    return found.astype(np.int64)
 
 
 def eulers(star: StarFile) -> NDArray[np.float64]:
     """(P, 3) rot, tilt, psi in degrees; UserError when a column is missing: poses come from the consensus."""
     columns = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
-    return np.stack([star.numbers(star.particle_block, name, "the consensus poses") for name in columns], 1)
+    found = np.stack([star.numbers(star.particle_block, name, "the consensus poses") for name in columns], 1)
+    return _within(found, 1e6, star, "angle", "degrees")
 
 
 def origins(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], str]:
@@ -90,8 +97,20 @@ def origins(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], str
         if any(star.has(block, name) for name in names):
             zero = np.zeros(len(star.particles))
             columns = [star.numbers(block, name, "the origins") if star.has(block, name) else zero for name in names]
-            return np.stack(columns, 1) / unit, f"origins from rlnOriginX/Y/Z{suffix} ({words})"
+            found = _within(np.stack(columns, 1) / unit, 1e6, star, "origin", "pixels")
+            return found, f"origins from rlnOriginX/Y/Z{suffix} ({words})"
     return np.zeros((len(star.particles), 3)), "the file has no origins: taken as zero"
+
+
+def _within(values: NDArray[np.float64], limit: float, star: StarFile, what: str, unit: str) -> NDArray[np.float64]:
+    """Values (P, 3) as they are; UserError for one that single precision would make nonsense of."""
+    wrong = np.flatnonzero((np.abs(values) >= limit).any(1))
+    if len(wrong):
+        worst = np.abs(values[wrong[0]]).max()
+        raise UserError(
+            f"{star.path}: row {wrong[0] + 1} has an {what} of {worst:g} {unit}, which is not possible; correct it"
+        )
+    return values
 
 
 def subtomogram_rotation(star: StarFile) -> NDArray[np.float64] | None:

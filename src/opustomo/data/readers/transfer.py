@@ -66,7 +66,8 @@ def _ctf_names(star: StarFile) -> list[str] | None:
 
 
 def _star_name(name: str) -> str:
-    return str(Path(name).with_suffix(".star"))
+    path = Path(name)
+    return str(path.with_suffix(".star") if path.name else path / ".star")
 
 
 def _find_stars(names: list[str] | None, images: Sequence[Path], locator: Locator) -> tuple[Path, ...] | None:

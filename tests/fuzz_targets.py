@@ -1,0 +1,171 @@
+"""Every reader of a file that a user may bring, as a function of one file; and good files of each kind to start from.
+
+``python tests/fuzz_targets.py TARGET [FOLDER] [-max_total_time=60 ...]`` runs one under atheris (coverage-guided; the
+options are libFuzzer's), where that is installed; FOLDER keeps what it finds.  A find is an exception other than
+``UserError``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from opustomo.analysis.class_quality import read_quality
+from opustomo.analysis.data_maps import read_fsc
+from opustomo.analysis.volumes import read_codes
+from opustomo.compat import legacy_files as legacy
+from opustomo.config import InputOptions
+from opustomo.data.cache import read_manifest
+from opustomo.data.inputs import read_mask
+from opustomo.data.mrc import read_volume
+from opustomo.data.readers import read_particles, read_transfer_volume
+from opustomo.data.readers.ctf_star import read_tilts
+from opustomo.data.star import read_star, write_star
+from opustomo.data.tensors import read_arrays, read_tensors
+from opustomo.errors import UserError
+from opustomo.monitor import read_rows
+from opustomo.stored import read_config
+from star_sets import BOX, PIXEL, Set, relion31
+
+COUNT = 4
+
+
+def star(path: Path) -> None:
+    """Read as a set; what can be read must survive being written."""
+    blocks = read_star(path).blocks
+    try:
+        write_star(path.with_suffix(".out"), blocks)
+    except UserError:
+        return
+    again = read_star(path.with_suffix(".out")).blocks
+    assert list(again) == list(blocks)
+    for name, block in blocks.items():
+        same = again[name] == block if isinstance(block, dict) else again[name].equals(block)
+        assert same, f"data_{name} is {again[name]} where {block} was written"
+
+
+def particles(path: Path) -> None:
+    """The same with the subtomograms of the small set beside it: what is read is what a run could use."""
+    found = read_particles(path, InputOptions())
+    assert np.isfinite(found.rotation).all() and np.isfinite(found.origin).all() and np.isfinite(found.tilts).all()
+
+
+def mask(path: Path) -> None:
+    found = read_mask(path, BOX, PIXEL)
+    assert found.shape == (BOX,) * 3 and bool(torch.isfinite(found).all())
+
+
+TARGETS: dict[str, Callable[[Path], object]] = {
+    "star": star,
+    "particles": particles,
+    "ctf_star": lambda path: read_tilts([path], ["p"], {}),
+    "mrc": read_volume,
+    "mask": mask,
+    "transfer": lambda path: read_transfer_volume(path, BOX),
+    "poses": legacy.load_poses,
+    "indices": lambda path: legacy.load_indices(path, COUNT),
+    "indices_text": lambda path: legacy.load_indices(path.rename(path.with_suffix(".txt")), COUNT),
+    "split": lambda path: legacy.load_split(path, COUNT),
+    "labels": legacy.load_labels,
+    "pickles": lambda path: legacy.load_pickle(path),
+    "tensors": read_tensors,
+    "arrays": lambda path: read_arrays(path, "write it again"),
+    "config": lambda path: read_config(path.rename(path.with_name("config.yaml")).parent),
+    "codes": lambda path: read_codes(path, 2),
+    "manifest": lambda path: read_manifest(path.rename(path.with_name("cache.json")).parent),
+    "metrics": read_rows,
+    "quality": read_quality,
+    "fsc": read_fsc,
+}
+
+
+def saved(save: Callable[[io.BytesIO], object]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+def seeds(folder: Path) -> dict[str, list[bytes]]:
+    """Good files of every kind; ``folder`` then holds the small set they belong to."""
+    old, new = Set(folder), relion31(folder / "new", groups=2)
+    stars = [old.write().read_bytes(), new.write().read_bytes()]
+    volume = (folder / "sub" / "p0.mrc").read_bytes()
+    blob = volume[:1024] + np.clip(np.frombuffer(volume, np.float32, offset=1024), 0, 1).tobytes()
+    even = volume[:1024] + np.ones((BOX,) * 3, np.float32).tobytes()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(COUNT)
+    poses = (np.tile(np.eye(3, dtype=np.float32), (COUNT, 1, 1)), np.zeros((COUNT, 3)), np.zeros((COUNT, 3), ">f4"))
+    state = {"mu": torch.zeros(COUNT, 2), "epoch": 3, "shape": {"width": 0.1}, "kind": "network"}
+    config = {"kind": "network", "star": "a.star", "box": 16, "pixel_size": 3.5, "estpose": True, "mask": None}
+    curves = "frequency,a,random\n0.000000,1.000000,1.000000\n0.010000,0.500000,0.100000\n"
+    from opustomo.analysis.class_quality import COLUMNS
+    from opustomo.monitor import METRIC_COLUMNS
+
+    pickles = {
+        "poses": poses,
+        "indices": [0, 2],
+        "split": order,
+        "labels": order,
+        "pickles": {"a": {1, 2}, "b": b"x", "c": np.array(["s", None], object), "d": np.float32(1), "e": "é"},
+    }
+    texts = {
+        "indices_text": "0\n1, 2\n",
+        "config": yaml.safe_dump(config),
+        "codes": "1e3 2\n# a\n3, 4\n",
+        "manifest": json.dumps({"format": 3, "rows": 4, "grid": [16, 3.5, 16, 12, 16], "checksum": 0}),
+        "metrics": ",".join(METRIC_COLUMNS) + "\n0" + ",1" * (len(METRIC_COLUMNS) - 1) + "\n",
+        "quality": ",".join(COLUMNS) + "\n0" + ",1" * (len(COLUMNS) - 1) + "\n",
+        "fsc": curves,
+    }
+    return {
+        "star": stars,
+        "particles": stars,
+        "ctf_star": [(folder / "sub" / "p0_ctf.star").read_bytes()],
+        "mrc": [volume],
+        "mask": [blob],
+        "transfer": [even],
+        **{name: [pickle.dumps(value, protocol) for protocol in (2, 4, 5)] for name, value in pickles.items()},
+        "tensors": [saved(lambda b: torch.save(state, b))],
+        "arrays": [saved(lambda b: np.savez(b, a=poses[0], b=order))],
+        **{name: [text.encode()] for name, text in texts.items()},
+    }
+
+
+def attempt(target: str, content: bytes, folder: Path) -> str | None:
+    """Give a reader these bytes: None where it can use them, the message where it refuses."""
+    path = folder / "hostile.star"
+    path.write_bytes(content)
+    try:
+        TARGETS[target](path)
+    except UserError as error:
+        message = str(error)
+        assert message.isprintable(), message
+        return message
+    return None
+
+
+def main() -> None:
+    import atheris
+
+    name, kept, *options = [*sys.argv[1:], ""][:3] if len(sys.argv) < 4 else sys.argv[1:]
+    folder = Path(tempfile.mkdtemp())
+    corpus = Path(kept or tempfile.mkdtemp())
+    corpus.mkdir(parents=True, exist_ok=True)
+    for i, content in enumerate(seeds(folder)[name]):
+        (corpus / f"seed{i}").write_bytes(content)
+    atheris.instrument_all()
+    atheris.Setup([sys.argv[0], str(corpus), *filter(None, options)], lambda data: attempt(name, data, folder) and None)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
