@@ -55,6 +55,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _dtype,
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _bytes,
+    ("__builtin__", "bytes"): lambda: b"",
     **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in _CONTAINERS},
     **{
         (f"{core}.{module}", name): function
@@ -276,17 +277,12 @@ def _text_numbers(path: Path) -> list[float]:
 
 def _integers(found: Any, path: Path, what: str) -> NDArray[np.int64]:
     try:
-        values = np.asarray(found)
-        kind, values = values.dtype.kind, values.astype(np.float64 if values.dtype.kind != "c" else complex)
+        given = np.asarray(found)
+        values = given.astype(np.float64) if given.dtype.kind != "c" else np.full(1, np.nan)
     except (TypeError, ValueError, OverflowError):
-        kind, values = "", np.full((1, 1), np.nan)
-    if kind == "b":
+        given = values = np.full(1, np.nan)
+    if given.dtype == bool:
         raise UserError(f"{path}: is a mask of true and false, not {what}; write np.flatnonzero(mask) instead")
-    if (
-        kind == "c"
-        or values.ndim != 1
-        or not np.array_equal(values, np.round(values))
-        or not (np.abs(values) < 2**53).all()
-    ):
+    if values.ndim != 1 or not (np.abs(values) < 2**53).all() or not np.array_equal(values, np.round(values)):
         raise UserError(f"{path}: is not {what} (one-dimensional integers); check which file this is")
     return values.astype(np.int64)
