@@ -197,7 +197,7 @@ def test_linear_run_without_metrics(run: FakeRun) -> None:
 def test_damaged_evaluation_is_one_line(run: FakeRun) -> None:
     latents.analyze(run, clusters=2, skip_umap=True)
     (run.path / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json: is not JSON"):
+    with pytest.raises(UserError, match=r"evaluation\.json: cannot be read"):
         report.write_report(run)
 
 

@@ -33,6 +33,9 @@ _NEEDED = frozenset(
 )
 
 
+LEARNED = frozenset({"encoder", "decoder", "scale"})  # of its model
+
+
 @dataclass(frozen=True)
 class Continuation:
     """Weights to go on from and the first epoch to train; ``optimiser``: its state and the memory bank go on too."""
@@ -98,7 +101,9 @@ def _refuse(
 
 def _weights(path: Path, spelt: str) -> dict[str, Any]:
     weights = load_tensors(path)
-    if missing := _NEEDED - weights.keys():
+    # a network without weights would be started anew in silence
+    parts = {name.split(".")[0] for name in weights["model"]} if isinstance(weights.get("model"), dict) else set()
+    if missing := (_NEEDED - weights.keys()) | (LEARNED - parts):
         raise UserError(
             f"{path}: has no {', '.join(sorted(missing))}, it is of no network or of an earlier version; "
             f"start a new run without {spelt}"

@@ -45,7 +45,7 @@ from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker, make_split
 from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
-from opustomo.resume import Continuation
+from opustomo.resume import LEARNED, Continuation
 
 log = logging.getLogger("opustomo")
 
@@ -231,7 +231,7 @@ def build(
         templateres=grid.templateres, width=config.width, encoderres=config.encoderres,
     )  # fmt: skip
     if continuation is not None:
-        learned = {k: v for k, v in continuation.weights["model"].items() if k.split(".")[0] in _LEARNED}
+        learned = {k: v for k, v in continuation.weights["model"].items() if k.split(".")[0] in LEARNED}
         network.load_state_dict(learned, strict=False)
     group = _orientation_groups(config, start.inputs.particles.rotation)
     return network.to(device), context_of(start, group, device)
@@ -262,9 +262,6 @@ def linear_bands(model: LinearModel, grid: Grid) -> Tensor:
     """Mean and components on the band, real and imaginary parts side by side, (1+K, 2n)."""
     bands = model_band(torch.cat([model.mean[None], model.components]), grid.working_box)
     return torch.view_as_real(bands).flatten(1)
-
-
-_LEARNED = frozenset({"encoder", "decoder", "scale"})
 
 
 def residual_precision(model: LinearModel, mask: Tensor, grid: Grid) -> Tensor:
