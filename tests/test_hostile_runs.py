@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 
 from opustomo import cli
 from opustomo.compat import dsd
+from opustomo.data.star import read_star, write_star
 from small_set import SmallSet, copy_run, train_line
 
 LAST = 2
@@ -195,7 +197,8 @@ def test_harmful_pickles_beside_a_run(
     path = tmp_path / "harmful.pkl"
     as_pickle(path, Harmful(tmp_path / "witness"))
     if option == "labels":
-        line: list[object] = ["parse_pose_star", small_set.star, "24", "15", "--labels", path, "--outdir", tmp_path]
+        line: list[object] = ["parse_pose_star", small_set.star, "-D", 24, "--Apix", 15, "--labels", path]
+        line += ["--outdir", tmp_path]
         message = refused(capsys, line, dsd.main)
     else:
         start = ["--load", f"{finished_run}/weights.{LAST}.pkl"] if option == "--latents" else []
@@ -232,27 +235,19 @@ def test_names_from_files_write_nothing_elsewhere(
 ) -> None:
     """Absolute names, names that climb, blanks, quotes, control characters, markup, bytes that are no text."""
     home = tmp_path / "home"
-    (home / "set").mkdir(parents=True)
     shutil.copytree(small_set.folder / "subtomo", home / "subtomo")
-    text = small_set.star.read_text()
-    odd = [
-        f"{home}/subtomo/p00000.mrc",
-        "../subtomo/p00001.mrc",
-        '"../subtomo/a b.mrc"',
-        "../subtomo/\x1b[31mred.mrc",
-        "../subtomo/<b>$x_{.mrc",
-        "../subtomo/\udcff\u2028é.mrc",
-        "'../subtomo/with \"quotes\".mrc'",
-    ]
-    for i, name in enumerate(odd):
-        text = text.replace(f"subtomo/p{i:05d}.mrc", name)
-        file = home / "set" / name.strip("'\"")
-        if not file.exists():
-            (home / "subtomo" / f"p{i:05d}.mrc").rename(file)
-            (home / "subtomo" / f"p{i:05d}.star").rename(file.with_suffix(".star"))
-    text = text.replace("subtomo/p000", "../subtomo/p000").replace("../../", "../").replace(f"{home}/../", f"{home}/")
     star = home / "set" / "particles.star"
-    star.write_bytes(text.encode(errors="surrogateescape"))
+    blocks = dict(read_star(small_set.star).blocks)
+    table = blocks[""]
+    names = [f"../{name}" for name in table["rlnImageName"]]
+    names[0] = f"{home}/subtomo/p00000.mrc"
+    for i, stem in enumerate(["a b", "\x1b[31mred", "<b>$x_{", "\udcff\u2028é", 'with "quotes"'], 1):
+        for end in (".mrc", "_ctf.star"):
+            (home / "subtomo" / f"p{i:05d}{end}").rename(home / "subtomo" / (stem + end))
+        names[i] = f"../subtomo/{stem}.mrc"
+    table["rlnImageName"] = pd.Series(names, dtype=object)
+    table["rlnCtfImage"] = pd.Series([name.replace(".mrc", "_ctf.mrc") for name in names], dtype=object)
+    write_star(star, blocks)
     before = contents(home)
     lines: list[list[object]] = [
         ["check", star],
@@ -267,8 +262,5 @@ def test_names_from_files_write_nothing_elsewhere(
         assert "Traceback" not in captured.err and "\x1b" not in captured.err + captured.out
     assert contents(home) == before
     assert {path.name for path in tmp_path.iterdir()} == {"home", "out"}
-    from opustomo.data.star import read_star
-
     parts = [read_star(path).particles for path in sorted((tmp_path / "out" / "classes").glob("pre*.star"))]
-    names = {str(name) for part in parts for name in part["rlnImageName"]}
-    assert names == set(read_star(star).particles["rlnImageName"].map(str))
+    assert sorted(name for part in parts for name in part["rlnImageName"]) == sorted(names)

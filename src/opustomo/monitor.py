@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +52,11 @@ class RunLog(logging.FileHandler):
         except UserError:
             self.close()
             raise
+
+    def close(self) -> None:
+        """Also with the disk full: what the stream still holds is lost."""
+        with suppress(OSError):
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: logging's own would print a traceback."""
