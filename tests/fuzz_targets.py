@@ -1,8 +1,6 @@
 """Every reader of a file that a user may bring, as a function of one file; and good files of each kind to start from.
 
-``python tests/fuzz_targets.py TARGET [FOLDER] [-max_total_time=60 ...]`` runs one under atheris (coverage-guided; the
-options are libFuzzer's), where that is installed; FOLDER keeps what it finds.  A find is an exception other than
-``UserError``.
+``test_readers_hostile.py`` and ``tools/fuzz.py`` change them.
 """
 
 from __future__ import annotations
@@ -10,8 +8,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,21 +147,3 @@ def attempt(target: str, content: bytes, folder: Path) -> str | None:
         assert message.isprintable(), message
         return message
     return None
-
-
-def main() -> None:
-    import atheris
-
-    name, kept, *options = [*sys.argv[1:], ""][:3] if len(sys.argv) < 4 else sys.argv[1:]
-    folder = Path(tempfile.mkdtemp())
-    corpus = Path(kept or tempfile.mkdtemp())
-    corpus.mkdir(parents=True, exist_ok=True)
-    for i, content in enumerate(seeds(folder)[name]):
-        (corpus / f"seed{i}").write_bytes(content)
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], str(corpus), *filter(None, options)], lambda data: attempt(name, data, folder) and None)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

@@ -33,7 +33,7 @@ _NEEDED = frozenset(
 )
 
 
-LEARNED = frozenset({"encoder", "decoder", "scale"})  # of its model
+LEARNED = frozenset({"encoder", "decoder", "scale"})  # of its model; the encoder where there is one
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _weights(path: Path, spelt: str) -> dict[str, Any]:
     weights = load_tensors(path)
     # a network without weights would be started anew in silence
     parts = {name.split(".")[0] for name in weights["model"]} if isinstance(weights.get("model"), dict) else set()
-    if missing := (_NEEDED - weights.keys()) | (LEARNED - parts):
+    if missing := (_NEEDED - weights.keys()) | (LEARNED - {"encoder"} - parts):
         raise UserError(
             f"{path}: has no {', '.join(sorted(missing))}, it is of no network or of an earlier version; "
             f"start a new run without {spelt}"
