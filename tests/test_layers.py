@@ -151,7 +151,7 @@ def test_every_file_is_written_atomically() -> None:
             opens = name == "open" and (mode or "O_WRONLY" in text)
             library = text.startswith(("np.save", "torch.save", "mrcfile.new", "pickle.dump"))
             method = name in writes and isinstance(call.func, ast.Attribute)
-            if (opens or library or method) and call not in covered and not text.startswith("fig.savefig(buffer"):
+            if (opens or library or method) and call not in covered and "(buffer," not in text:
                 assert (module, text) in GROWING, f"{module}:{call.lineno} {text}"
                 seen.add((module, text))
     assert seen == GROWING
