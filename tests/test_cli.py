@@ -278,6 +278,10 @@ def test_resume_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "config.yaml").write_text("[half of a table")
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
     message = capsys.readouterr().err
+    assert "config.yaml: cannot be read" in message and message.count("\n") == 1
+    (tmp_path / "config.yaml").write_text("kind: network\n")
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
     assert "config.yaml: names no STAR file" in message and message.count("\n") == 1
 
 
