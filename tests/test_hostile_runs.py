@@ -230,6 +230,7 @@ def test_compressed_bombs_are_not_unpacked(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ names
 
 
+@pytest.mark.slow
 def test_names_from_files_write_nothing_elsewhere(
     analysed: Path, small_set: SmallSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
