@@ -30,6 +30,7 @@ from opustomo.data.tensors import read_arrays, read_tensors
 from opustomo.errors import UserError
 from opustomo.monitor import read_rows
 from opustomo.stored import read_config
+from stack_writers import two_states_set
 from star_sets import BOX, PIXEL, Set, relion31
 
 COUNT = 4
@@ -55,6 +56,11 @@ def particles(path: Path) -> None:
     assert np.isfinite(found.rotation).all() and np.isfinite(found.origin).all() and np.isfinite(found.tilts).all()
 
 
+def within(folder: str, file: str, star: str) -> Callable[[Path], None]:
+    """As particles, with the bytes in the place of one file of a set of tilt images."""
+    return lambda path: particles(path.replace(path.parent / folder / file).with_name(star))
+
+
 def mask(path: Path) -> None:
     found = read_mask(path, BOX, PIXEL)
     assert found.shape == (BOX,) * 3 and bool(torch.isfinite(found).all())
@@ -63,6 +69,9 @@ def mask(path: Path) -> None:
 TARGETS: dict[str, Callable[[Path], object]] = {
     "star": star,
     "particles": particles,
+    "stacks": within("set", "particles.star", "set.star"),
+    "tomograms": within("other", "tomograms.star", "set.star"),
+    "series": within("flat", "flat.star", "flat.star"),
     "ctf_star": lambda path: read_tilts([path], ["p"], {}),
     "mrc": read_volume,
     "mask": mask,
@@ -122,7 +131,13 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "quality": ",".join(COLUMNS) + "\n0" + ",1" * (len(COLUMNS) - 1) + "\n",
         "fsc": curves,
     }
+    images = two_states_set(2, 5.0, box=16, step=40.0)
+    sets = [images.write_set(folder / name) for name in ("set", "other")]
+    flat = images.write_series(folder / "flat")
     return {
+        "stacks": [sets[0].with_name("particles.star").read_bytes()],
+        "tomograms": [sets[1].with_name("tomograms.star").read_bytes()],
+        "series": [flat.read_bytes()],
         "star": stars,
         "particles": stars,
         "ctf_star": [(folder / "sub" / "p0_ctf.star").read_bytes()],

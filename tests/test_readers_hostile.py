@@ -212,8 +212,8 @@ def test_what_a_terminal_would_obey_is_shown_instead() -> None:
     ("column", "value", "words"),
     [
         ("rlnRandomSubset", "7", "_rlnRandomSubset, row 2: 7 is no half set"),
-        ("rlnAngleRot", "1e300", "row 2 has an angle of 1e+300"),
-        ("rlnOriginX", "1e300", "row 2 has an origin of 1e+300"),
+        ("rlnAngleRot", "1e300", "row 2 has the angle 1e+300"),
+        ("rlnOriginX", "1e300", "row 2 has the origin 1e+300"),
         ("rlnMagnification", "1e-320", "rlnMagnification"),
         ("rlnImageName", "/", "/"),
         ("rlnImageName", "x" * 5000, "missing"),

@@ -191,8 +191,12 @@ def _series(
     tomograms: StarFile, row: int, star: StarFile, block: str, particles: StarFile, image_pixel: float
 ) -> _Series:
     def of_tomogram(name: str) -> float | None:
-        has = tomograms.has("global", name)
-        return float(tomograms.numbers("global", name, "the tilt series")[row]) if has else None
+        if not tomograms.has("global", name):
+            return None
+        value = float(tomograms.numbers("global", name, "the tilt series")[row])
+        if abs(value) >= 1e7:
+            raise UserError(f"{tomograms.path}: column _{name}, row {row + 1}: {value:g} is not possible; correct it")
+        return value
 
     stated = relion.microscope(particles)
     stated |= {name: value for name in ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
@@ -238,8 +242,9 @@ def _rotations(star: StarFile, block: str) -> NDArray[np.float64]:
                     "write the tomograms again"
                 ) from None
     matrix = np.array(rows).reshape(3, -1, 3).transpose(1, 0, 2)
-    u, scale, v = np.linalg.svd(matrix)
-    wrong = (np.abs(scale - 1) > 0.02).any(1) | (np.linalg.det(matrix) < 0)
+    possible = (np.abs(matrix) < 2).all((1, 2))  # on infinite values the decomposition does not end
+    u, scale, v = np.linalg.svd(np.where(possible[:, None, None], matrix, 0.0))
+    wrong = ~possible | (np.abs(scale - 1) > 0.02).any(1) | (np.linalg.det(u @ v) < 0)
     if wrong.any():
         raise UserError(
             f"{star.path}: data_{block}, row {np.flatnonzero(wrong)[0] + 1}: rlnTomoProjX/Y/Z is not a rotation (it "

@@ -108,7 +108,7 @@ def _within(values: NDArray[np.float64], limit: float, star: StarFile, what: str
     if len(wrong):
         worst = np.abs(values[wrong[0]]).max()
         raise UserError(
-            f"{star.path}: row {wrong[0] + 1} has an {what} of {worst:g} {unit}, which is not possible; correct it"
+            f"{star.path}: row {wrong[0] + 1} has the {what} {worst:g} {unit}, which is not possible; correct it"
         )
     return values
 
@@ -129,7 +129,8 @@ def coordinates(star: StarFile) -> NDArray[np.float64] | None:
     """(P, 3) rlnCoordinateX/Y/Z as in the file, else rlnCenteredCoordinate*Angst; None when an axis is missing."""
     for names in ([f"rlnCoordinate{axis}" for axis in AXES], [f"rlnCenteredCoordinate{axis}Angst" for axis in AXES]):
         if all(star.has(star.particle_block, name) for name in names):
-            return np.stack([star.numbers(star.particle_block, name, "coordinates") for name in names], 1)
+            found = np.stack([star.numbers(star.particle_block, name, "coordinates") for name in names], 1)
+            return _within(found, 1e7, star, "coordinate", "pixels or Angstrom")
     return None
 
 
