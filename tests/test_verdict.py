@@ -146,5 +146,5 @@ def test_far_too_strong_a_kl_term_is_said(log_of: Callable[..., str], monkeypatc
     monkeypatch.setattr(
         "opustomo.linear_fit.choose_mixture", lambda statistics, *_: single(statistics.first.shape[1] - 1)
     )
-    text = log_of("-n", "4", "-b", "2", "--lr", "0.01", "--beta-control", "100")
+    text = log_of("-n", "4", "-b", "2", "--lr", "0.003", "--beta-control", "100")
     assert "collapsed towards the prior" in text and "lower --beta-control (now 100)" in text
