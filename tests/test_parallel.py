@@ -259,3 +259,36 @@ def test_several_gpus_become_several_processes(
     assert count == 2 and function.func is cli.member and isinstance(config, TrainConfig)
     assert config.num_gpus == 2 and "multigpu" in given
     assert not (tmp_path / "run").exists()  # the processes make it
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_job_script_starts_every_task(finished: bool, tmp_path: Path) -> None:
+    """Under a stand-in for SLURM: what each task would run parses, and its environment can be joined."""
+    script = Path(__file__).parents[1] / "runs" / "slurm.sbatch"
+    tools = {
+        "scontrol": 'printf "node1\\nnode2\\n"',
+        "srun": 'test "$1" = --kill-on-bad-exit=1 && shift\n'
+        'for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@"; done',
+        "opustomo": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT|$*"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    if finished:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text("star: particles.star\n")
+        (tmp_path / "run" / "z.0.pkl").touch()
+    slurm = {"NTASKS": "4", "NTASKS_PER_NODE": "2", "JOB_ID": "123456", "JOB_NODELIST": "node[1-2]"}
+    names = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | {f"SLURM_{k}": v for k, v in slurm.items()}
+    done = subprocess.run(
+        ["bash", str(script)], cwd=tmp_path, env=os.environ | names, capture_output=True, text=True, check=True
+    )
+    said = [line.split("|") for line in done.stdout.splitlines()]
+    assert [where for where, _ in said] == [f"{i}/4 {i % 2}/2 node1 23456" for i in range(4)]
+    words = said[0][1].split()
+    if finished:
+        assert words == ["train", "--resume", "run"]
+    else:
+        config, _ = cli.parse_verb(words)
+        assert (config.num_gpus, config.multigpu, config.load) == (4, True, None)

@@ -191,7 +191,7 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
     from opustomo import job, parallel
 
     count = job.processes(config, given)
-    return parallel.launch(count, partial(member, config, given)) if count > 1 else int(function(config, given))
+    return parallel.launch(count, partial(member, config, given)) if count > 1 else int(function(config, given) or 0)
 
 
 def member(config: Any, given: frozenset[str]) -> int:

@@ -198,8 +198,10 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def divide_threads() -> None:
-    """Share the threads of this process with the others of its machine, once they all compute."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // _number("LOCAL_WORLD_SIZE", 1)))
+    """No more threads than this process's part of the cores, once all of the machine's compute."""
+    here = _number("LOCAL_WORLD_SIZE", 1)
+    if here > 1:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // here)))
 
 
 # ------------------------------------------------------------------------------------------------ the end
