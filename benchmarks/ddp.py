@@ -52,7 +52,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     data, run = options.output / "set", options.output / "run"
     if not (run / "z.0.pkl").exists():
-        opustomo("simulate", "-o", str(data), "--preset", "two-state", "-n", str(options.particles))
+        opustomo("simulate", "-o", str(data), "--preset", "two-state", "--n", str(options.particles))
         star, mask = str(data / "particles.star"), str(data / "mask.mrc")
         opustomo("train", star, "-r", mask, "-o", str(run), "-n", "1", "--device", "cpu", *options.train.split())
     found: dict[int, list[tuple[float, float]]] = {1: [], options.processes: []}

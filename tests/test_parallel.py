@@ -292,3 +292,18 @@ def test_the_job_script_starts_every_task(finished: bool, tmp_path: Path) -> Non
     else:
         config, _ = cli.parse_verb(words)
         assert (config.num_gpus, config.multigpu, config.load) == (4, True, None)
+
+
+def test_every_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of its number on the machine; the only one it sees, where the queueing system has chosen."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for present, local, here in ((4, 3, 4), (1, 3, 4), (8, 3, 4)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda present=present: present)
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        parallel._take_gpu(local)
+    assert taken == [3, 0, 3]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"4 processes on .*, which has 2 GPUs"):
+        parallel._take_gpu(3)

@@ -185,6 +185,8 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
         from opustomo.monitor import setup_log
 
         setup_log(None, getattr(config, "verbose", False))
+    # a lost connection is told in one line; torch's own C++ adds pages
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     function = importlib.import_module(f"opustomo.{VERBS[verb].module}").main
     if verb != "train":
         return int(function(config) or 0)

@@ -7,13 +7,14 @@ everything here.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar, cast
@@ -32,6 +33,7 @@ JOINING = timedelta(minutes=10)
 WAITING = timedelta(days=30)
 STEP = timedelta(minutes=30)  # on GPUs, where a dead process may be noticed by its silence alone
 GRACE = 15.0  # seconds to give the reason in before the others are ended
+PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 _gpus: dist.ProcessGroup | None = None
 
@@ -145,13 +147,16 @@ def joined(device: str) -> Iterator[None]:
     use_gpu = device != "cpu" and torch.cuda.device_count() > 0
     store = _join(use_gpu)
     if not first():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first one says that it was interrupted
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one is interrupted, says so, and ends them all
         logging.getLogger("opustomo").setLevel(logging.ERROR)
     try:
         yield
         total(torch.zeros(1))  # all or none have finished
-    except _Lost as lost:
-        raise _reason(store, lost) from None
+    except _Lost:
+        raise _reason(store) from None
+    except KeyboardInterrupt:
+        _tell(store, UserError("interrupted"))
+        raise
     except Exception as error:
         if not _tell(store, error):
             raise ToldElsewhere(str(error)) from error
@@ -217,7 +222,7 @@ def _tell(store: dist.Store, error: Exception) -> bool:
         return True
 
 
-def _reason(store: dist.Store, lost: _Lost) -> UserError:
+def _reason(store: dist.Store) -> UserError:
     """Why an exchange failed."""
     try:
         if store.check(["reason"]):
@@ -226,8 +231,8 @@ def _reason(store: dist.Store, lost: _Lost) -> UserError:
     except RuntimeError:
         alone = True
     return (UserError if alone else ToldElsewhere)(
-        f"another of the {count()} processes ended without a word ({str(lost).splitlines()[0][:120]}): killed, out of "
-        "memory, or its machine failed; see the system's log, and go on with `opustomo train --resume RUN`"
+        f"another of the {count()} processes ended without a word: killed, out of memory, or its machine failed; "
+        "see the system's log, and go on with `opustomo train --resume RUN`"
     )
 
 
@@ -268,4 +273,6 @@ def _process(number: int, processes: int, port: int, function: Callable[[], int]
         "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
+    with suppress(OSError, AttributeError):  # Linux: none is left behind where the one that launched them is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     sys.exit(function())
