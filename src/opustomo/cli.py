@@ -178,6 +178,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
 
 def call(verb: str, config: Any, given: frozenset[str]) -> int:
     """Import the verb's module and run its ``main``; train is also told which options were typed."""
+    # a lost connection is told in one line; torch's own C++ adds pages (read when it is imported)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output: Path | None = getattr(config, "output", None)
     if verb != "report" and output is not None and output.is_file():
         raise UserError(f"-o {output}: is a file; give a folder")
@@ -185,8 +187,6 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
         from opustomo.monitor import setup_log
 
         setup_log(None, getattr(config, "verbose", False))
-    # a lost connection is told in one line; torch's own C++ adds pages
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     function = importlib.import_module(f"opustomo.{VERBS[verb].module}").main
     if verb != "train":
         return int(function(config) or 0)
