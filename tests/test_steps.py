@@ -70,14 +70,18 @@ def prepared(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.T
     return made[0]
 
 
-def most_likely(posterior: CodePosterior, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of ``training.draw``: no chance."""
+def most_likely(posterior: CodePosterior, luck: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of ``training.chosen``: no chance."""
     return posterior.share.argmax(1), torch.zeros_like(posterior.mean[:, 0])
+
+
+def luck(prepared: Prepared, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return training.draw(prepared.context.mixture, count, torch.Generator().manual_seed(seed))
 
 
 def test_accumulated_steps_are_one_larger_batch(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches of six, and two of an epoch that ends before the group of three is full."""
-    monkeypatch.setattr(training, "draw", most_likely)
+    monkeypatch.setattr(training, "chosen", most_likely)
     monkeypatch.setattr(training, "learning_rate", lambda peak, progress: 1e-2)
     monkeypatch.setattr(training, "beta_weight", lambda schedule, progress: 1.0)
     halves = [prepared.train[:6], prepared.train[6:12]]
@@ -133,7 +137,7 @@ def test_every_sample_of_the_untrained_bound_is_the_evidence(prepared: Prepared)
     exact = training.known(prepared.context, index).evidence.float()
     losses = []
     for seed in range(3):
-        step = training.train_step(model, prepared.context, index, None, torch.Generator().manual_seed(seed))
+        step = training.train_step(model, prepared.context, index, None, luck(prepared, 8, seed))
         assert torch.allclose(-step.nll - step.kl, exact, atol=0.02)
         losses.append(step.nll.detach())
     assert float((losses[0] - losses[1]).abs().mean()) > 0.05  # other samples, other codes
@@ -217,12 +221,12 @@ def test_regularisers_act(prepared: Prepared) -> None:
 def test_prior_on_the_codes_of_particles_that_say_nothing_is_off(prepared: Prepared) -> None:
     """A particle without data has the prior's code; the others of this set are nearly exact."""
     rows, everything = prepared.context.rows, torch.arange(PARTICLES)
-    step = training.train_step(prepared.model(), prepared.context, prepared.train[:8], None, torch.Generator())
+    step = training.train_step(prepared.model(), prepared.context, prepared.train[:8], None, luck(prepared, 8))
     assert float(step.resolved.min()) > 0.9
     silent = MemoryRows(0 * rows.numerator(everything), 0 * rows.weight(everything), rows.moved)
     nothing = Statistics(*(0 * getattr(prepared.context.statistics, name) for name in ("constant", "first", "second")))
     context = dataclasses.replace(prepared.context, rows=silent, statistics=nothing)
-    step = training.train_step(prepared.model(), context, prepared.train[:8], None, torch.Generator())
+    step = training.train_step(prepared.model(), context, prepared.train[:8], None, luck(prepared, 8))
     assert float(step.resolved.max()) < 1e-3
     config = dataclasses.replace(prepared.config, lamb=1.0)
     others = torch.ones(20, step.code.shape[1])

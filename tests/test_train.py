@@ -25,6 +25,7 @@ from opustomo.data.mrc import header_of
 from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles
+from opustomo.mixture import single
 from opustomo.monitor import METRIC_COLUMNS
 from opustomo.objective import envelope
 from opustomo.physics.fourier import from_band, irfft3, shell_mean
@@ -368,7 +369,7 @@ def test_every_accumulated_gradient_is_the_mean_of_its_batches(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     monkeypatch.setattr(training, "train_step", step)
     monkeypatch.setattr(optimizer, "step", lambda: taken.append(float(model.weight.grad)))
-    context: Any = SimpleNamespace(device=torch.device("cpu"), group=np.zeros(54, np.int64))
+    context: Any = SimpleNamespace(device=torch.device("cpu"), group=np.zeros(54, np.int64), mixture=single(1))
     metrics: Any = SimpleNamespace(append=lambda **_: None)
     config = TrainConfig(Path(), Path(), accum_step=lot, bfactor=0.0)
     training.train_epoch(config, model, context, optimizer, torch.arange(54), torch.zeros(54, 1), 0, metrics)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opustomo import __version__
-from opustomo.errors import UserError
+from opustomo.errors import ToldElsewhere, UserError
 
 
 class Verb(NamedTuple):
@@ -178,6 +178,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
 
 def call(verb: str, config: Any, given: frozenset[str]) -> int:
     """Import the verb's module and run its ``main``; train is also told which options were typed."""
+    # a lost connection is told in one line; torch's own C++ adds pages (read when it is imported)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output: Path | None = getattr(config, "output", None)
     if verb != "report" and output is not None and output.is_file():
         raise UserError(f"-o {output}: is a file; give a folder")
@@ -186,7 +188,17 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
 
         setup_log(None, getattr(config, "verbose", False))
     function = importlib.import_module(f"opustomo.{VERBS[verb].module}").main
-    return int((function(config, given) if verb == "train" else function(config)) or 0)
+    if verb != "train":
+        return int(function(config) or 0)
+    from opustomo import job, parallel
+
+    count = job.processes(config, given)
+    return parallel.launch(count, partial(member, config, given)) if count > 1 else int(function(config, given) or 0)
+
+
+def member(config: Any, given: frozenset[str]) -> int:
+    """One of the processes of ``train`` on several GPUs."""
+    return run("opustomo train", partial(call, "train", config, given), config.output)
 
 
 def print_verb_help(verb: str) -> None:
@@ -231,7 +243,7 @@ def run(command: str, function: Callable[[], int | None], output: Path | None = 
     except Exception as error:
         if os.environ.get("OPUSTOMO_DEBUG") == "1":
             traceback.print_exc()
-        return fail(command, *explain(error, output))
+        return fail(command, *explain(error, output), told=isinstance(error, ToldElsewhere))
 
 
 def explain(error: Exception, output: Path | None) -> tuple[str, int]:
@@ -270,10 +282,14 @@ def write_traceback(output: Path | None) -> Path:
     return Path(file.name)
 
 
-def fail(command: str, message: str, status: int) -> int:
-    """One line on stderr and at the end of the run's log, so that a log read later ends with the reason."""
+def fail(command: str, message: str, status: int, *, told: bool = False) -> int:
+    """One line on stderr and at the end of the run's log, so that a log read later ends with the reason.
+
+    told: not on stderr, where another process has said it.
+    """
     line = f"{command}: error: {message}" if status != 130 else f"{command}: {message}"
-    print(line, file=sys.stderr)
+    if not told:
+        print(line, file=sys.stderr)
     logger = logging.getLogger("opustomo")
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):

@@ -173,9 +173,9 @@ class TrainConfig:
     estpose: bool = True
     """Correct every particle's pose by what the linear stage finds (pose.N.pkl); the STAR file is never changed."""
     num_gpus: int = 1
-    """GPUs asked for; fewer present: those are used and the global batch b * N is kept."""
+    """GPUs asked for, one process each; fewer present: those are used and the global batch b * N is kept."""
     multigpu: Switch = False
-    """Use several GPUs."""
+    """Use several GPUs of this machine; several machines: docs/clusters.md."""
     cache: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of the cache (default RUN/cache)."""
     no_cache: Switch = False

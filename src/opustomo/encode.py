@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opustomo import checkpoint
+from opustomo import checkpoint, parallel
 from opustomo.config import EncodeConfig
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs
@@ -90,20 +90,22 @@ def posterior_of(
 
 @torch.no_grad()
 def encode_all(model: Vae, context: Context, zdim: int) -> tuple[Tensor, Tensor]:
-    """Codes and their standard deviations of every particle, (P, zdim) each.
+    """Codes and their standard deviations of every particle, (P, zdim) each; several processes share the work.
 
     Dimensions without a component have the prior's code: as many columns as ``--zdim``, as users of such files expect.
     """
     model.eval()
-    means, sigmas = [], []
-    for index in torch.arange(len(context.gain)).split(32):
+    shape = len(context.gain), context.mixture.mean.shape[1]
+    means, sigmas = torch.zeros(shape), torch.zeros(shape)
+    for index in parallel.turns(torch.arange(shape[0]).split(32)):
         posterior = known(context, index)
         if model.encoder is not None:
             posterior = posterior_of(model, context, posterior, *read_batch(context, index))
-        means.append(posterior.centre().float().cpu())
-        sigmas.append(posterior.spread().float().cpu())
-    unused = (0, zdim - means[0].shape[1])
-    return functional.pad(torch.cat(means), unused), functional.pad(torch.cat(sigmas), unused, value=1.0)
+        means[index] = posterior.centre().float().cpu()
+        sigmas[index] = posterior.spread().float().cpu()
+    unused = (0, zdim - shape[1])
+    parallel.total(means), parallel.total(sigmas)  # every row is zero in all processes but one
+    return functional.pad(means, unused), functional.pad(sigmas, unused, value=1.0)
 
 
 # ------------------------------------------------------------------------------------------------ the verb

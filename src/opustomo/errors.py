@@ -25,6 +25,10 @@ class UserError(ValueError):
         super().__init__(printable(" ".join(message.split())))
 
 
+class ToldElsewhere(UserError):
+    """The failure of another process of this run, which has told the user: it goes to the log alone."""
+
+
 def printable(text: str) -> str:
     """``text`` with escapes in place of what a terminal would obey: names from files may hold anything but "/"."""
     if text.isprintable():

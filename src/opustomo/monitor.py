@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from opustomo import __version__
+from opustomo import __version__, parallel
 from opustomo.data.atomic import atomic, hold, remove_leftovers
 from opustomo.errors import UserError, printable
 
@@ -100,16 +101,20 @@ def progress(
     """Pass ``iterable`` through while telling how far it is, at which rate, and how long it will take.
 
     ``total`` counts ``unit``; an item counts as one, or as ``size(item)`` (a batch of particles: ``size=len``).
-    A bar on a terminal, else at most one line of the log every 10 seconds, and a last one if there was any.
+    A bar on a terminal, else at most one line of the log every 10 seconds, and a last one if there was any; nothing in
+    a process whose log is quiet.
     """
     weight = size or (lambda item: 1)
+    logger = logging.getLogger("opustomo")
+    if not logger.isEnabledFor(logging.INFO):
+        yield from iterable
+        return
     if sys.stderr.isatty():
         with tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
             for item in iterable:
                 yield item
                 bar.update(weight(item))
         return
-    logger = logging.getLogger("opustomo")
     start = told = time.monotonic()
     done = 0
     for item in iterable:
@@ -179,9 +184,9 @@ def peak_memory_gb() -> float:
 
 
 class Window:
-    """Running means between two lines of metrics.csv."""
+    """Running means between two lines of metrics.csv; metrics: None in a process that does not write."""
 
-    def __init__(self, metrics: Metrics, epoch: int, before: int) -> None:
+    def __init__(self, metrics: Metrics | None, epoch: int, before: int) -> None:
         self.metrics, self.epoch, self.seen = metrics, epoch, before
         self._clear()
 
@@ -189,14 +194,21 @@ class Window:
         self.count, self.sums, self.started = 0, np.zeros(6), time.monotonic()
 
     def add(self, count: int, *values: float) -> None:
-        """Means over ``count`` particles: loss, nll, kl, and the weighted prior, regulariser and disentanglement."""
+        """Means over ``count`` particles: loss, nll, kl, and the weighted prior, regulariser and disentanglement.
+
+        Of several processes each adds its own particles' part of these means.
+        """
         self.count += count
         self.sums += count * np.array(values)
 
     def write(self, beta: float, rate: float) -> None:
         """A line of metrics; starts a new window."""
         self.seen += self.count
-        loss, nll, kl, prior, regulariser, disentanglement = self.sums / self.count
+        sums = parallel.total(torch.from_numpy(self.sums)).tolist()
+        if self.metrics is None:
+            self._clear()
+            return
+        loss, nll, kl, prior, regulariser, disentanglement = (value / self.count for value in sums)
         seconds = time.monotonic() - self.started
         logging.getLogger("opustomo").debug(
             "epoch %d, %d particles: loss %.3f, nll %.3f, kl %.3f, beta %.3f, lr %.2e",

@@ -211,14 +211,14 @@ def resolved(variance: Tensor, prior: Tensor) -> Tensor:
     return (1.0 - (variance / prior).mean(-1)).clamp(0.0, 1.0)
 
 
-def disentanglement(codes: Tensor, bank: Tensor) -> Tensor:
+def disentanglement(codes: Tensor, bank: Tensor, batch: Tensor | None = None, at: int = 0) -> Tensor:
     """Structural disentanglement prior of OPUS-DSD/OPUS-TOMO, per particle in nats (b,).
 
     codes: (b, z) of one wedge orientation; bank: (m, z) codes of other orientations, detached, in random order.  The
     nearest 128 of the bank attract (structure may not depend on orientation), the farthest 512, mixed 0.8/0.2 with
     random ones, and the other codes of the batch repel; of a small bank half is near and half is far.
     ``L+ = mean log(1 + d+)``, ``L- = 3 mean log(1 + 1/d-)``, d = squared distance + 1e-3.  Without other orientations
-    it is zero.
+    it is zero.  batch: (B, z) codes of the whole batch, of which ``codes`` are those from row ``at`` on (None: all).
     """
     if len(bank) == 0:
         return codes.new_zeros(len(codes))
@@ -229,8 +229,9 @@ def disentanglement(codes: Tensor, bank: Tensor) -> Tensor:
     random = distance[:, :512]
     attract = torch.log1p(near).mean(-1)
     repel = 3.0 * (0.8 * torch.log1p(1.0 / far).mean(-1) + 0.2 * torch.log1p(1.0 / random).mean(-1))
-    if len(codes) > 1:
-        inside = torch.cdist(codes, codes).square() + 1e-3
-        others = ~torch.eye(len(codes), dtype=torch.bool, device=codes.device)
-        repel = repel + (torch.log1p(1.0 / inside) * others).sum(-1) / (len(codes) - 1)
+    batch = codes if batch is None else batch
+    if len(batch) > 1:
+        inside = torch.cdist(codes, batch).square() + 1e-3
+        others = ~torch.eye(len(batch), dtype=torch.bool, device=codes.device)[at : at + len(codes)]
+        repel = repel + (torch.log1p(1.0 / inside) * others).sum(-1) / (len(batch) - 1)
     return attract + repel

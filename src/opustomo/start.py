@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo import checkpoint
+from opustomo import checkpoint, parallel
 from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import wedge_groups
@@ -72,17 +72,30 @@ class Context:
     device: torch.device
     autocast: bool
 
+    def to(self, device: torch.device) -> Context:
+        """The same on another device."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("typical", "device")}
+        moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
+        return dataclasses.replace(self, **moved, device=device, autocast=_autocast(device))
+
+
+def _autocast(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
 
 def choose_device(config: TrainConfig) -> torch.device:
     """The device, with one line about it; fewer GPUs than asked keep the global batch."""
-    use = device_of(config.device)
-    if config.num_gpus > 1:
+    use, processes = device_of(config.device), parallel.count()
+    where = torch.cuda.get_device_name() if use.type == "cuda" else "the CPU"
+    if processes > 1:
+        where = f"{processes} processes, this one on {where}"
+    if config.num_gpus > processes:
         log.info(
-            "--num-gpus %d: %d GPU(s) present, training in one process on %s with the same global batch of %d",
-            config.num_gpus, torch.cuda.device_count(), use.type, global_batch(config),
+            "--num-gpus %d: %d GPU(s) present; training on %s, with the same global batch of %d",
+            config.num_gpus, torch.cuda.device_count(), where, global_batch(config),
         )  # fmt: skip
     else:
-        log.info("training on %s", torch.cuda.get_device_name(0) if use.type == "cuda" else "the CPU")
+        log.info("training on %s; a batch has %d particles", where, global_batch(config))
     return use
 
 
@@ -95,7 +108,7 @@ def device_of(name: str) -> torch.device:
 
 
 def global_batch(config: TrainConfig) -> int:
-    """Particles per optimiser step before accumulation: b times the GPUs asked for."""
+    """Particles per optimiser step before accumulation: b times the GPUs asked for, on however many it runs."""
     return config.batch * (config.num_gpus if config.multigpu else 1)
 
 
@@ -254,7 +267,7 @@ def context_of(start: Start, group: np.ndarray, device: torch.device) -> Context
         precision=residual_precision(linear.model, inputs.mask, inputs.grid).to(device),
         group=group,
         device=device,
-        autocast=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        autocast=_autocast(device),
     )
 
 

@@ -10,23 +10,22 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opustomo import checkpoint, homogeneous
+from opustomo import checkpoint, homogeneous, parallel
 from opustomo.analysis import plots
-from opustomo.choices import choices
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import bank_rows, batch_order
 from opustomo.encode import encode_all, known, posterior_of, read_batch
 from opustomo.errors import UserError
+from opustomo.job import Job, prepare
 from opustomo.linear_stage import last_poses, stage_state
-from opustomo.mixture import CodePosterior
+from opustomo.mixture import CodePosterior, Mixture
 from opustomo.model.vae import Vae
-from opustomo.monitor import Metrics, Window, peak_memory_gb, progress, setup_log
+from opustomo.monitor import Metrics, Window, peak_memory_gb, progress
 from opustomo.objective import (
     beta_weight,
     differentiable_band,
@@ -44,19 +43,7 @@ from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import prepare_process
-from opustomo.resume import Continuation, resolve
-from opustomo.start import (
-    Context,
-    Start,
-    build,
-    choose_device,
-    global_batch,
-    save_config,
-    select_inputs,
-    split_of,
-    start_from_linear,
-    with_sizes,
-)
+from opustomo.start import Context, Start, device_of, global_batch
 from opustomo.verdict import warn_of_codes, write_verdict
 
 log = logging.getLogger("opustomo")
@@ -69,72 +56,55 @@ CLIP = 10.0  # gradient norm, in nats per unit of weight
 
 
 def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
-    """``opustomo train``.  given: names of the options that were typed (None: all that differ from their defaults)."""
-    if config.encode_mode == "fixed":
-        return homogeneous.main(config, given)
-    config, continuation = resolve(config, given)
-    _refuse_foreign_output(config, continuation)
-    setup_log(config.output, config.verbose)
-    for note in continuation.notes if continuation is not None else ():
-        log.info("%s", note)
-    started = time.time()
-    prepare_process(config.workers)
-    torch.manual_seed(config.seed)
-    device = choose_device(config)
-    asked, config = config, with_sizes(config, device)
-    inputs = select_inputs(config)
-    train, held, split_file = split_of(config, len(inputs.particles))
-    start = start_from_linear(config, inputs, train, held, continuation)
-    linear = start.linear
-    train, held = train[linear.typical[train]], held[linear.typical[held]]
-    model, context = build(config, start, continuation, device)
-    save_config(config, "network", start.inputs, start.place, split_file)
-    checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=True)
-    bank = linear.codes.centre().float()
-    first = 0
-    if continuation is not None:
-        first = continuation.first_epoch
-        if continuation.optimiser:
-            optimizer.load_state_dict(continuation.weights["optimizer"])
-            bank = continuation.weights["bank"]
-    else:
-        for choice in choices(asked, config, given, start, len(train), device.type == "cuda"):
-            log.info("%s %s: %s", *choice)
-    bank = bank.to(device)
-    log.info("%.1f million parameters; the data are ready after %.0f s", _millions(model), time.time() - started)
-    metrics = Metrics(config.output / "metrics.csv", first)
-    bound = float(linear.codes.evidence[held if len(held) else train].mean())
-    saved: dict[int, float] = {}
-    for epoch in range(first, config.epochs):
-        train_epoch(config, model, context, optimizer, train, bank, epoch, metrics)
-        scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
-        metrics.append(epoch=epoch, particles=(epoch + 1) * len(train), linear_val_elbo=bound, **scores)
-        log.info(
-            "epoch %d: held-out bound %.2f nats per particle, linear stage %.2f (%+.2f)",
-            epoch, scores["val_elbo"], bound, scores["val_elbo"] - bound,
-        )  # fmt: skip
-        if (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs:
-            codes = save(config, start, model, context, optimizer, bank, epoch)
-            saved[epoch] = scores["val_elbo"]
-        preview(config, model, context, train, epoch)
-    write_verdict(saved, bound, len(held))
-    warn_of_codes(config, start, *codes, scores["val_elbo"] - bound)
-    log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
-             time.time() - started, peak_memory_gb(), config.output, config.output)  # fmt: skip
+    """``opustomo train``.  given: names of the options that were typed (None: all that differ from their defaults).
+
+    One of several processes does its share of every batch and of the codes; the first one prepares and writes.
+    """
+    with parallel.joined(config.device):
+        if config.encode_mode == "fixed":
+            return homogeneous.main(config, given) if parallel.first() else 0
+        job, start = prepare(config, given) if parallel.first() else (None, None)
+        fit(parallel.from_first(job), start)
     return 0
 
 
-def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | None) -> None:
-    """A finished run is never overwritten by a new one."""
-    own = continuation is not None and (
-        config.load == "latest" or Path(str(config.load)).resolve().parent == config.output.resolve()
-    )
-    if not own and checkpoint.epochs_of(config.output):
-        raise UserError(
-            f"-o {config.output}: holds a run already; continue it with `opustomo train --resume {config.output}`, or "
-            "choose another folder"
-        )
+def fit(job: Job, start: Start | None) -> None:
+    """All epochs.  start: only in the process that writes."""
+    if start is None:
+        prepare_process(job.config.workers)
+    config, train, held, device = job.config, job.train, job.held, device_of(job.config.device)
+    model, context, bank = job.model.to(device), job.context.to(device), job.bank.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=True)
+    if job.optimizer is not None:
+        optimizer.load_state_dict(job.optimizer)
+    parallel.divide_threads()
+    metrics = None if start is None else Metrics(config.output / "metrics.csv", job.first)
+    saved: dict[int, float] = {}
+    for epoch in range(job.first, config.epochs):
+        train_epoch(config, model, context, optimizer, train, bank, epoch, metrics)
+        scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
+        gain = scores["val_elbo"] - job.bound
+        due = (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs
+        codes = encode_all(model, context, config.zdim) if due else None
+        if metrics is None or start is None:
+            continue
+        metrics.append(epoch=epoch, particles=(epoch + 1) * len(train), linear_val_elbo=job.bound, **scores)
+        log.info(
+            "epoch %d: held-out bound %.2f nats per particle, linear stage %.2f (%+.2f)",
+            epoch, scores["val_elbo"], job.bound, gain,
+        )  # fmt: skip
+        if codes is not None:
+            save(config, start, model, context, optimizer, bank, epoch, codes)
+            saved[epoch] = scores["val_elbo"]
+        preview(config, model, context, train, epoch)
+    if start is None:
+        return
+    write_verdict(saved, job.bound, len(held))
+    assert codes is not None  # the last epoch is always saved
+    used = start.linear.model.size
+    warn_of_codes(config, start, codes[0][:, :used], codes[1][:, :used], gain)
+    log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
+             time.time() - job.started, peak_memory_gb(), config.output, config.output)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -182,12 +152,14 @@ class Step:
     density: Tensor
 
 
-def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, generator: torch.Generator) -> Step:
-    """Forward pass of a batch: encode, sample, decode, compare."""
+def train_step(
+    model: Vae, context: Context, index: Tensor, damping: Tensor | None, luck: tuple[Tensor, Tensor]
+) -> Step:
+    """Forward pass of a batch: encode, sample (luck: see ``draw``), decode, compare."""
     numerator, weight = read_batch(context, index)
     linear = known(context, index)
     posterior = posterior_of(model, context, linear, numerator, weight)
-    code = posterior.sample(*draw(linear, generator))
+    code = posterior.sample(*chosen(linear, luck))
     fit, density, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
     kl = posterior.detach().log_density(code) - context.mixture.log_density(code)
@@ -196,10 +168,13 @@ def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | No
     return Step(-fit, kl.float(), prior, posterior.centre().float(), gate.float(), density / model.scale[0])
 
 
-def penalties(config: TrainConfig, out: Step, others: Tensor, particles: int) -> tuple[Tensor, Tensor, Tensor]:
+def penalties(
+    config: TrainConfig, out: Step, others: Tensor, particles: int, codes: Tensor | None = None, at: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted spectral prior, TV and L1, and disentanglement prior, each (b,) in nats.
 
-    others: codes of other orientations (m, K); particles: how many are trained on.
+    others: codes of other orientations (m, K); particles: how many are trained on; codes: of the whole batch (B, K),
+    where this part of it begins at row ``at`` (None: it is the whole).
     """
     # the prior belongs to the decoder, not to a particle: each carries its share
     prior = config.prior / particles * out.prior
@@ -209,16 +184,27 @@ def penalties(config: TrainConfig, out: Step, others: Tensor, particles: int) ->
     if config.l1 > 0:
         regulariser = regulariser + config.l1 * magnitude(out.density)
     if config.lamb > 0:
-        disentangled = config.lamb * out.resolved * disentanglement(out.code, others)
+        disentangled = config.lamb * out.resolved * disentanglement(out.code, others, codes, at)
     return prior, regulariser, disentangled
 
 
-def draw(posterior: CodePosterior, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which Gaussian of each posterior (b,), and noise (b, K), for ``CodePosterior.sample``; on its device."""
-    share = posterior.share.cpu()
-    part = torch.multinomial(share, 1, generator=generator)[:, 0]
-    noise = torch.randn(posterior.mean[:, 0].shape, generator=generator, dtype=share.dtype)
-    return part.to(posterior.share.device), noise.to(posterior.share.device)
+def draw(mixture: Mixture, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What chance has to say about ``count`` codes: exponential numbers (b, J) and normal ones (b, K).
+
+    They do not depend on the particles, so that every process can draw for the whole batch and keep its own.
+    """
+    size = count, len(mixture.share)
+    race = torch.empty(size, dtype=mixture.share.dtype).exponential_(generator=generator)
+    return race, torch.randn((count, mixture.mean.shape[1]), generator=generator, dtype=mixture.share.dtype)
+
+
+def chosen(posterior: CodePosterior, luck: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which Gaussian of each posterior (b,), and noise (b, K), for ``CodePosterior.sample``; on its device.
+
+    The first of exponential clocks of rates ``share`` to ring is each one with probability ``share``.
+    """
+    race, noise = (values.to(posterior.share.device, non_blocking=True) for values in luck)
+    return (posterior.share / race).argmax(1), noise
 
 
 def train_epoch(
@@ -229,9 +215,12 @@ def train_epoch(
     train: Tensor,
     bank: Tensor,
     epoch: int,
-    metrics: Metrics,
+    metrics: Metrics | None,
 ) -> None:
-    """One pass over the training particles; a line of metrics at every log interval and at the end."""
+    """One pass over the training particles; a line of metrics at every log interval and at the end.
+
+    Each process has its share of every batch: the sums of their gradients are those of the whole batch.
+    """
     model.train()
     generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
     damping = damping_of(config.bfactor, epoch, context)
@@ -242,28 +231,43 @@ def train_epoch(
         done = (epoch + step / len(batches)) / config.epochs
         beta = beta_weight(config.beta, done) * config.beta_control
         rate = learning_rate(config.lr, done)
-        out = train_step(model, context, index, damping, generator)
+        luck = draw(context.mixture, len(index), generator)
         others = bank_rows(train, context.group, index, generator) if config.lamb > 0 else index[:0]
-        added = penalties(config, out, bank[others.to(context.device)], len(train))
-        loss = out.nll + beta * out.kl + sum(added)
-        objective = loss.mean()
-        if not torch.isfinite(objective):
-            raise UserError(_not_finite(loss, index, epoch))
+        here = parallel.share(len(index))
+        own, code, means = (
+            index[here],
+            torch.zeros((0, bank.shape[1]), requires_grad=True, device=bank.device),
+            [0.0] * 6,
+        )
+        if len(own):  # the last batch may have fewer particles than there are processes
+            out = train_step(model, context, own, damping, (luck[0][here], luck[1][here]))
+            code = out.code
+        codes = parallel.joint(code, here, len(index)) if config.lamb > 0 else code
+        objective = 0.0 * codes.sum()  # all take part in the way back, whether their loss has these codes or not
+        if len(own):
+            added = penalties(config, out, bank[others.to(context.device)], len(train), codes, here.start)
+            loss = out.nll + beta * out.kl + sum(added)
+            objective = objective + loss.sum() / len(index)
+            if not torch.isfinite(objective):
+                raise UserError(_not_finite(loss, own, epoch))
+            means = [float(part.detach().sum()) / len(index) for part in (loss, out.nll, out.kl, *added)]
         # the last group of an epoch may be shorter
         (objective / min(lot, len(batches) - step // lot * lot)).backward()
-        bank[index.to(context.device)] = out.code.detach()
+        if config.lamb > 0:
+            bank[index.to(context.device)] = codes.detach()
         if (step + 1) % lot == 0 or step + 1 == len(batches):
+            parallel.sum_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        window.add(len(index), *(float(part.mean().detach()) for part in (loss, out.nll, out.kl, *added)))
+        window.add(len(index), *means)
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
         if interval and window.count >= interval:
             window.write(beta, rate)
-            if config.plot:
+            if config.plot and metrics is not None:
                 preview(config, model, context, index, epoch)
                 model.train()
     if window.count:
@@ -294,19 +298,21 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
     """Evidence lower bound of held-out particles, means per particle in nats.
 
     The bound is sampled together with that of the linear stage, whose exact value is known: their difference, at the
-    same noise, varies far less than either (a control variate).
+    same noise, varies far less than either (a control variate).  Several processes share the particles.
     """
     model.eval()
     damping = damping_of(bfactor, epoch, context)
     generator = torch.Generator().manual_seed(0)
     exact = gain = kl_sum = 0.0
-    for rows in index.split(16):
+    batches = ((rows, [draw(context.mixture, len(rows), generator) for _ in range(EVALUATION_PAIRS)])
+               for rows in index.split(16))  # fmt: skip
+    for rows, lucks in parallel.turns(batches):
         numerator, weight = read_batch(context, rows)
         linear, statistics = known(context, rows), context.statistics.at(rows.to(context.device))
         posterior = posterior_of(model, context, linear, numerator, weight)
         exact += float(linear.evidence.sum())
-        for _ in range(EVALUATION_PAIRS):
-            part, noise = draw(linear, generator)
+        for luck in lucks:
+            part, noise = chosen(linear, luck)
             for code in (posterior.sample(part, noise), posterior.sample(part, -noise)):
                 fit, *_ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
                 density = posterior.log_density(code)
@@ -314,6 +320,7 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
                 control = statistics.evidence(code) - linear.log_density(code)
                 gain += float((fit - density - control).sum()) / (2 * EVALUATION_PAIRS)
                 kl_sum += float((density - context.mixture.log_density(code)).sum()) / (2 * EVALUATION_PAIRS)
+    exact, gain, kl_sum = parallel.total(torch.tensor([exact, gain, kl_sum], dtype=torch.float64)).tolist()
     bound, kl = (exact + gain) / len(index), kl_sum / len(index)
     return {"val_nll": -(bound + kl), "val_kl": kl, "val_elbo": bound}
 
@@ -326,14 +333,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     bank: Tensor,
     epoch: int,
-) -> tuple[Tensor, Tensor]:
-    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle, poses.
-
-    Returns the codes and their standard deviations, (P, K) each.
-    """
-    code, sigma = encode_all(model, context, config.zdim)
+    codes: tuple[Tensor, Tensor],
+) -> None:
+    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle (P, zdim), poses."""
     poses = last_poses(start.inputs, start.linear, config.estpose)
-    grid, used = context.grid, start.linear.model.size
+    grid = context.grid
     weights: dict[str, Any] = {
         "kind": "network",
         "epoch": epoch,
@@ -343,8 +347,7 @@ def save(
         "bank": bank.cpu(),
         **stage_state(start.inputs, start.noise, start.linear),
     }
-    checkpoint.save_epoch(config.output, epoch, weights, code, sigma, poses)
-    return code[:, :used], sigma[:, :used]
+    checkpoint.save_epoch(config.output, epoch, weights, *codes, poses)
 
 
 @torch.no_grad()
@@ -364,7 +367,3 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     pictures = torch.stack([numerator, seen, numerator * model.mask], 1).sum(-3).cpu().numpy()
     titles = ("subtomogram", "reconstruction through its CTF", "masked subtomogram")
     plots.save(plots.picture_rows(pictures, titles), config.output / f"{config.tmp_prefix}.png")
-
-
-def _millions(model: torch.nn.Module) -> float:
-    return sum(p.numel() for p in model.parameters()) / 1e6

@@ -93,7 +93,7 @@ def schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add("--valfrac", type=float, default=NATIVE.valfrac, help="fraction of subtomograms held out for validation")
     add("--split", type=Path, metavar="PKL", help="train/validation split (read when it exists, else made in DIR)")
     add("--seed", type=int, default=NATIVE.seed, help="random seed")
-    add("--num-gpus", type=int, default=NATIVE.num_gpus, help="GPUs asked for; fewer present: those are used")
+    add("--num-gpus", type=int, default=NATIVE.num_gpus, help="GPUs asked for, one process each; fewer present: those")
     add("--multigpu", action="store_true", help="use several GPUs")
     add("--load", metavar="latest|PKL", help="continue exactly (latest), or start from this weights.N.pkl")
     add("--latents", type=Path, metavar="PKL", help="z.N.pkl that belongs to --load")

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,10 @@ class Cache:
 
     def __len__(self) -> int:
         return len(self._scale)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process as its folder: that opens the files itself."""
+        return _opened_elsewhere, (self.folder, self.grid, self.noise, self.fingerprint, self.moved)
 
     def numerator(self, index: Tensor) -> Tensor:
         """(b, C, C, C) float32 numerators of the rows at ``index``."""
@@ -192,6 +197,12 @@ def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: s
         maps[name] = np.memmap(path, kind, mode, shape=shape)  # type: ignore[call-overload]
     arrays = maps["numerator"], maps["weight"], maps["scale"], maps["checksum"]
     return Cache(folder, grid, noise, mark, *arrays, torch.zeros(count, 6))
+
+
+def _opened_elsewhere(folder: Path, grid: Grid, noise: Noise, mark: str, moved: Tensor) -> Cache:
+    cache = _open(folder, grid, len(moved), noise, mark, "r")
+    cache.moved = moved
+    return cache
 
 
 def _load_noise(folder: Path, manifest: dict) -> Noise:

@@ -1,0 +1,113 @@
+"""What all processes of a training run begin with, and how the first of them makes it.
+
+Owns: the order of everything before the first epoch (the parts are in ``start``), and how many processes there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opustomo import checkpoint, parallel
+from opustomo.choices import choices
+from opustomo.config import TrainConfig
+from opustomo.errors import UserError
+from opustomo.model.vae import Vae
+from opustomo.monitor import setup_log
+from opustomo.preparation import prepare_process
+from opustomo.resume import Continuation, resolve
+from opustomo.start import (
+    Context,
+    Start,
+    build,
+    choose_device,
+    save_config,
+    select_inputs,
+    split_of,
+    start_from_linear,
+    with_sizes,
+)
+
+log = logging.getLogger("opustomo")
+
+
+def processes(config: TrainConfig, given: frozenset[str] | None) -> int:
+    """How many processes to start: one for each GPU asked for, of those that are here."""
+    present = torch.cuda.device_count()
+    if present < 2 or parallel.invited() or config.device == "cpu" or config.encode_mode == "fixed":
+        return 1
+    config, _ = resolve(config, given)
+    return min(config.num_gpus, present) if config.multigpu else 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all processes of a run begin with; tensors on the CPU."""
+
+    config: TrainConfig  # all sizes filled in
+    train: Tensor  # rows that are trained on, and held out
+    held: Tensor
+    model: Vae
+    context: Context
+    bank: Tensor  # (P, K) codes last seen
+    optimizer: dict[str, Any] | None  # state to go on with
+    first: int  # epoch
+    bound: float  # of the linear stage on the held-out particles, nats per particle
+    started: float
+
+
+def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Start]:
+    """Everything before the first epoch, with its files: rows, linear stage, network."""
+    config, continuation = resolve(config, given)
+    _refuse_foreign_output(config, continuation)
+    setup_log(config.output, config.verbose)
+    for note in continuation.notes if continuation is not None else ():
+        log.info("%s", note)
+    started = time.time()
+    prepare_process(config.workers)
+    torch.manual_seed(config.seed)
+    if parallel.count() > 1:
+        if continuation is None and not config.multigpu:  # started by torchrun without saying so again
+            config = replace(config, num_gpus=parallel.count(), multigpu=True)
+        if config.no_cache:
+            raise UserError(f"--no-cache: {parallel.count()} processes share the cache on disk; leave --no-cache out")
+    device = choose_device(config)
+    asked, config = config, with_sizes(config, device)
+    inputs = select_inputs(config)
+    train, held, split_file = split_of(config, len(inputs.particles))
+    start = start_from_linear(config, inputs, train, held, continuation)
+    linear = start.linear
+    train, held = train[linear.typical[train]], held[linear.typical[held]]
+    model, context = build(config, start, continuation, torch.device("cpu"))
+    save_config(config, "network", start.inputs, start.place, split_file)
+    checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
+    first, bank, optimizer = 0, linear.codes.centre().float(), None
+    if continuation is not None:
+        first = continuation.first_epoch
+        if continuation.optimiser:
+            bank, optimizer = continuation.weights["bank"], continuation.weights["optimizer"]
+    else:
+        for choice in choices(asked, config, given, start, len(train), device.type == "cuda"):
+            log.info("%s %s: %s", *choice)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    log.info("%.1f million parameters; the data are ready after %.0f s", millions, time.time() - started)
+    bound = float(linear.codes.evidence[held if len(held) else train].mean())
+    return Job(config, train, held, model, context, bank, optimizer, first, bound, started), start
+
+
+def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | None) -> None:
+    """A finished run is never overwritten by a new one."""
+    own = continuation is not None and (
+        config.load == "latest" or Path(str(config.load)).resolve().parent == config.output.resolve()
+    )
+    if not own and checkpoint.epochs_of(config.output):
+        raise UserError(
+            f"-o {config.output}: holds a run already; continue it with `opustomo train --resume {config.output}`, or "
+            "choose another folder"
+        )
