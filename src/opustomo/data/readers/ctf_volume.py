@@ -57,17 +57,18 @@ def _is_centred(volume: NDArray[np.float32], cubic: bool) -> bool:
 
     Friedel symmetry cannot tell (for even N both origins have the same mates), the covered region can: the plane of
     the untilted image, kz = 0, is full while the plane kz = Nyquist is mostly wedge and damped; ky likewise is
-    damped towards Nyquist.  Low frequencies alone do not serve, a CTF is almost zero there.  Without a difference
-    RELION's convention holds: cubic volumes are centred, half-Fourier ones start at the corner.
+    damped towards Nyquist, unless the tilt axis is x, so kz alone decides where it can.  Low frequencies alone do not
+    serve, a CTF is almost zero there.  Without a difference RELION's convention holds: cubic volumes are centred,
+    half-Fourier ones start at the corner.
     """
     middle = volume.shape[0] // 2
     ratio = 1.0
     for axis in (0, 1):
         at_middle, at_corner = (_slab_power(volume, index, axis) for index in (middle, 0))
         ratio *= (at_middle + 1e-30) / (at_corner + 1e-30)
-    if 0.8 < ratio < 1.25:
-        return cubic
-    return bool(ratio > 1)
+        if not 0.8 < ratio < 1.25:
+            return bool(ratio > 1)
+    return cubic
 
 
 def _slab_power(volume: NDArray[np.float32], index: int, axis: int) -> float:

@@ -1,0 +1,87 @@
+"""Particle lists for other programs: Warp, M, ArtiaX.
+
+Owns: their columns, and M's way of naming tomograms: by the hash in its data source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from opustomo.data.places import Places, tomogram_key
+from opustomo.data.star import write_star
+from opustomo.errors import UserError
+from opustomo.physics.geometry import matrix_to_euler
+
+Kind = Literal["artiax", "warp", "m"]
+
+
+def read_sources(path: Path) -> dict[str, tuple[str, str]]:
+    """File name and hash of each tilt series, by ``tomogram_key``, of a data source of M (``.source``).
+
+    UserError: not there, not a data source.
+    """
+    try:
+        files = ElementTree.parse(path).getroot().findall("Files/File")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give M's data source, NAME.source") from None
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}: is not XML ({error}); give M's data source, NAME.source") from None
+    found = {tomogram_key(file.get("Name", "")): (file.get("Name", ""), file.get("Hash", "")) for file in files}
+    if not found:
+        raise UserError(f"{path}: lists no files (Files/File); give M's data source, NAME.source")
+    return found
+
+
+def write_list(
+    path: Path,
+    kind: Kind,
+    places: Places,
+    half: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    sources: Mapping[str, tuple[str, str]],
+) -> None:
+    """Write P particles; half (P,): 0 where unknown; classes (P,): 0-based; sources: for M, of ``read_sources``.
+
+    Coordinates of Warp and ArtiaX are voxels of ``places.pixel_size``, those of M Angstrom; refined shifts are in them.
+    UserError: a tomogram that M's data source does not have.
+    """
+    angles = matrix_to_euler(torch.from_numpy(places.rotation)).numpy()
+    prefix, number, unit = ("wrp", "1", 1.0) if kind == "m" else ("rln", "", places.pixel_size)
+    columns: dict[str, object] = {}
+    keys = [tomogram_key(str(name)) for name in places.tomogram]
+    if kind == "artiax":
+        columns["rlnTomoName"] = list(places.tomogram)
+    columns |= _floats([f"{prefix}Coordinate{axis}{number}" for axis in "XYZ"], places.centre / unit)
+    if kind == "artiax":
+        columns |= _floats([f"rlnOrigin{axis}" for axis in "XYZ"], np.zeros_like(places.centre))
+    columns |= _floats([f"{prefix}Angle{angle}{number}" for angle in ("Rot", "Tilt", "Psi")], angles)
+    if kind == "m":
+        if missing := [key for key in keys if key not in sources]:
+            raise UserError(
+                f"--m-source: has no tilt series {missing[0]} (it has {', '.join(list(sources)[:3])} ...); give the "
+                "data source that the particles come from"
+            )
+        # M always has two halves
+        subset = np.where(half > 0, half, 1 + np.arange(len(half)) % 2)
+        columns["wrpRandomSubset"] = [str(value) for value in subset]
+        columns["wrpSourceName"] = [sources[key][0] for key in keys]
+        columns["wrpSourceHash"] = [sources[key][1] for key in keys]
+    else:
+        if kind == "warp":
+            columns["rlnMicrographName"] = [f"{key}.tomostar" for key in keys]
+        if (half > 0).any():
+            columns["rlnRandomSubset"] = [str(value) for value in half]
+        columns["rlnClassNumber"] = [str(value + 1) for value in classes]
+    write_star(path, {"particles" if kind == "artiax" else "": pd.DataFrame(columns)})
+
+
+def _floats(names: list[str], values: NDArray[np.float64]) -> dict[str, object]:
+    return {name: [f"{value:.5f}" for value in column] for name, column in zip(names, values.T, strict=True)}
