@@ -32,6 +32,11 @@ class Verb(NamedTuple):
 
 VERBS = {
     "check": Verb("data.check", "CheckConfig", "opustomo check particles.star -r mask.mrc"),
+    "extract": Verb(
+        "data.extract",
+        "ExtractConfig",
+        "opustomo extract picks.star -o extracted --tomogram tomograms/*.mrc --box 64 --tilt-range -60 60",
+    ),
     "average": Verb("average", "AverageConfig", "opustomo average particles.star -o average"),
     "linear": Verb("linear_stage", "LinearConfig", "opustomo linear particles.star -r mask.mrc -o linear"),
     "cache": Verb("preparation", "CacheConfig", "opustomo cache particles.star -r mask.mrc -o run/cache"),
@@ -55,6 +60,12 @@ VERBS = {
         "SelectConfig",
         "opustomo select particles.star --run run -o selected --kmeans 16 --classes 0 3 5",
     ),
+    "export": Verb(
+        "analysis.export",
+        "ExportConfig",
+        "opustomo export run -o classes --kmeans 16\n"
+        "  opustomo export run -o warp --kmeans 16 --corrected --format warp --coords-angpix 10",
+    ),
     "evaluate": Verb("analysis.quality", "EvaluateConfig", "opustomo evaluate run --truth simulated"),
     "simulate": Verb("simulate.dataset", "SimulateConfig", "opustomo simulate -o simulated --preset two-state"),
     "report": Verb("analysis.report", "ReportConfig", "opustomo report run"),
@@ -68,6 +79,7 @@ usage: opustomo VERB [options]        opustomo VERB --help: every option, with a
 
 Before training
   check      look at a data set in seconds and say what will be done about every finding
+  extract    subtomograms from tomograms at the places of a particle list (Dynamo, PyTom, STOPGAP, M, ...)
   average    consensus map with half maps and FSC; proposes a solvent mask
   linear     mean, components and the code of every particle in closed form, in about a minute
   cache      numerators and weights in the consensus frame (train makes them when missing)
@@ -79,6 +91,7 @@ After training
   volumes    density maps at cluster centres, along components or at any list of codes
   quality    how good every class is, from half maps of the data, against random classes of its size
   select     STAR files of chosen classes, in the dialect that came in
+  export     all classes as STAR files or lists for Warp, M and ArtiaX, with ChimeraX scripts that put them back
   report     one self-contained HTML page about a run
 Known truth
   simulate   a data set with CTF, tilt scheme, noise and pose errors of which everything is known

@@ -314,6 +314,54 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Hand a run's classes back: STAR files as they came in or lists for other programs, and map-back scripts."""
+
+    run: Run
+    """Run folder of train, linear or encode."""
+    output: Output
+    """Output folder: particles.star, preI.star of each class, particles.csv, manifest.json, mapback/."""
+    star: Annotated[Path | None, arg(metavar="STAR")] = None
+    """The STAR file the run was made from (default: as config.yaml of the run names it)."""
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
+    kmeans: int = 16
+    """K of the k-means analysis."""
+    groups: Switch = False
+    """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
+    corrected: Switch = False
+    """Poses as the run has corrected them instead of those of the STAR file."""
+    format: Literal["same", "artiax", "warp", "m"] = "same"
+    """STAR files in the dialect that came in, or particle lists for ArtiaX, Warp (picks) or M (species)."""
+    coords_angpix: Annotated[float | None, arg(metavar="A")] = None
+    """Pixel size that the coordinates in the STAR file count, in Angstrom (default: as it states, else its images')."""
+    m_source: Annotated[Path | None, arg(metavar="SOURCE")] = None
+    """M's data source (NAME.source), needed for --format m: M knows its tilt series by the hashes in it."""
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Cut subtomograms from tomograms at the places of a particle list, for data of which nothing else is there."""
+
+    list: Annotated[Positional[Path], arg(metavar="LIST")]
+    """Particle list: .star (RELION, Warp, M, pytom-match-pick, STOPGAP, ArtiaX), Dynamo .tbl, PyTom .xml, .ndjson."""
+    output: Output
+    """Output folder: particles.star (RELION 3.1), subtomo/, wedge.mrc."""
+    tomogram: Annotated[tuple[Path, ...], arg(metavar="FILE")]
+    """Tomograms (MRC), named as in the list, or a text file with a name of the list and a tomogram in each line."""
+    box: Annotated[int, arg(aliases=("-D",), metavar="N")]
+    """Box size in voxels of the tomogram, even."""
+    tilt_range: Annotated[tuple[float, float], arg(metavar="DEG")]
+    """Lowest and highest tilt angle in degrees: what the missing wedge leaves."""
+    tilt_axis: Literal["x", "y"] = "y"
+    """Tilt axis in the tomograms."""
+    angpix: Annotated[float | None, arg(aliases=("--Apix",), metavar="A")] = None
+    """Pixel size of the tomograms in Angstrom, where their headers do not state it."""
+    coords_angpix: Annotated[float | None, arg(metavar="A")] = None
+    """Pixel size that the coordinates in the list count, in Angstrom (default: as it states, else the tomograms')."""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """One self-contained HTML page about a run."""
 

@@ -9,14 +9,14 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opustomo import __version__
 from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
-from opustomo.config import SelectConfig
+from opustomo.config import ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.readers.relion import identities
@@ -30,30 +30,47 @@ log = logging.getLogger(__name__)
 
 def main(config: SelectConfig) -> int:
     """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
-    labels, epoch = _labels(config)
-    source = source_of(config.star, _stored(config.run))
-    rows = trained_rows(config.run, source.table)
-    poses = _corrected(config.run, epoch) if config.corrected else None
+    chosen = read_classes(config, config.star)
+    source, labels, rows, poses = chosen.source, chosen.labels, chosen.rows, chosen.poses
     if config.classes:
         paths = [_write_union(source, labels, config.classes, config.output, rows, poses)]
     else:
         paths = write_classes(source, labels, config.output, rows, poses)
-    _write_manifest(config, epoch, labels, paths)
+    kept = {"selected": sorted(set(config.classes)) or np.unique(labels).tolist()}
+    write_manifest(config, chosen, paths, kept)
     for path in paths:
         log.info("wrote %s", path)
     return 0
 
 
-def _labels(config: SelectConfig) -> tuple[NDArray[np.int64], int]:
-    """Class of every particle and the epoch; all are of class 0 where the run is one map (--encode-mode fixed)."""
-    values = _stored(config.run)
+class Classes(NamedTuple):
+    """What a run says of the particles of its STAR file."""
+
+    star: Path
+    source: Source
+    labels: NDArray[np.int64]  # (P,) 0-based; all 0 where the run is one map (--encode-mode fixed)
+    rows: NDArray[np.int64] | None  # (P,) of the particles in ``source``, None: all of them
+    poses: CorrectedPoses | None  # with --corrected
+    epoch: int
+
+
+def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
+    """The classes chosen by ``config`` of the particles of ``star``.
+
+    UserError: no such classes, another STAR file than the run's.
+    """
+    values = stored(config.run)
     if values.get("kind") == "map":
-        return np.zeros(int(values["particles"]), np.int64), 0
-    labels_file, epoch = find_labels(config.run, config.epoch, 0 if config.groups else config.kmeans)
-    return load_labels(labels_file), epoch
+        labels, epoch = np.zeros(int(values["particles"]), np.int64), 0
+    else:
+        labels_file, epoch = find_labels(config.run, config.epoch, 0 if config.groups else config.kmeans)
+        labels = load_labels(labels_file)
+    source = source_of(star, values)
+    rows = trained_rows(config.run, source.table)
+    return Classes(star, source, labels, rows, _corrected(config.run, epoch) if config.corrected else None, epoch)
 
 
-def _stored(run: Path) -> dict[str, Any]:
+def stored(run: Path) -> dict[str, Any]:
     """config.yaml of a run, {} where there is none."""
     return read_config(run) if (run / "config.yaml").is_file() else {}
 
@@ -76,7 +93,7 @@ def write_classes(
     labels: (P,) 0-based class of every particle, or of those at ``rows``; poses: of the same.  UserError: counts
     differ, ambiguous identities.
     """
-    rows = _rows_of(source.table, labels, rows)
+    rows = rows_of(source.table, labels, rows)
     paths = []
     for label in np.unique(labels):
         path = outdir / f"pre{label}.star"
@@ -91,7 +108,7 @@ def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
 
     UserError: the file given with ``--ind`` is gone or does not fit, or the particles are not the run's, in its order.
     """
-    values = _stored(run)
+    values = stored(run)
     rows = load_indices(Path(values["ind"]), len(star.particles)) if values.get("ind") else None
     names = identities(star) if rows is None else identities(star)[rows]
     known, count = values.get("identity"), values.get("particles")
@@ -134,7 +151,7 @@ def _write_union(
     rows: NDArray[np.int64] | None,
     poses: CorrectedPoses | None,
 ) -> Path:
-    rows = _rows_of(source.table, labels, rows)
+    rows = rows_of(source.table, labels, rows)
     absent = sorted(set(classes) - set(labels.tolist()))
     if absent:
         raise UserError(
@@ -157,7 +174,7 @@ def _corrected(run: Path, epoch: int) -> CorrectedPoses:
     return CorrectedPoses(np.asarray(stored.euler, float), origin, float(config["pixel_size"]))
 
 
-def _rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
+def rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Row of ``star`` that each label speaks of."""
     rows = np.arange(len(star.particles)) if rows is None else rows
     if len(rows) != len(labels):
@@ -168,17 +185,20 @@ def _rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64
     return rows
 
 
-def _write_manifest(config: SelectConfig, epoch: int, labels: NDArray[np.int64], paths: list[Path]) -> None:
-    values, counts = np.unique(labels, return_counts=True)
+def write_manifest(
+    config: SelectConfig | ExportConfig, classes: Classes, paths: list[Path], more: dict[str, Any]
+) -> None:
+    """``manifest.json`` of the output folder: where its files come from; ``more`` is added."""
+    values, counts = np.unique(classes.labels, return_counts=True)
     manifest = {
-        "source": str(config.star.absolute()),
+        "source": str(classes.star.absolute()),
         "run": str(config.run.absolute()),
-        "epoch": epoch,
+        "epoch": classes.epoch,
         "kmeans": None if config.groups else config.kmeans,
         "corrected_poses": config.corrected,
-        "selected": sorted(set(config.classes)) or values.tolist(),
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
-        "files": [path.name for path in paths],
+        "files": [str(path.relative_to(config.output)) for path in paths],
         "version": __version__,
+        **more,
     }
     write_text(config.output / "manifest.json", json.dumps(manifest, indent=1) + "\n")

@@ -55,8 +55,13 @@ def read_slices(path: Path, index: NDArray[np.int64]) -> NDArray[np.float32]:
             f"{path}: has {header.shape[0]} images, number {index.max() + 1} is asked for; extract the particle again, "
             "or give the STAR file that belongs to these stacks"
         )
-    stack = np.memmap(path, dtype, "r", offset, header.shape)
-    return np.asarray(stack[index], np.float32)
+    return np.asarray(np.memmap(path, dtype, "r", offset, header.shape)[index], np.float32)
+
+
+def map_volume(path: Path) -> tuple[NDArray[Any], float]:
+    """A volume (z, y, x) of any size, not read but mapped, and its pixel size in Angstrom (0: unset)."""
+    header, dtype, offset = _header(path)
+    return np.memmap(path, dtype, "r", offset, header.shape), header.pixel_size
 
 
 def write_volume(

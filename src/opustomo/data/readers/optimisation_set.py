@@ -50,21 +50,15 @@ def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, 
 
     UserError: no tomograms file, tomogram not in it, frames that do not fit, columns missing.
     """
-    star, block = source.table, source.table.particle_block
+    star = source.table
     if source.tomograms is None:
         raise UserError(
             f"{star.path}: particles are stacks of tilt images, whose tilt angles are in the tomograms' STAR file; "
             "give the optimisation set (the STAR file with _rlnTomoParticlesFile and _rlnTomoTomogramsFile) instead"
         )
     tomograms = _read_tomograms(source.tomograms, star, pixel_size, datadir)
-    names = star.text(block, "rlnTomoName", "finding the tilt series")
-    if missing := [row for row, name in enumerate(names) if name not in tomograms]:
-        raise UserError(
-            f"{star.path}: column _rlnTomoName, row {missing[0] + 1}: tomogram {names[missing[0]]} is not in "
-            f"{source.tomograms} (which has {', '.join(list(tomograms)[:3])} ...); give the file that has it"
-        )
     euler, rotation, origin, origin_note = poses(star, pixel_size)
-    series = [tomograms[name] for name in names]
+    series = _series_of(source, tomograms)
     frames = _visible(star, series)
     depth, depth_note = _depths(star, series, origin * pixel_size)
     tables = []
@@ -77,12 +71,28 @@ def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, 
     slices = np.concatenate([visible if whole else np.arange(len(visible)) for visible in frames])
     counts = np.diff(offsets)
     tilts = (
-        f"{len(set(names))} tilt series in {source.tomograms.name}, {counts.min()} to {counts.max()} images a particle"
+        f"{len(set(relion.tomograms(star)))} tilt series in {source.tomograms.name}, {counts.min()} to {counts.max()} "
+        "images a particle"
     )
     return TiltImages(
         euler, rotation, origin, np.concatenate(tables), offsets, slices, np.zeros((len(slices), 2)),
         (origin_note, tilts, depth_note),
     )  # fmt: skip
+
+
+def from_corner(source: Source, pixel_size: float, datadir: Path | None) -> tuple[NDArray[np.float64], float]:
+    """(P, 3) coordinates in Angstrom from the tomogram's first voxel, and the pixel of the tilt series in Angstrom.
+
+    UserError: tomogram not in the set, its size unknown.
+    """
+    assert source.tomograms is not None
+    star = source.table
+    series = _series_of(source, _read_tomograms(source.tomograms, star, pixel_size, datadir))
+    position, _ = _positions(star, series)
+    if position is None or any(one.size is None for one in series):
+        raise UserError(f"{source.tomograms}: rlnTomoSizeX/Y/Z or the coordinates are missing; add them")
+    middle = np.stack([one.size * one.pixel_size / 2 for one in series if one.size is not None])
+    return position + middle, series[0].pixel_size
 
 
 def poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64], str]:
@@ -97,6 +107,18 @@ def poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArr
     euler = matrix_to_euler(torch.from_numpy(rotation)).numpy()
     note += "; poses and origins turned by rlnTomoSubtomogramRot/Tilt/Psi"
     return euler, rotation, np.einsum("pij,pj->pi", turn, origin), note
+
+
+def _series_of(source: Source, tomograms: dict[str, _Series]) -> list[_Series]:
+    """Tilt series of every particle; UserError naming the first whose tomogram is not there."""
+    star = source.table
+    names = star.text(star.particle_block, "rlnTomoName", "finding the tilt series")
+    if missing := [row for row, name in enumerate(names) if name not in tomograms]:
+        raise UserError(
+            f"{star.path}: column _rlnTomoName, row {missing[0] + 1}: tomogram {names[missing[0]]} is not in "
+            f"{source.tomograms} (which has {', '.join(list(tomograms)[:3])} ...); give the file that has it"
+        )
+    return [tomograms[name] for name in names]
 
 
 def _visible(star: StarFile, series: list[_Series]) -> list[NDArray[np.int64]]:
@@ -146,6 +168,8 @@ def _depths(
 ) -> tuple[list[NDArray[np.float64]], str]:
     """Depth of every particle in each image (T,), Angstrom from the tomogram's middle, and a note."""
     position, note = _positions(star, series)
+    if not any(one.hand for one in series):
+        position, note = None, "no rlnTomoHand: the defocus of the tomogram's middle is used"
     if position is None:
         return [np.zeros(len(one.table)) for one in series], note
     return [one.rotation[:, 2] @ place for one, place in zip(series, position - origin, strict=True)], note
@@ -154,8 +178,8 @@ def _depths(
 def _positions(star: StarFile, series: list[_Series]) -> tuple[NDArray[np.float64] | None, str]:
     """(P, 3) Angstrom from the middle of the tomogram, None where the files do not say."""
     place, block = relion.coordinates(star), star.particle_block
-    if place is None or not any(one.hand for one in series):
-        return None, "no coordinates or no rlnTomoHand: the defocus of the tomogram's middle is used"
+    if place is None:
+        return None, "no coordinates: the defocus of the tomogram's middle is used"
     if not star.has(block, "rlnCoordinateX"):
         return place, "defocus from the depth of rlnCenteredCoordinateX/Y/ZAngst"
     if any(one.size is None for one in series):

@@ -1,0 +1,141 @@
+"""The verb ``export``: the classes of a run handed back to the programs that the data came from, and to the tomograms.
+
+Owns: the files of the export folder.  Subsets, classes and manifest are those of ``select``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from opustomo.analysis.selection import Classes, read_classes, rows_of, stored, write_classes, write_manifest
+from opustomo.config import ExportConfig
+from opustomo.data.atomic import atomic
+from opustomo.data.export import refuse_ambiguous, write_subset
+from opustomo.data.lists.write import read_sources, write_list
+from opustomo.data.mapback import write_scripts
+from opustomo.data.places import Places, places_of
+from opustomo.data.readers import poses_of, relion
+from opustomo.errors import UserError
+from opustomo.physics.geometry import euler_to_matrix
+
+log = logging.getLogger(__name__)
+
+
+def main(config: ExportConfig) -> int:
+    """``opustomo export``."""
+    values = stored(config.run)
+    if config.star is None and "star" not in values:
+        raise UserError(
+            f"{config.run}: no run folder of train, linear or encode (no config.yaml that names a STAR file)"
+        )
+    if (config.format == "m") != (config.m_source is not None):
+        need = "needs --m-source, M's data source" if config.format == "m" else "does without --m-source"
+        raise UserError(f"--format {config.format}: {need} (NAME.source); give both or neither")
+    chosen = read_classes(config, config.star or Path(values["star"]))
+    rows = rows_of(chosen.source.table, chosen.labels, chosen.rows)
+    refuse_ambiguous(chosen.source.table)
+    places = _places(config, chosen, rows, float(values["pixel_size"]))
+    paths: list[Path] = []
+    if config.format == "same":
+        path = config.output / "particles.star"
+        write_subset(chosen.source, rows, path, chosen.labels, chosen.poses)
+        paths += [path, *write_classes(chosen.source, chosen.labels, config.output, rows, chosen.poses)]
+        paths += [other for path in paths for other in path.parent.glob(f"{path.stem}_optimisation_set.star")]
+    elif places is not None:
+        paths += _write_lists(config, places, chosen.labels, relion.halves(chosen.source.table)[rows])
+    paths.append(_write_members(config.output / "particles.csv", chosen, rows))
+    if places is not None:
+        box, pixel = int(values["box"]), float(values["pixel_size"])
+        maps = _maps(config, chosen)
+        folder = config.output / "mapback"
+        paths += write_scripts(folder, places, chosen.labels, maps, (box // 2) * pixel, box * pixel / 8)
+    files = [chosen.star, *_files(chosen)]
+    sums = {str(file.absolute()): hashlib.sha256(file.read_bytes()).hexdigest() for file in dict.fromkeys(files)}
+    more = {
+        "format": config.format,
+        "command": shlex.join(sys.argv),
+        "sha256": sums,
+        "coordinate_pixel_size": None if places is None else places.pixel_size,
+    }
+    write_manifest(config, chosen, paths, more)
+    log.info("wrote %d files in %s, see manifest.json", len(paths) + 1, config.output)
+    return 0
+
+
+def _files(chosen: Classes) -> list[Path]:
+    """The files that the particles were read from."""
+    tomograms = chosen.source.tomograms
+    return [chosen.source.whole.path, *([] if tomograms is None else [tomograms])]
+
+
+def _places(config: ExportConfig, chosen: Classes, rows: NDArray[np.int64], pixel_size: float) -> Places | None:
+    """Where the particles of the run are; None, with a line in the log, where a STAR file does not need to know it."""
+    rotation, origin = poses_of(chosen.source, pixel_size)
+    if chosen.poses is not None:
+        rotation, origin = rotation.copy(), origin.copy()
+        rotation[rows] = euler_to_matrix(torch.from_numpy(chosen.poses.euler)).numpy()
+        origin[rows] = chosen.poses.origin
+    datadir = stored(config.run).get("datadir")
+    folder = Path(datadir) if datadir else None
+    try:
+        places = places_of(chosen.source, rotation, origin, pixel_size, config.coords_angpix, folder)
+    except UserError as error:
+        if config.format != "same":
+            raise
+        log.warning("no map-back scripts: %s", error)
+        return None
+    log.info("coordinates count voxels of %g A; if that is not so, give --coords-angpix", places.pixel_size)
+    return places.at(rows)
+
+
+def _write_lists(
+    config: ExportConfig, places: Places, labels: NDArray[np.int64], half: NDArray[np.int64]
+) -> list[Path]:
+    """A list of all particles and one of each class."""
+    assert config.format != "same"
+    sources = read_sources(config.m_source) if config.m_source is not None else {}
+    parts = {"particles": np.ones(len(labels), bool)} | {f"pre{i}": labels == i for i in np.unique(labels)}
+    for name, part in parts.items():
+        path = config.output / f"{name}.star"
+        write_list(path, config.format, places.at(part), half[part], labels[part], sources)
+    return [config.output / f"{name}.star" for name in parts]
+
+
+def _write_members(path: Path, chosen: Classes, rows: NDArray[np.int64]) -> Path:
+    """Which particle is of which class."""
+    table = chosen.source.table
+    columns = {
+        "row": rows + 1,
+        "particle": relion.identities(table)[rows],
+        "tomogram": relion.tomograms(table)[rows],
+        "half": relion.halves(table)[rows],
+        "class": chosen.labels,
+    }
+    with atomic(path) as temporary:
+        pd.DataFrame(columns).to_csv(temporary, index=False)
+    return path
+
+
+def _maps(config: ExportConfig, chosen: Classes) -> dict[int, Path]:
+    """The decoded map of every class; none, with the command that makes them, where one is missing."""
+    if stored(config.run).get("kind") == "map":
+        return {0: config.run / "average.mrc"}
+    name, option = ("groups", "--groups") if config.groups else (f"kmeans{config.kmeans}", f"--kmeans {config.kmeans}")
+    folder = config.run / f"analyze.{chosen.epoch}" / name
+    maps = {int(label): folder / f"reference{label}.mrc" for label in np.unique(chosen.labels)}
+    if all(path.is_file() for path in maps.values()):
+        return maps
+    log.info(
+        "markers instead of maps: %s has no maps of all classes; `opustomo volumes %s %s --epoch %d` makes them",
+        folder, config.run, option, chosen.epoch,
+    )  # fmt: skip
+    return {}

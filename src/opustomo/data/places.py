@@ -1,0 +1,77 @@
+"""Where the particles of a data set are in their tomograms, as they lie there.
+
+Owns: the way from coordinates, origins and poses of any dialect to one position and one orientation in the tomogram.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opustomo.data.readers import optimisation_set, relion
+from opustomo.data.readers.source import Source
+from opustomo.errors import UserError
+
+_ENDINGS = (".tomostar", ".mrc", ".mrcs", ".rec", ".st", ".ali", ".hdf", ".star")
+
+
+def tomogram_key(name: str) -> str:
+    """A tomogram's name without folders and the endings of files: what its names in several programs share."""
+    stem = PurePath(name).name
+    while PurePath(stem).suffix.lower() in _ENDINGS:
+        stem = PurePath(stem).stem
+    return stem
+
+
+@dataclass(frozen=True)
+class Places:
+    """P particles: the point x of the average, Angstrom from its voxel N//2, lies at ``centre + rotation x``."""
+
+    centre: NDArray[np.float64]  # (P, 3) Angstrom from the tomogram's first voxel, x, y, z
+    rotation: NDArray[np.float64]  # (P, 3, 3)
+    tomogram: NDArray[np.object_]  # (P,)
+    pixel_size: float  # Angstrom, of the voxels that the file's coordinates count
+
+    def at(self, index: NDArray[np.integer] | NDArray[np.bool_]) -> Places:
+        """Those of some of the particles."""
+        return Places(self.centre[index], self.rotation[index], self.tomogram[index], self.pixel_size)
+
+
+def places_of(
+    source: Source,
+    rotation: NDArray[np.float64],
+    origin: NDArray[np.float64],
+    pixel_size: float,
+    coordinate_pixel: float | None = None,
+    datadir: Path | None = None,
+) -> Places:
+    """Places of the P particles of ``source`` with poses as ``Particles`` has them.
+
+    rotation (P, 3, 3), origin (P, 3) pixels of ``pixel_size`` Angstrom; coordinate_pixel: Angstrom, of the voxels that
+    rlnCoordinateX/Y/Z count (default: as the files state it, else ``pixel_size``).  UserError: one row per image, no
+    coordinates, no names of tomograms, centred coordinates without the tomograms' sizes.
+    """
+    table = source.table
+    if source.format == "series":
+        raise UserError(f"{table.path}: a table with one row for each image does not say where particles are in 3-D")
+    tomogram, coordinates = relion.tomograms(table), relion.coordinates(table)
+    if coordinates is None or "" in tomogram:
+        raise UserError(f"{table.path}: has no coordinates or no rlnTomoName (rlnMicrographName) for every particle")
+    shift = -origin * pixel_size
+    turn = relion.subtomogram_rotation(table)
+    if turn is not None and source.format != "relion5":  # those are in the tomogram's frame already
+        rotation, shift = turn @ rotation, np.einsum("pij,pj->pi", turn, shift)
+    stated = coordinate_pixel or relion.constant(table, "rlnTomoTiltSeriesPixelSize") or pixel_size
+    if coordinate_pixel is None and source.tomograms is not None:
+        corner, stated = optimisation_set.from_corner(source, pixel_size, datadir)
+    elif table.has(table.particle_block, "rlnCoordinateX"):
+        corner = coordinates * stated
+    else:
+        raise UserError(
+            f"{table.path}: rlnCenteredCoordinateX/Y/ZAngst needs the tomograms' sizes; give the run the optimisation "
+            "set, and leave --coords-angpix out"
+        )
+    return Places(corner + shift, rotation, tomogram, stated)
