@@ -188,6 +188,16 @@ def test_the_portals_matrix_has_relions_angles_as_its_users_compute_them() -> No
     assert np.allclose(Rotation.from_matrix(A).inv().as_euler("ZYZ", degrees=True), relion_angles(A))
 
 
+def test_coordinates_of_warptools_count_pixels_of_its_subtomograms(tmp_path: Path) -> None:
+    """The optics table states the pixel size of the tilt series too, which RELION's coordinates count."""
+    columns = named("rlnCoordinate", "X Y Z", PLACE) | {"rlnOpticsGroup": ["1"] * P}
+    optics = {"rlnOpticsGroup": ["1"], "rlnTomoTiltSeriesPixelSize": ["1.0"], "rlnImagePixelSize": ["4.0"]}
+    for name, factor in (("12.tomostar", 2.0), ("12", 0.5)):
+        put_loop(tmp_path / "a.star", "optics", optics)
+        put_loop(tmp_path / "a.star", "particles", columns | {"rlnMicrographName": [name] * P}, "a")
+        assert np.abs(centres(read_list(tmp_path / "a.star")) - PLACE * factor).max() < 1e-4
+
+
 def test_poses_that_change_in_time_are_told(tmp_path: Path) -> None:
     assert "first ones are used" in read_list(m(tmp_path)).notes[0]
 

@@ -28,7 +28,7 @@ from opustomo.data.readers.source import read_source
 from opustomo.data.star import read_star
 from opustomo.errors import UserError
 from stack_writers import SIZE, native_turns, two_states_set
-from star_sets import BOX, PIXEL, Set, put_volume, relion31
+from star_sets import BOX, PIXEL, Set, put_volume, real_star, relion31
 
 Array = NDArray[np.float64]
 LABELS = np.array([1, 0, 3, 1, 0, 1])  # class 2 has no particle
@@ -230,6 +230,20 @@ def test_pseudo_subtomograms_are_placed_in_the_tomograms_frame(tmp_path: Path) -
     found = places_of(source, *poses_of(source, pixel), pixel)
     assert np.abs(found.centre - (truth.position + SIZE / 2) * pixel).max() < 1e-3
     assert np.abs(found.rotation - truth.rotation).max() < 1e-6
+
+
+def test_real_images_and_subtomograms_of_the_same_particles_are_in_the_same_places() -> None:
+    """WarpTools exported both: other files and columns, one place and orientation in the tomogram."""
+    volumes = real_star("real_70S_warptools/subtomograms_3d")
+    images = next((volumes.parents[1] / "stacks_2d").glob("*_optimisation_set.star"))
+    found = []
+    for source in map(read_source, (volumes, images)):
+        places = places_of(source, *poses_of(source, 12.0), 12.0)
+        assert places.pixel_size == pytest.approx(12.0)
+        found.append(places.at(np.lexsort(np.round(places.centre.T, 1))))
+    assert np.abs(found[0].centre - found[1].centre).max() < 0.05
+    assert np.abs(found[0].rotation - found[1].rotation).max() < 1e-6
+    assert np.array_equal(found[0].tomogram, found[1].tomogram)
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -64,7 +64,7 @@ def places_of(
     turn = relion.subtomogram_rotation(table)
     if turn is not None and source.format != "relion5":  # those are in the tomogram's frame already
         rotation, shift = turn @ rotation, np.einsum("pij,pj->pi", turn, shift)
-    stated = coordinate_pixel or relion.constant(table, "rlnTomoTiltSeriesPixelSize") or pixel_size
+    stated = coordinate_pixel or relion.coordinate_pixel(table) or pixel_size
     if coordinate_pixel is None and source.tomograms is not None:
         corner, stated = optimisation_set.from_corner(source, pixel_size, datadir)
     elif table.has(table.particle_block, "rlnCoordinateX"):

@@ -121,7 +121,7 @@ def _relion(star: StarFile) -> dict[str, Any]:
         "rotation": _angles(star, [f"rlnAngle{name}" for name in ("Rot", "Tilt", "Psi")]),
         "tomogram": relion.tomograms(star),
         "half": relion.halves(star),
-        "pixel_size": relion.constant(star, "rlnTomoTiltSeriesPixelSize"),
+        "pixel_size": relion.coordinate_pixel(star),
     }
     _optional(star, block, "rlnAutopickFigureOfMerit", fields, "score")
     pixel = relion.pixel_size(star)

@@ -81,7 +81,7 @@ def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, 
 
 
 def from_corner(source: Source, pixel_size: float, datadir: Path | None) -> tuple[NDArray[np.float64], float]:
-    """(P, 3) coordinates in Angstrom from the tomogram's first voxel, and the pixel of the tilt series in Angstrom.
+    """(P, 3) coordinates in Angstrom from the tomogram's first voxel, and Angstrom, the voxels that the file counts.
 
     UserError: tomogram not in the set, its size unknown.
     """
@@ -92,7 +92,7 @@ def from_corner(source: Source, pixel_size: float, datadir: Path | None) -> tupl
     if position is None or any(one.size is None for one in series):
         raise UserError(f"{source.tomograms}: rlnTomoSizeX/Y/Z or the coordinates are missing; add them")
     middle = np.stack([one.size * one.pixel_size / 2 for one in series if one.size is not None])
-    return position + middle, series[0].pixel_size
+    return position + middle, pixel_size if all(one.warp for one in series) else series[0].pixel_size
 
 
 def poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64], str]:

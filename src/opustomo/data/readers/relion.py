@@ -153,6 +153,18 @@ def pixel_size(star: StarFile) -> tuple[float, str] | None:
     return None
 
 
+def coordinate_pixel(star: StarFile) -> float | None:
+    """Angstrom, of the voxels that rlnCoordinateX/Y/Z count, where the file tells; UserError as pixel_size.
+
+    RELION counts pixels of the tilt series.  Warp and WarpTools, known by their ``.tomostar``, count pixels of the
+    images or subtomograms that they have exported.
+    """
+    if str(tomograms(star)[0]).endswith(".tomostar"):
+        stated = pixel_size(star)
+        return None if stated is None else stated[0]
+    return constant(star, "rlnTomoTiltSeriesPixelSize")
+
+
 def image_size(star: StarFile) -> int | None:
     """Box size according to the optics table, None when it does not say; UserError when groups differ."""
     size = constant(star, "rlnImageSize")
