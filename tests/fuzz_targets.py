@@ -22,6 +22,8 @@ from opustomo.compat import legacy_files as legacy
 from opustomo.config import InputOptions
 from opustomo.data.cache import read_manifest
 from opustomo.data.inputs import read_mask
+from opustomo.data.lists import read_list
+from opustomo.data.lists.write import read_sources
 from opustomo.data.mrc import read_volume
 from opustomo.data.readers import read_particles, read_transfer_volume
 from opustomo.data.readers.ctf_star import read_tilts
@@ -31,9 +33,25 @@ from opustomo.errors import UserError
 from opustomo.monitor import read_rows
 from opustomo.stored import read_config
 from stack_writers import two_states_set
-from star_sets import BOX, PIXEL, Set, relion31
+from star_sets import BOX, PIXEL, Set, put_loop, relion31
 
 COUNT = 4
+LIST = b"""
+data_particles
+
+loop_
+_rlnTomoName
+_rlnCenteredCoordinateXAngst
+_rlnCenteredCoordinateYAngst
+_rlnCenteredCoordinateZAngst
+_rlnAngleRot
+_rlnAngleTilt
+_rlnAnglePsi
+_rlnOriginXAngst
+_rlnRandomSubset
+TS_1 1.5 2.5 -3.5 10 20 30 0.5 1
+TS_1 4.5 5.5 -6.5 40 50 60 0.5 2
+"""
 
 
 def star(path: Path) -> None:
@@ -66,6 +84,17 @@ def mask(path: Path) -> None:
     assert found.shape == (BOX,) * 3 and bool(torch.isfinite(found).all())
 
 
+def listed(suffix: str) -> Callable[[Path], None]:
+    """A particle list under the name that tells its program."""
+
+    def read(path: Path) -> None:
+        found = read_list(path.replace(path.with_name(f"list{suffix}")))
+        voxels = found.voxels(np.arange(len(found)), 2.0, np.array([9, 9, 9]), None)
+        assert np.isfinite(found.rotation).all() and np.isfinite(voxels).all()
+
+    return read
+
+
 TARGETS: dict[str, Callable[[Path], object]] = {
     "star": star,
     "particles": particles,
@@ -90,6 +119,11 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "metrics": read_rows,
     "quality": read_quality,
     "fsc": read_fsc,
+    "lists": listed(".star"),
+    "dynamo": listed(".tbl"),
+    "pytom": listed(".xml"),
+    "ndjson": listed(".ndjson"),
+    "m_source": read_sources,
 }
 
 
@@ -130,7 +164,20 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "metrics": ",".join(METRIC_COLUMNS) + "\n0" + ",1" * (len(METRIC_COLUMNS) - 1) + "\n",
         "quality": ",".join(COLUMNS) + "\n0" + ",1" * (len(COLUMNS) - 1) + "\n",
         "fsc": curves,
+        "dynamo": (" ".join(map(str, range(26))) + "\n") * 2,
+        "pytom": "<ParticleList><Particle><Rotation X='1' Z1='2' Z2='3'/><Shift X='0' Y='1' Z='2'/><PickPosition "
+        "Origin='a.mrc' X='4' Y='5' Z='6'/><Score Value='0.5'/></Particle></ParticleList>",
+        "ndjson": '{"location": {"x": 1, "y": 2.5, "z": 3}, "xyz_rotation_matrix": [[0,1,0],[-1,0,0],[0,0,1]]}\n' * 2,
+        "m_source": '<DataSource><Files><File Hash="0A" Name="a.tomostar" /></Files></DataSource>',
     }
+    names = [
+        f"wrp{name}1" for name in ("CoordinateX", "CoordinateY", "CoordinateZ", "AngleRot", "AngleTilt", "AnglePsi")
+    ]
+    motl = ["tomo_num", "phi", "the", "psi", *(f"orig_{a}" for a in "xyz"), *(f"{a}_shift" for a in "xyz"), "halfset"]
+    put_loop(
+        folder / "m.star", "", {"wrpSourceName": ["a"], "wrpRandomSubset": ["1"], **{key: ["1.5"] for key in names}}
+    )
+    put_loop(folder / "motl.star", "stopgap_motivelist", {key: ["2"] for key in motl})
     images = two_states_set(2, 5.0, box=16, step=40.0)
     sets = [images.write_set(folder / name) for name in ("set", "other")]
     flat = images.write_series(folder / "flat")
@@ -140,6 +187,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "series": [flat.read_bytes()],
         "star": stars,
         "particles": stars,
+        "lists": [(folder / name).read_bytes() for name in ("m.star", "motl.star")] + [LIST],
         "ctf_star": [(folder / "sub" / "p0_ctf.star").read_bytes()],
         "mrc": [volume],
         "mask": [blob],

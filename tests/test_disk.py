@@ -78,7 +78,7 @@ def test_every_write_of_a_checkpoint(
     assert checkpoint.open_run(run).epoch == LAST + 1
 
 
-@pytest.mark.parametrize("verb", ["analyze", "select", "cache", "volumes"])
+@pytest.mark.parametrize("verb", ["analyze", "select", "export", "cache", "volumes"])
 def test_every_write_of_a_verb(
     verb: str,
     finished_run: Path,
@@ -96,6 +96,7 @@ def test_every_write_of_a_verb(
     line: list[object] = {
         "analyze": analyse,
         "select": ["select", small_set.star, "--run", run, "-o", out, "--kmeans", 2],
+        "export": ["export", run, "-o", out, "--kmeans", 2],
         "cache": ["cache", made.star, "-o", out, "--workers", 1],
         "volumes": ["volumes", run, "--kmeans", 2, "-o", out],
     }[verb]

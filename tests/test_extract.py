@@ -200,6 +200,9 @@ def test_a_tomogram_that_no_file_fits_is_named(tmp_path: Path) -> None:
     star = small(tmp_path, [[20, 15, 10], [20, 15, 10]], ["a", "TS_1"])
     with pytest.raises(UserError, match=r"tomogram of row 2 TS_1 is not there among a, b; give --tomogram a text file"):
         main(config(star, tmp_path / "out"))
+    put_volume(tmp_path / "other/a.mrc", np.zeros((20, 30, 40), np.float32), 5.0)
+    with pytest.raises(UserError, match=r"a\.mrc and .*other/a\.mrc are both named a; give one"):
+        main(config(star, tmp_path / "out", tomogram=(tmp_path / "a.mrc", tmp_path / "other/a.mrc")))
     (tmp_path / "table.txt").write_text("a b c\n")
     with pytest.raises(UserError, match="line 1 is not a name and a tomogram"):
         main(config(star, tmp_path / "out", tomogram=(tmp_path / "table.txt",)))

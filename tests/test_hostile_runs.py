@@ -34,6 +34,7 @@ VERBS: dict[str, Line] = {
     "train --resume": lambda run, given, out: ["train", "--resume", run, "-n", 9],
     "train --load": lambda run, given, out: train_line(given, out, "--load", f"{run}/weights.{LAST}.pkl", "-n", "9"),
     "select": lambda run, given, out: ["select", given.star, "--run", run, "-o", out, "--kmeans", 2, "--corrected"],
+    "export": lambda run, given, out: ["export", run, "-o", out, "--kmeans", 2, "--corrected"],
 }
 
 
@@ -124,7 +125,12 @@ FEW = ("bit of the weights", "end of the poses", "endless options", "number for 
 CASES = [
     (verb, damage) for verb in VERBS for damage in DAMAGE if verb in ("analyze", "train --resume") or damage in FEW
 ]
-UNREAD = {"train --resume": ("z.", "pose."), "train --load": ("z.", "pose."), "select": ("z.", "weights.")}
+UNREAD = {
+    "train --resume": ("z.", "pose."),
+    "train --load": ("z.", "pose."),
+    "select": ("z.", "weights."),
+    "export": ("z.", "weights."),
+}
 
 
 @pytest.mark.parametrize(

@@ -204,14 +204,15 @@ def test_poses_that_change_in_time_are_told(tmp_path: Path) -> None:
 
 WRONG = [
     ("a.tbl", "1 2 3\n", r"a.tbl: row 1 has 3 columns"),
-    ("a.tbl", "\n" + "1 " * 25 + "2+1i\n", r"row 2, column 26: '2\+1i' is not a finite number"),
+    ("a.tbl", "\n" + "1 " * 25 + "2+1i\n", r"row 2, column 26: '2\+1i' is not a number that is possible"),
     ("a.tbl", "\n", "has no particles"),
+    ("a.xml", "<ParticleList/>", "has no particles"),
     ("a.xml", "<ParticleList>", r"a.xml: is not XML \("),
     ("a.xml", "<L><Particle><Rotation/></Particle></L>", "particle 1 has no <PickPosition>"),
     (
         "a.xml",
         '<L><Particle><PickPosition X="1" Y="2" Z="a"/></Particle></L>',
-        r"particle 1, <PickPosition> Z: 'a' is not a finite number",
+        r"particle 1, <PickPosition> Z: 'a' is not a number that is possible",
     ),
     ("a.ndjson", '{"location": {"x": 1, "y": 2}}', r"line 1 is no point with a location x, y, z"),
     ("a.ndjson", "[1, 2]", "line 1 is no point"),
@@ -231,7 +232,7 @@ def test_lists_that_cannot_be_read_say_why(name: str, content: str, message: str
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read_list(tmp_path / name)
-    with pytest.raises(UserError, match=r"none\.tbl: no such"):
+    with pytest.raises(UserError, match=r"none\.tbl: no such file"):
         read_list(tmp_path / "none.tbl")
 
 

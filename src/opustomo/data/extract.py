@@ -22,7 +22,7 @@ from opustomo.data.mrc import map_volume, write_volume
 from opustomo.data.places import tomogram_key
 from opustomo.data.readers.sampling import differ
 from opustomo.data.star import write_star
-from opustomo.errors import UserError
+from opustomo.errors import UserError, reading
 from opustomo.physics.geometry import matrix_to_euler
 
 log = logging.getLogger(__name__)
@@ -44,19 +44,19 @@ def main(config: ExtractConfig) -> int:
         log.info("%s", note)
     found = tomograms_of(particles, config.tomogram)
     pixel_size = _pixel_size(sorted(set(found)), config.angpix)
-    corner, inside = np.zeros((len(particles), 3), np.int64), np.zeros(len(particles), bool)
-    position = np.zeros((len(particles), 3))
+    corner, position = np.zeros((2, len(particles), 3))
+    inside = np.zeros(len(particles), bool)
     for path in sorted(set(found)):
         rows = np.flatnonzero([one == path for one in found])
         size = np.array(map_volume(path)[0].shape[::-1])
         position[rows] = particles.voxels(rows, pixel_size, size, config.coords_angpix)
-        corner[rows] = np.rint(position[rows]).astype(np.int64) - config.box // 2
+        corner[rows] = np.rint(position[rows]) - config.box // 2
         inside[rows] = ((corner[rows] >= 0) & (corner[rows] + config.box <= size)).all(1)
     _tell_left_out(config, particles, position, inside)
     names = []
     for i in np.flatnonzero(inside):
         name = f"subtomo/{tomogram_key(found[i].name)}/p{i + 1:06d}.mrc"
-        x, y, z = corner[i]
+        x, y, z = corner[i].astype(int)
         n = config.box
         volume = map_volume(found[i])[0][z : z + n, y : y + n, x : x + n]
         write_volume(config.output / name, np.asarray(volume, np.float32), pixel_size)
@@ -104,7 +104,13 @@ def tomograms_of(particles: ParticleList, given: Sequence[Path]) -> list[Path]:
     """
     files: dict[str, Path] = {}
     for path in given:
-        files |= {tomogram_key(path.name): path} if path.suffix.lower() in (".mrc", ".rec") else _table(path)
+        named = {tomogram_key(path.name): path} if path.suffix.lower() in (".mrc", ".rec") else _table(path)
+        if twice := [key for key in named if files.get(key, named[key]) != named[key]]:
+            raise UserError(
+                f"--tomogram: {files[twice[0]]} and {named[twice[0]]} are both named {twice[0]}; give one, or a "
+                "text file with the list's name and the tomogram in each line"
+            )
+        files |= named
     names = dict.fromkeys(str(name) for name in particles.tomogram)
     if len(files) == 1 and len(names) == 1:
         return [next(iter(files.values()))] * len(particles)
@@ -126,10 +132,8 @@ def tomograms_of(particles: ParticleList, given: Sequence[Path]) -> list[Path]:
 
 def _table(path: Path) -> dict[str, Path]:
     """Name and tomogram in each line; relative names are relative to the file."""
-    try:
+    with reading(path, "give --tomogram MRC files or a table of them"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--tomogram {path}: cannot be read as text ({error}); give .mrc files or a table") from None
     found = {}
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].replace(",", " ").split()
@@ -185,7 +189,7 @@ def _columns(
     particles: ParticleList,
     files: Sequence[Path],
     position: NDArray[np.float64],
-    centre: NDArray[np.int64],
+    centre: NDArray[np.float64],
     pixel_size: float,
 ) -> dict[str, list[str]]:
     """RELION 3.1 columns of all particles but their images: coordinates of the boxes, the rest as origin."""

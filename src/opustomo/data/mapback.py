@@ -38,15 +38,14 @@ def write_scripts(
     which the headers lay the maps.  UserError: cannot be written.
     """
     levels = {label: _copy(path, folder / _map_name(label)) for label, path in maps.items()}
-    keys = [tomogram_key(str(name)) for name in places.tomogram]
-    names = dict(zip(places.tomogram, keys, strict=True))
-    if len(set(names.values())) < len(names):  # equal files in different folders
-        names = {name: str(name) for name in names}
+    names = {name: _safe(tomogram_key(str(name))) for name in places.tomogram}
+    if len(set(names.values())) < len(names):  # equal names in different folders
+        names = {name: f"{number}_{shown}" for number, (name, shown) in enumerate(names.items(), 1)}
     scripts = []
     for name, shown in names.items():
         index = np.flatnonzero(places.tomogram == name)
         index = index[np.argsort(labels[index], kind="stable")]
-        path = folder / (re.sub(r"[^\w.+-]", "_", shown) + ".cxc")
+        path = folder / f"{shown}.cxc"
         here, classes = places.at(index), labels[index]
         if levels:
             commands = _volumes(here, classes, levels, centre)
@@ -60,6 +59,11 @@ def write_scripts(
         write_text(path, "\n".join([*head, *commands, "view orient"]) + "\n")
         scripts.append(path)
     return scripts
+
+
+def _safe(name: str) -> str:
+    """A name that is neither a path nor a command."""
+    return re.sub(r"[^\w.+-]", "_", name)
 
 
 def _map_name(label: int) -> str:

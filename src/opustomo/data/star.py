@@ -65,7 +65,7 @@ class StarFile:
         found = self.blocks.get(block)
         if found is None:
             raise UserError(f"{self.path}: has no block data_{block}; it is needed here")
-        table = found if isinstance(found, pd.DataFrame) else pd.DataFrame([found], dtype=object)
+        table = found if isinstance(found, pd.DataFrame) else _as_table([list(found.values())], list(found))
         if len(table) == 0:
             raise UserError(f"{self.path}: the table data_{block} has no rows; select at least one particle")
         return table
@@ -95,7 +95,7 @@ def read_star(path: Path) -> StarFile:
     blocks: dict[str, Block] = {}
     for name, block in _parse(path).items():
         if isinstance(block, _Loop):
-            blocks[name] = pd.DataFrame(block.rows, columns=pd.Index(block.columns, dtype=object), dtype=object)
+            blocks[name] = _as_table(block.rows, block.columns)
         else:
             blocks[name] = block
     return StarFile(path, blocks)
@@ -147,6 +147,11 @@ def read_numeric_table(path: Path, block: str, columns: Sequence[str]) -> dict[s
     index = {name.lower(): i for i, name in enumerate(loop.columns)}
     found = [name for name in columns if name.lower() in index]
     return {name: _numbers([row[index[name.lower()]] for row in loop.rows], path, name) for name in found}
+
+
+def _as_table(rows: list[list[str]], columns: list[str]) -> pd.DataFrame:
+    """Strings as objects, the names too: pandas' own strings cannot hold what is not UTF-8."""
+    return pd.DataFrame(rows, columns=pd.Index(columns, dtype=object), dtype=object)
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from opustomo.data.lists.tables import LARGEST
 from opustomo.data.readers import relion
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
@@ -40,9 +41,9 @@ def read(star: StarFile) -> tuple[str, dict[str, Any]]:
 
 def _columns(star: StarFile, names: list[str], block: str | None = None) -> NDArray[np.float64]:
     """(P, 3)"""
-    return np.stack(
-        [star.numbers(star.particle_block if block is None else block, name, _PURPOSE) for name in names], 1
-    )
+    block = star.particle_block if block is None else block
+    found = np.stack([star.numbers(block, name, _PURPOSE) for name in names], 1)
+    return relion.within(found, LARGEST, star, f"value of {names[0]} and its like", "units")
 
 
 def _optional(star: StarFile, block: str, name: str, fields: dict[str, Any], field: str) -> None:
@@ -59,7 +60,6 @@ def _angles(star: StarFile, names: list[str]) -> NDArray[np.float64]:
 
 
 def _stopgap(star: StarFile) -> dict[str, Any]:
-    table = star.table(_STOPGAP)
     angles = _columns(star, ["phi", "the", "psi"], _STOPGAP)
     shifts = [f"{axis}_shift" for axis in "xyz"]
     position = _columns(star, [f"orig_{axis}" for axis in "xyz"], _STOPGAP)
@@ -72,7 +72,8 @@ def _stopgap(star: StarFile) -> dict[str, Any]:
     }
     _optional(star, _STOPGAP, "score", fields, "score")
     if star.has(_STOPGAP, "halfset"):
-        fields["half"] = table["halfset"].map({"A": 1, "B": 2}).fillna(0).to_numpy(np.int64)
+        names = star.text(_STOPGAP, "halfset", "the half sets")
+        fields["half"] = np.array([{"A": 1, "B": 2}.get(name, 0) for name in names], np.int64)
     return fields
 
 
@@ -83,9 +84,8 @@ def _m(star: StarFile, suffix: str) -> dict[str, Any]:
         "unit": "angstrom",
         "rotation": _angles(star, [f"wrpAngle{name}{suffix}" for name in ("Rot", "Tilt", "Psi")]),
         "tomogram": star.text(block, "wrpSourceName", "telling tomograms apart"),
+        "half": relion.halves(star, "wrpRandomSubset"),
     }
-    if star.has(block, "wrpRandomSubset"):
-        fields["half"] = star.numbers(block, "wrpRandomSubset", "the half sets").astype(np.int64)
     if star.has(block, "wrpCoordinateX2"):
         fields["notes"] = ("poses change in time (wrpCoordinateX2 ...): the first ones are used",)
     return fields

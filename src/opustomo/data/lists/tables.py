@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from opustomo.errors import UserError
+from opustomo.errors import DAMAGE, UserError, reading
 
 _DYNAMO_COLUMNS = 26  # up to z
+LARGEST = 1e7  # of a number that means anything here
 
 
 def dynamo(path: Path) -> dict[str, Any]:
@@ -59,14 +60,17 @@ def pytom(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path}: particle {number} has no <{tag}>; write the particle list again")
             where = f"particle {number}, <{tag}>"
             rows.append([_number(node.get(name, ""), path, f"{where} {name}") for name in names.split()])
-        return np.array(rows, np.float64).reshape(len(particles), -1)
+        return np.array(rows, np.float64).reshape(len(particles), len(names.split()))
 
+    # of XML a name may hold any space, a STAR file no end of a line
+    picks = [particle.find("PickPosition") for particle in particles]
+    tomograms = ["" if pick is None else " ".join(pick.get("Origin", "").split()) for pick in picks]
     scores = [node.get("Value") if (node := particle.find("Score")) is not None else None for particle in particles]
     return {
         "position": values("PickPosition", "X Y Z") + values("Shift", "X Y Z"),
         "rotation": Rotation.from_euler("zxz", values("Rotation", "Z1 X Z2"), degrees=True).as_matrix(),
-        "tomogram": np.array([particle.find("PickPosition").get("Origin", "") for particle in particles], object),  # type: ignore[union-attr]
-        "score": np.array([np.nan if s is None else _number(s, path, "<Score> Value") for s in scores]),
+        "tomogram": np.array(tomograms, object),
+        "score": np.array([np.nan if s is None else _number(s, path, "<Score> Value", np.inf) for s in scores]),
     }
 
 
@@ -80,32 +84,32 @@ def ndjson(path: Path) -> dict[str, Any]:
             point = json.loads(line)
             place = [float(point["location"][axis]) for axis in "xyz"]
             matrix = np.array(point.get("xyz_rotation_matrix", np.eye(3)), np.float64)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             raise UserError(
-                f"{path}: line {number} is no point with a location x, y, z ({error!r}); give the annotation's ndjson"
+                f"{path}: line {number} is no point with a location x, y, z "
+                f"({type(error).__name__}: {str(error)[:80]}); give the annotation's ndjson"
             ) from None
-        wrong = matrix.shape != (3, 3) or not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-2)
-        if wrong or np.linalg.det(matrix) < 0 or not np.isfinite(place).all():
-            raise UserError(f"{path}: line {number}: xyz_rotation_matrix is no rotation, or the location not finite")
+        possible = matrix.shape == (3, 3) and (np.abs(matrix) < 2).all()
+        turn = possible and np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-2) and np.linalg.det(matrix) > 0
+        if not turn or not (np.abs(place) < LARGEST).all():
+            raise UserError(
+                f"{path}: line {number}: xyz_rotation_matrix is no rotation, or the location not possible; correct it"
+            )
         position.append(place)
         rotation.append(matrix)
     return {"position": np.array(position).reshape(-1, 3), "rotation": np.array(rotation).reshape(-1, 3, 3)}
 
 
 def _text(path: Path) -> str:
-    try:
+    with reading(path, "give a particle list"):
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such particle list; check the name") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}); check the name and permissions") from None
 
 
-def _number(word: str, path: Path, where: str) -> float:
+def _number(word: str, path: Path, where: str, limit: float = LARGEST) -> float:
     try:
         value = float(word)
     except ValueError:
         value = np.nan
-    if not np.isfinite(value):
-        raise UserError(f"{path}: {where}: {word!r} is not a finite number; correct it")
+    if not abs(value) < limit:
+        raise UserError(f"{path}: {where}: {word!r} is not a number that is possible here; correct it")
     return value

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.data.places import Places, tomogram_key
 from opustomo.data.star import write_star
-from opustomo.errors import UserError
+from opustomo.errors import UserError, reading
 from opustomo.physics.geometry import matrix_to_euler
 
 Kind = Literal["artiax", "warp", "m"]
@@ -28,13 +28,13 @@ def read_sources(path: Path) -> dict[str, tuple[str, str]]:
 
     UserError: not there, not a data source.
     """
-    try:
-        files = ElementTree.parse(path).getroot().findall("Files/File")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give M's data source, NAME.source") from None
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path}: is not XML ({error}); give M's data source, NAME.source") from None
-    found = {tomogram_key(file.get("Name", "")): (file.get("Name", ""), file.get("Hash", "")) for file in files}
+    with reading(path, "give M's data source, NAME.source"):
+        try:
+            files = ElementTree.fromstring(path.read_bytes()).findall("Files/File")
+        except ElementTree.ParseError as error:  # a SyntaxError
+            raise ValueError(f"is not XML: {error}") from None
+    pairs = [(" ".join(file.get("Name", "").split()), "".join(file.get("Hash", "").split())) for file in files]
+    found = {tomogram_key(name): (name, key) for name, key in pairs}
     if not found:
         raise UserError(f"{path}: lists no files (Files/File); give M's data source, NAME.source")
     return found

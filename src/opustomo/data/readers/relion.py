@@ -66,14 +66,14 @@ def tomograms(star: StarFile) -> NDArray[np.object_]:
     return np.full(len(star.particles), "", object)
 
 
-def halves(star: StarFile) -> NDArray[np.int64]:
+def halves(star: StarFile, column: str = "rlnRandomSubset") -> NDArray[np.int64]:
     """(P,) half set 1 or 2, 0 where the file has no random subsets."""
-    if not star.has(star.particle_block, "rlnRandomSubset"):
+    if not star.has(star.particle_block, column):
         return np.zeros(len(star.particles), np.int64)
-    found = star.numbers(star.particle_block, "rlnRandomSubset", "the half sets")
+    found = star.numbers(star.particle_block, column, "the half sets")
     if len(wrong := np.flatnonzero(~np.isin(found, (0, 1, 2)))):
         raise UserError(
-            f"{star.path}: _rlnRandomSubset, row {wrong[0] + 1}: {found[wrong[0]]:g} is no half set; write 1 or 2, or "
+            f"{star.path}: _{column}, row {wrong[0] + 1}: {found[wrong[0]]:g} is no half set; write 1 or 2, or "
             "remove the column"
         )
     return found.astype(np.int64)
@@ -83,7 +83,7 @@ def eulers(star: StarFile) -> NDArray[np.float64]:
     """(P, 3) rot, tilt, psi in degrees; UserError when a column is missing: poses come from the consensus."""
     columns = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
     found = np.stack([star.numbers(star.particle_block, name, "the consensus poses") for name in columns], 1)
-    return _within(found, 1e6, star, "angle", "degrees")
+    return within(found, 1e6, star, "angle", "degrees")
 
 
 def origins(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], str]:
@@ -97,12 +97,12 @@ def origins(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], str
         if any(star.has(block, name) for name in names):
             zero = np.zeros(len(star.particles))
             columns = [star.numbers(block, name, "the origins") if star.has(block, name) else zero for name in names]
-            found = _within(np.stack(columns, 1) / unit, 1e6, star, "origin", "pixels")
+            found = within(np.stack(columns, 1) / unit, 1e6, star, "origin", "pixels")
             return found, f"origins from rlnOriginX/Y/Z{suffix} ({words})"
     return np.zeros((len(star.particles), 3)), "the file has no origins: taken as zero"
 
 
-def _within(values: NDArray[np.float64], limit: float, star: StarFile, what: str, unit: str) -> NDArray[np.float64]:
+def within(values: NDArray[np.float64], limit: float, star: StarFile, what: str, unit: str) -> NDArray[np.float64]:
     """Values (P, 3) as they are; UserError for one that single precision would make nonsense of."""
     wrong = np.flatnonzero((np.abs(values) >= limit).any(1))
     if len(wrong):
@@ -130,7 +130,7 @@ def coordinates(star: StarFile) -> NDArray[np.float64] | None:
     for names in ([f"rlnCoordinate{axis}" for axis in AXES], [f"rlnCenteredCoordinate{axis}Angst" for axis in AXES]):
         if all(star.has(star.particle_block, name) for name in names):
             found = np.stack([star.numbers(star.particle_block, name, "coordinates") for name in names], 1)
-            return _within(found, 1e7, star, "coordinate", "pixels or Angstrom")
+            return within(found, 1e7, star, "coordinate", "pixels or Angstrom")
     return None
 
 
