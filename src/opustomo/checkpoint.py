@@ -104,10 +104,13 @@ def save_tensors(path: Path, payload: dict[str, Any]) -> None:
             raise
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Read a file of ``save_tensors``; nothing in it is executed.  Raises UserError if it is absent or damaged."""
+def load_tensors(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a file of ``save_tensors``; nothing in it is executed.  Raises UserError if it is absent or damaged.
+
+    mmap: tensors are read from the file as they are used.
+    """
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `ls {path.parent}` shows which epochs exist") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:

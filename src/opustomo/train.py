@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opustomo import checkpoint, homogeneous
+from opustomo import checkpoint
 from opustomo.analysis import plots
 from opustomo.choices import choices
 from opustomo.config import TrainConfig
@@ -55,6 +55,7 @@ from opustomo.start import (
     select_inputs,
     split_of,
     start_from_linear,
+    with_memory,
     with_sizes,
 )
 from opustomo.verdict import warn_of_codes, write_verdict
@@ -71,6 +72,8 @@ CLIP = 10.0  # gradient norm, in nats per unit of weight
 def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     """``opustomo train``.  given: names of the options that were typed (None: all that differ from their defaults)."""
     if config.encode_mode == "fixed":
+        from opustomo import homogeneous
+
         return homogeneous.main(config, given)
     config, continuation = resolve(config, given)
     _refuse_foreign_output(config, continuation)
@@ -83,11 +86,14 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     device = choose_device(config)
     asked, config = config, with_sizes(config, device)
     inputs = select_inputs(config)
-    train, held, split_file = split_of(config, len(inputs.particles))
+    count, fresh = len(inputs.particles), continuation is None
+    config, recomputed = with_memory(config, given, inputs.grid, count, device, fresh)
+    train, held, split_file = split_of(config, count)
     start = start_from_linear(config, inputs, train, held, continuation)
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
     model, context = build(config, start, continuation, device)
+    model.decoder.recomputed = recomputed
     save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=True)
