@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-quality bench-step clean
+.PHONY: setup demo test test-fast lint bench bench-quality bench-step bench-scale clean
 
 setup: $(VENV)/.ready
 
@@ -41,5 +41,8 @@ bench-step: setup
 bench-quality: setup
 	$(BIN)/python benchmarks/run.py --sets all --markdown docs/benchmarks.md
 
+bench-scale: setup
+	$(BIN)/python benchmarks/scale.py -o scale --markdown docs/scaling.md
+
 clean:
-	rm -rf $(VENV) dist build demo
+	rm -rf $(VENV) dist build demo scale

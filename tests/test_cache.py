@@ -183,12 +183,53 @@ def test_one_wrong_byte_is_found_and_mended(
     position = len(damaged) * 3 // COUNT + 1  # in row 3
     damaged[position] ^= 0x10
     (folder / name).write_bytes(bytes(damaged))
+    cache, sound = open_cache(folder), torch.tensor([0, 1, 2, 4, 5])
+    cache.numerator(sound), cache.weight(sound)
+    with pytest.raises(UserError, match=r"1 of 6 rows are unfinished or damaged \(first: row 4\)"):
+        cache.weight(torch.arange(COUNT))
     with pytest.raises(UserError, match="1 of 6 rows"):
         open_cache(folder)
     made.clear()
     prepare(folder, particles, None)
     assert made == [3]
     assert everything(folder) == finished
+
+
+def test_opening_a_finished_cache_reads_no_rows(
+    tmp_path: Path, particles: Particles, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start must not wait for the rows of a hundred thousand particles; each is compared once, when it is read."""
+    prepare(tmp_path / "cache", particles, noise)
+    summed: list[int] = []
+    total = Cache._sum
+
+    def counting(self: Cache, i: int) -> int:
+        summed.append(i)
+        return total(self, i)
+
+    monkeypatch.setattr(Cache, "_sum", counting)
+    cache = prepare(tmp_path / "cache", particles, None)
+    open_cache(tmp_path / "cache")
+    assert summed == []
+    for _ in range(2):
+        cache.weight(torch.tensor([4, 2]))
+        cache.numerator(torch.tensor([2, 4]))
+    assert sorted(summed) == [2, 4]
+
+
+def test_killed_while_it_was_made(tmp_path: Path, particles: Particles, noise: Noise, made: list[int]) -> None:
+    """The marks of rows that were never flushed say nothing: without the end, every row is compared."""
+    folder = tmp_path / "cache"
+    prepare(folder, particles, noise)
+    assert json.loads((folder / "cache.json").read_text())["finished"] is True
+    cache_module._mark_finished(folder, False)
+    numerators = np.memmap(folder / "numerator.f16", np.float16, "r+", shape=(COUNT, GRID.crop**3))
+    numerators[2] = 0
+    numerators.flush()
+    made.clear()
+    prepare(folder, particles, None)
+    assert made == [2]
+    assert open_cache(folder).missing().size == 0
 
 
 def test_truncated_file_is_told(tmp_path: Path, particles: Particles, noise: Noise) -> None:
@@ -263,6 +304,7 @@ def test_folder_of_others_is_left_alone(tmp_path: Path, particles: Particles, no
     folder = tmp_path / "precious"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
+    assert not cache_module.is_free(folder)
     with pytest.raises(UserError, match="not empty and not a cache; choose another folder for the cache"):
         prepare(folder, particles, noise)
     assert (folder / "thesis.tex").read_text() == "years of work"
@@ -364,7 +406,7 @@ def test_noise_is_estimated_once_at_the_given_poses(
 ) -> None:  # fmt: skip
     """Evidences at different poses can be compared only under one noise model."""
     if where == "fly":
-        monkeypatch.setattr("opustomo.data.cache.os.sysconf", lambda name: 0)  # as if no memory were free
+        monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
     folder = None if where in ("memory", "fly") else tmp_path / "own"
     rows_of = maker(particles, folder, tmp_path / "shared" if where == "shared" else None)
     for at in (particles, moved(particles), shifted(particles), particles):

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from opustomo.config import InputOptions
 from opustomo.data.particles import TILT_COLUMNS, Particles
-from opustomo.data.readers import read_particles, with_poses
+from opustomo.data.readers import ctf_star, read_particles, with_poses
 from opustomo.data.readers.ctf_volume import half_fourier, read_transfer_volume
 from opustomo.errors import UserError
 from star_sets import BOX, PIXEL, REAL_SETS, Set, put_loop, put_volume, real_star, relion31, tilt_columns
@@ -306,3 +306,44 @@ def test_pose_pickle_overrides_the_star(tmp_path: Path) -> None:
     assert "the angles are used" in transposed.notes[-1]
     with pytest.raises(UserError, match=r"3 poses but .* 4 particles"):
         with_poses(found, found.rotation[:3], found.origin[:3], found.euler[:3])
+
+
+def test_ctf_stars_are_parsed_once_and_kept_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second start opens none of them; a changed file, another microscope or a damaged pack has all read again."""
+    star, pack = Set(tmp_path).write(), tmp_path / "cache" / "ctf.npy"
+    monkeypatch.setattr(ctf_star, "PACK_FROM", 2)
+    plain, parsed = read(star), []
+    tilts = ctf_star._tilts
+
+    def counting(path: Path, microscope: dict[str, float]) -> np.ndarray:
+        parsed.append(path)
+        return tilts(path, microscope)
+
+    monkeypatch.setattr(ctf_star, "_tilts", counting)
+
+    def again() -> Particles:
+        parsed.clear()
+        found = read_particles(star, InputOptions(), pack)
+        np.testing.assert_array_equal(found.tilt_offsets, plain.tilt_offsets)
+        return found
+
+    assert np.array_equal(again().tilts, plain.tilts) and len(parsed) == len(plain)
+    second = again()
+    assert np.array_equal(second.tilts, plain.tilts) and parsed == []
+    assert isinstance(second.tilts, np.memmap)  # sets larger than the memory
+    np.testing.assert_array_equal(second.subset(np.array([2, 0])).tilts_of(1), plain.tilts_of(0))
+
+    changed = sorted(set(tmp_path.rglob("*.star")) - {star})[0]
+    changed.write_text(changed.read_text().replace("21000", "22000"))
+    defocus = TILT_COLUMNS.index("defocus_u")
+    assert again().tilts[:, defocus].max() == 22000 and len(parsed) == len(plain)
+    kept = pack.read_bytes()
+    for damaged in (kept[: len(kept) // 2], b"", b"\0" * 100):
+        pack.write_bytes(damaged)
+        assert again().tilts[:, defocus].max() == 22000 and len(parsed) == len(plain)
+        assert pack.read_bytes() == kept
+
+
+def test_few_ctf_stars_leave_no_file(tmp_path: Path) -> None:
+    read_particles(Set(tmp_path).write(), InputOptions(), tmp_path / "cache" / "ctf.npy")
+    assert not (tmp_path / "cache").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from opustomo import checkpoint, cli
+from opustomo import checkpoint, cli, start
 from opustomo import train as training
 from opustomo.compat.legacy_files import save_split
 from opustomo.config import TrainConfig
@@ -117,6 +117,34 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
         assert_same_epoch(run, finished_run, epoch)
     assert metrics_of(run) == metrics_of(finished_run)
     assert "exact continuation" in (run / "run.log").read_text()
+
+
+def test_a_continuation_reads_what_is_known_of_every_particle(
+    small_set: SmallSet, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not go through all rows for it; where the file is of another model or damaged, it does."""
+    run, known = copy_run(finished_run, tmp_path / "run", 0), tmp_path / "run" / "linear" / "posterior.pkl"
+    (run / "cache").symlink_to(finished_run / "cache")
+    infer, asked = start.infer, []
+
+    def counting(*arguments: object) -> object:
+        asked.append(arguments)
+        return infer(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(start, "infer", counting)
+    kept = (finished_run / "linear" / "posterior.pkl").read_bytes()
+    known.parent.mkdir(exist_ok=True)
+    for content, expected in ((kept, 0), (kept[:1000], 1), (None, 1)):
+        asked.clear()
+        known.unlink(missing_ok=True)
+        if content is not None:
+            known.write_bytes(content)
+        for path in run.glob("*.[1-9].pkl"):
+            path.unlink()
+        assert train(small_set, run, "-n", str(EPOCHS), "--load", "latest") == 0
+        assert len(asked) == expected
+        assert_same_epoch(run, finished_run, 1)
+        assert known.is_file()
 
 
 @pytest.mark.slow

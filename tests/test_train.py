@@ -223,7 +223,7 @@ def test_rows_on_the_fly_give_the_run_of_the_cache(
         return made[i]
 
     monkeypatch.setattr("opustomo.data.cache.observe", once)
-    monkeypatch.setattr("opustomo.data.cache.os.sysconf", lambda name: 0)  # as if no memory were free
+    monkeypatch.setattr("opustomo.data.cache.free_memory", lambda: 0)
     run = quick("--no-cache")
     assert len(made) == PARTICLES
     assert not (run / "cache").exists()

@@ -135,7 +135,7 @@ class TrainConfig:
     epochs: Annotated[int, arg(aliases=("-n",))] = 10
     """Number of epochs in total."""
     batch: Annotated[int, arg(aliases=("-b",))] = 8
-    """Particles per step on each GPU."""
+    """Particles per step on each GPU; where it is not given and does not fit in memory, fewer."""
     zdim: int = 12
     """Dimension of the composition code."""
     encode_mode: Literal["grad", "fixed"] = "grad"

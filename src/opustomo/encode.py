@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from opustomo import checkpoint, parallel
 from opustomo.config import EncodeConfig
+from opustomo.data.cache import CTF_PACK
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs
 from opustomo.data.noise import estimate_noise
@@ -147,7 +148,7 @@ def _refuse(config: EncodeConfig, run: checkpoint.Run) -> None:
 
 def _new_particles(config: EncodeConfig, run: checkpoint.Run) -> Inputs:
     """The new particles with the run's grid and mask.  Raises UserError for another box or pixel size."""
-    particles = read_particles(config.star, config.input)
+    particles = read_particles(config.star, config.input, config.output / "cache" / CTF_PACK)
     if particles.box != run.grid.box or differ(particles.pixel_size, run.grid.pixel_size):
         raise UserError(
             f"{config.star}: box {particles.box} of {particles.pixel_size:g} A where {run.path} was made with "

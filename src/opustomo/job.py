@@ -31,6 +31,7 @@ from opustomo.start import (
     select_inputs,
     split_of,
     start_from_linear,
+    with_memory,
     with_sizes,
 )
 
@@ -80,11 +81,14 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     device = choose_device(config)
     asked, config = config, with_sizes(config, device)
     inputs = select_inputs(config)
-    train, held, split_file = split_of(config, len(inputs.particles))
+    count, fresh = len(inputs.particles), continuation is None
+    config, recomputed = with_memory(config, given, inputs.grid, count, device, fresh)
+    train, held, split_file = split_of(config, count)
     start = start_from_linear(config, inputs, train, held, continuation)
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
     model, context = build(config, start, continuation, torch.device("cpu"))
+    model.decoder.recomputed = recomputed
     save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     first, bank, optimizer = 0, linear.codes.centre().float(), None

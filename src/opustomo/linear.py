@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from opustomo.mixture import Mixture, single
+from opustomo.mixture import CHUNK, Mixture, single
 from opustomo.physics.fourier import (
     band_multiplicity,
     band_shell,
@@ -134,8 +134,8 @@ def statistics(volumes: Tensor, rows: Rows, index: Tensor, grid: Grid) -> tuple[
     linear, quadratic = [], []
     for part in batches(index, batch_size(grid)):
         linear.append(rows.numerator(part).flatten(1) @ volumes.flatten(1).T)
-        quadratic.append(rows.weight(part) @ products.T)
-    return torch.cat(linear).double(), unpack(torch.cat(quadratic), len(volumes)).double()
+        quadratic.append(unpack((rows.weight(part) @ products.T).double(), len(volumes)))
+    return torch.cat(linear).double(), torch.cat(quadratic)
 
 
 def posterior(
@@ -147,6 +147,19 @@ def posterior(
     pose_prior: (b, 6) prior mean of the pose error in units of its scale.  m and P are mean and precision of the prior:
     of each Gaussian of ``mixture`` (None: N(0, I)) and of the pose error; the result has the moments of them all.
     """
+    every = torch.arange(len(linear)).split(CHUNK)
+    parts = [_posterior(linear[i], quadratic[i], gain[i], pose_prior[i], mixture) for i in every]
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Posterior(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Posterior)))
+    )
+
+
+def _posterior(
+    linear: Tensor, quadratic: Tensor, gain: Tensor, pose_prior: Tensor, mixture: Mixture | None
+) -> Posterior:
+    """``posterior`` of few enough particles that all their Gaussians fit in memory."""
     linear, quadratic = linear * gain[:, None], quadratic * gain[:, None, None].square()
     codes = single(linear.shape[1] - 1 - POSE) if mixture is None else mixture
     precision = torch.stack([torch.block_diag(p, torch.eye(POSE).to(p)) for p in torch.linalg.inv(codes.covariance)])

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,11 +36,11 @@ from opustomo.linear import (
     to_single,
 )
 from opustomo.mixture import (
-    CodePosterior,
+    CodeMoments,
     Mixture,
     Statistics,
     choose_mixture,
-    condition,
+    code_moments,
     reduce_statistics,
     refine_mixture,
 )
@@ -77,6 +76,7 @@ class LinearResult:
     typical: Tensor  # (P,) bool: particles that take part in fits
     brightness: Tensor  # (P,) see ``change_over_average``, the largest found
     usual: tuple[Tensor, Tensor]  # (K+3,) each: median and robust spread of the fitted particles' ``features``
+    codes: CodeMoments  # of every particle, under the mixture
 
     @property
     def features(self) -> Tensor:
@@ -85,11 +85,6 @@ class LinearResult:
         Under the Gaussian prior: a mixture may have a place for the outliers.
         """
         return features(self.posterior, self.brightness)
-
-    @cached_property
-    def codes(self) -> CodePosterior:
-        """Posterior of every code under the mixture."""
-        return condition(self.mixture, self.statistics)
 
 
 @dataclass(frozen=True)
@@ -220,10 +215,10 @@ def linear_result(
     usual: what is usual among the particles that the model was fitted to (None: these are those).
     """
     about = code_statistics(model, rows, posterior.gain, grid)
-    code = condition(mixture, about).centre().float()
-    error = pose_error(model, rows, grid, code, posterior.gain)
+    codes = code_moments(mixture, about)
+    error = pose_error(model, rows, grid, codes.centre().float(), posterior.gain)
     usual = usual or usual_range(features(posterior, brightness))
-    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness, usual)
+    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness, usual, codes)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import logging
 import math
 from pathlib import Path
@@ -15,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.decomposition import FastICA
 from torch import Tensor
 
 from opustomo import checkpoint
@@ -28,8 +27,11 @@ from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.poses import move_poses
-from opustomo.data.tensors import save_arrays
+from opustomo.data.tensors import save_arrays, save_tensors
+from opustomo.errors import UserError
+from opustomo.linear import LinearModel, Posterior
 from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
+from opustomo.mixture import CodeMoments, Mixture, Statistics
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
 from opustomo.preparation import RowMaker, make_split, prepare_process
@@ -38,6 +40,7 @@ from opustomo.reconstruct import Rows, reconstruct, shell_snr, totals
 log = logging.getLogger("opustomo")
 
 LOGGED_SHELLS = 8
+KEPT = "posterior.pkl"
 
 # ------------------------------------------------------------------------------------------------ the verb
 
@@ -46,7 +49,7 @@ def main(config: LinearConfig) -> int:
     """``opustomo linear``."""
     setup_log(config.output, False)
     prepare_process(config.workers)
-    inputs = read_inputs(config.star, config.input, config.grid)
+    inputs = read_inputs(config.star, config.input, config.grid, cache=config.output / "cache")
     make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
     order = make_split(len(inputs.particles), config.seed)
     save_split(config.output / "split.pkl", order)
@@ -111,6 +114,43 @@ def last_poses(
     return particles.rotation, particles.origin / inputs.grid.box, particles.euler
 
 
+# ------------------------------------------------------------------------------------------------ a second start
+
+
+def keep(folder: Path, result: LinearResult, rows: Rows, noise: Noise) -> None:
+    """posterior.pkl: what is known about every particle, so that a continuation does not read all rows for it."""
+    key = _key(result.model, result.posterior.gain, result.mixture, rows, noise)
+    if key is not None:
+        known = {name: vars(getattr(result, name)) for name in ("posterior", "statistics", "codes")}
+        save_tensors(folder / KEPT, {"key": key, **known, "pose_error": result.pose_error})
+
+
+def kept(
+    folder: Path, model: LinearModel, gain: Tensor, mixture: Mixture, rows: Rows, noise: Noise
+) -> tuple[Posterior, Statistics, CodeMoments, Tensor] | None:
+    """What ``keep`` wrote for this very model and these rows: posterior, statistics, codes and pose error, or None."""
+    path, key = folder / KEPT, _key(model, gain, mixture, rows, noise)
+    try:
+        stored = checkpoint.load_tensors(path) if key is not None and path.is_file() else {}
+    except UserError:
+        stored = {}  # it is made again
+    if stored.get("key") != key or key is None:
+        return None
+    posterior, statistics = Posterior(**stored["posterior"]), Statistics(**stored["statistics"])
+    return posterior, statistics, CodeMoments(**stored["codes"]), stored["pose_error"]
+
+
+def _key(model: LinearModel, gain: Tensor, mixture: Mixture, rows: Rows, noise: Noise) -> str | None:
+    """Everything that a posterior depends on, as one hash; None for rows without a place on disk."""
+    mark = getattr(rows, "fingerprint", "")
+    if not mark:
+        return None
+    digest = hashlib.sha256(f"{mark} {model.pose_scale} {noise.contrast}".encode())
+    for tensor in (model.mean, model.components, model.places, gain, noise.power, rows.moved, *vars(mixture).values()):
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()
+
+
 def outlier_score(features: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
     """How unlike the particles that were fitted a particle is, (P,): robust distance of its features from theirs."""
     return ((features - usual[0]) / usual[1]).square().mean(1).sqrt()
@@ -153,6 +193,8 @@ def write_results(
 
 def independent_components(code: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Codes rotated to independence (P, K) and the mixing (K, K): distinct changes on distinct axes (FastICA)."""
+    from sklearn.decomposition import FastICA
+
     k = code.shape[1]
     if k < 2 or len(code) <= 2 * k:
         return code, np.eye(k, dtype=np.float32)
@@ -202,6 +244,8 @@ def _write_clusters(
     clusters: int,
     seed: int,
 ) -> None:
+    from sklearn.cluster import KMeans  # a second to import: a continuation does without
+
     # centres of the typical particles: a bright object would have a cluster of its own
     labels = KMeans(clusters, n_init=10, random_state=seed).fit(code[typical]).predict(code)
     save_pickle(folder / "labels.pkl", labels.astype(np.int64))

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 log = logging.getLogger("opustomo")
@@ -21,7 +20,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # numbers of Gaussians tried
 EM_STEPS = 100
 SAMPLE = 20_000  # particles that are enough to know the distribution
 PSEUDO_COUNT, FLOOR = 3.0, 0.02  # a Gaussian has this variance for certain, as if so many particles had shown it
-CHUNK = 16_384
+CHUNK = 4096  # particles whose posteriors are made at once: under every Gaussian of 16 they take 20 kB each
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,39 @@ class CodePosterior:
         return _log_density(self.share.clamp(min=1e-30).log(), self.mean, self.factor, code)
 
 
+@dataclass(frozen=True)
+class CodeMoments:
+    """What is kept of the codes of all particles: a ``CodePosterior`` without its parts' own moments.
+
+    share (P, J), mean (P, K), second (P, K, K) the covariance, evidence (P,).
+    """
+
+    share: Tensor
+    mean: Tensor
+    second: Tensor
+    evidence: Tensor
+
+    def centre(self) -> Tensor:
+        """Posterior mean (P, K)."""
+        return self.mean
+
+    def covariance(self) -> Tensor:
+        """Posterior covariance (P, K, K)."""
+        return self.second
+
+    def spread(self) -> Tensor:
+        """Posterior standard deviations (P, K)."""
+        return self.second.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+
+
+def code_moments(mixture: Mixture, statistics: Statistics) -> CodeMoments:
+    """Moments of ``condition``, made in parts so that many particles fit."""
+    parts = torch.arange(len(statistics)).split(CHUNK)
+    posts = (condition(mixture, statistics.at(part)) for part in parts)
+    each = [(post.share, post.centre(), post.covariance(), post.evidence) for post in posts]
+    return CodeMoments(*map(torch.cat, zip(*each, strict=True)))
+
+
 def _log_density(log_share: Tensor, mean: Tensor, factor: Tensor, code: Tensor) -> Tensor:
     """Mixture of Gaussians: log_share (..., J), mean (..., J, K), lower factor (..., J, K, K) at code (b, K)."""
     offset = code[:, None] - mean
@@ -179,6 +211,8 @@ def mean_evidence(mixture: Mixture, statistics: Statistics) -> float:
 
 def fit_mixture(statistics: Statistics, count: int, seed: int) -> Mixture:
     """EM for ``count`` Gaussians from k-means starts, on at most 20,000 of the particles."""
+    from sklearn.mixture import GaussianMixture  # a second to import: a continuation does without
+
     some = statistics.at(_some(len(statistics), seed))
     codes = condition(single(some.first.shape[1] - 1), some).centre()
     start = GaussianMixture(count, n_init=5, reg_covar=FLOOR, random_state=seed).fit(codes.numpy())
@@ -190,12 +224,18 @@ def refine_mixture(mixture: Mixture, statistics: Statistics, steps: int) -> Mixt
     """EM from ``mixture`` on all particles of ``statistics``."""
     sure = PSEUDO_COUNT * FLOOR * torch.eye(mixture.mean.shape[1], dtype=torch.float64)
     for _ in range(steps):
-        post = condition(mixture, statistics)
-        particles = post.share.sum(0)
-        mean = torch.einsum("bj,bjk->jk", post.share, post.mean) / particles.clamp(min=1e-9)[:, None]
-        offset = post.mean - mean
-        second = post.factor @ post.factor.transpose(-1, -2) + offset[..., :, None] * offset[..., None, :]
-        scatter = torch.einsum("bj,bjkl->jkl", post.share, second)
+        particles = total = torch.zeros(())
+        square: Tensor = torch.zeros(())
+        for part in torch.arange(len(statistics)).split(CHUNK):
+            post = condition(mixture, statistics.at(part))
+            offset = post.mean - mixture.mean  # near the new means: no digits are lost in the difference below
+            second = post.factor @ post.factor.transpose(-1, -2) + offset[..., :, None] * offset[..., None, :]
+            particles = particles + post.share.sum(0)
+            total = total + torch.einsum("bj,bjk->jk", post.share, offset)
+            square = square + torch.einsum("bj,bjkl->jkl", post.share, second)
+        step = total / particles.clamp(min=1e-9)[:, None]
+        mean = mixture.mean + step
+        scatter = square - particles[:, None, None] * step[..., :, None] * step[..., None, :]
         covariance = (scatter + sure) / (particles + PSEUDO_COUNT)[:, None, None]
         mixture = Mixture((particles + 1e-9) / (particles + 1e-9).sum(), mean, covariance)
     return mixture

@@ -71,6 +71,7 @@ class RowMaker:
     workers: int
     shared: Path | None = None
     noise: Noise | None = None
+    hold: bool = True  # keep the rows of a small set in memory: fits read them many times
     place: Path | None = None  # of the rows made last
 
     def __call__(self, particles: Particles) -> Rows:
@@ -89,7 +90,7 @@ class RowMaker:
             cache = rows_without_disk(particles, grid, noise, self.workers, _bar)
         else:
             cache = prepare_cache(folder, particles, grid, mask, self.noise, **stated, progress=_bar)
-        if isinstance(cache, Cache):
+        if self.hold and isinstance(cache, Cache):
             cache.hold()
         self.noise, self.place = cache.noise, folder
         if first:
@@ -119,6 +120,6 @@ def _bar(items: Iterable[Row], total: int) -> Iterable[Row]:
 def main(config: CacheConfig) -> int:
     """``opustomo cache``."""
     prepare_process(config.workers)
-    inputs = read_inputs(config.star, config.input, config.grid)
+    inputs = read_inputs(config.star, config.input, config.grid, cache=config.output)
     RowMaker(inputs, config.output, config.input, config.workers)(inputs.particles)
     return 0

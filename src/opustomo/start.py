@@ -32,10 +32,13 @@ from opustomo.linear_fit import (
     LinearResult,
     Plan,
     change_over_average,
+    features,
     fit_linear,
     linear_result,
+    usual_range,
 )
-from opustomo.linear_stage import write_results
+from opustomo.linear_stage import keep, kept, write_results
+from opustomo.memory import plan
 from opustomo.mixture import Mixture, Statistics
 from opustomo.model.vae import Vae
 from opustomo.objective import PoseModes, on_the_band
@@ -136,9 +139,25 @@ def with_sizes(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
+def with_memory(
+    config: TrainConfig, given: frozenset[str] | None, grid: Grid, particles: int, device: torch.device, fresh: bool
+) -> tuple[TrainConfig, bool]:
+    """The batch that fits in memory and whether the decoder is to be recomputed, see ``memory.plan``.
+
+    fresh: not a continuation; only there, and only where -b was not typed, the batch may become smaller.
+    """
+    typed = config.batch != TrainConfig.batch if given is None else "batch" in given
+    components, batch = min(MAX_COMPONENTS, config.zdim), global_batch(config)
+    fit = plan(
+        grid, components, config.width, config.encoderres, batch, particles, device,
+        adjustable=fresh and not typed and not config.multigpu,
+    )  # fmt: skip
+    return config if config.multigpu else dataclasses.replace(config, batch=fit.batch), fit.recomputed
+
+
 def select_inputs(config: TrainConfig) -> Inputs:
     """Particles with the poses and the subset that were asked for."""
-    inputs = read_inputs(config.star, config.input, config.grid, config.templateres)
+    inputs = read_inputs(config.star, config.input, config.grid, config.templateres, shared_cache(config))
     particles = inputs.particles
     if config.poses is not None:
         particles = with_poses(particles, *load_poses(config.poses))
@@ -147,6 +166,11 @@ def select_inputs(config: TrainConfig) -> Inputs:
     for note in particles.notes:
         log.info("%s", note)
     return dataclasses.replace(inputs, particles=particles)
+
+
+def shared_cache(config: TrainConfig) -> Path | None:
+    """Folder of the rows at the poses given; None: no cache."""
+    return None if config.no_cache else config.cache or config.output / "cache"
 
 
 def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
@@ -187,24 +211,34 @@ def start_from_linear(
     """Particles at their last poses, their rows and the linear stage; from a checkpoint, or fitted."""
     grid, mask = inputs.grid, inputs.mask
     folder, shared = (None, None) if config.no_cache else (config.output / "cache", config.cache)
-    make_rows = RowMaker(inputs, folder, config.input, config.workers, shared)
+    results = config.output / "linear"
+    # steps read a few rows at a time: a continuation need not wait for all of them
+    make_rows = RowMaker(inputs, folder, config.input, config.workers, shared, hold=continuation is None)
     if continuation is not None:
         stored = continuation.weights
         particles = inputs.particles if continuation.new_poses else _with_stored_poses(inputs.particles, stored)
         if tuple(stored["grid"]) == tuple(grid):
             make_rows.noise = Noise(**stored["noise"])
         rows = make_rows(particles)
-        model = stored_linear(stored, grid, mask)
-        posterior = infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
-        mixture, typical = Mixture(**stored["mixture"]), stored["typical"]
+        model, mixture, typical = stored_linear(stored, grid, mask), Mixture(**stored["mixture"]), stored["typical"]
+        assert make_rows.noise is not None
+        known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
+        posterior = known[0] if known else infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
         brightness = change_over_average(model, posterior.code)
         usual = (stored["usual"][0], stored["usual"][1]) if continuation.optimiser else None
-        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
+        if known:
+            _, about, codes, error = known
+            usual = usual or usual_range(features(posterior, brightness))
+            linear = LinearResult(model, posterior, about, mixture, error, [], typical, brightness, usual, codes)
+        else:
+            linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
+            keep(results, linear, rows, make_rows.noise)
     else:
         plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
-        write_results(config.output / "linear", linear, rows, grid, mask, 4, config.seed)
-    assert make_rows.noise is not None
+        write_results(results, linear, rows, grid, mask, 4, config.seed)
+        assert make_rows.noise is not None
+        keep(results, linear, rows, make_rows.noise)
     return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, make_rows.place, linear)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opustomo import checkpoint, homogeneous, parallel
+from opustomo import checkpoint, parallel
 from opustomo.analysis import plots
 from opustomo.config import TrainConfig
 from opustomo.data.dataset import bank_rows, batch_order
@@ -62,6 +62,8 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     """
     with parallel.joined(config.device):
         if config.encode_mode == "fixed":
+            from opustomo import homogeneous
+
             return homogeneous.main(config, given) if parallel.first() else 0
         job, start = prepare(config, given) if parallel.first() else (None, None)
         fit(parallel.from_first(job), start)

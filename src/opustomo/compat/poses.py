@@ -31,10 +31,11 @@ def checked_star(star: Path, options: InputOptions, names: tuple[str, str]) -> t
     dialect = relion.dialect(table)
     if options.relion31 and dialect == "RELION 3.0":
         raise UserError(f"--relion31: {star} has no data_optics table, it is RELION 3.0; leave --relion31 out")
-    images = Locator(star, options.datadir).find([str(name) for name in relion.image_names(table)])
+    found = Locator(star, options.datadir).find([str(name) for name in relion.image_names(table)])
     try:
-        if images is None:
+        if found is None:
             return table, *stated_sampling(table, options)
+        images = [Path(name) for name in found]
         box, _ = sampling.box_size(images, star, relion.image_size(table), options)
         angpix, _ = sampling.pixel_size(images, star, relion.pixel_size(table), options)
     except UserError as error:

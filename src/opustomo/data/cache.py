@@ -2,6 +2,9 @@
 
 Owns: the files of the cache folder (docs/outputs.md), their fingerprint and checksums.  Rows are float16 with a
 float32 scale each; the numerator is cropped by the mask, the weight covers the band of the working box.
+
+Opening a finished cache reads none of its rows, so that a start does not wait for them: a row's checksum is compared
+when it is read for the first time.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,9 @@ from opustomo.physics.grid import Grid
 
 FORMAT = 3
 HELD_SHARE = 0.1  # of the free memory
+CTF_PACK = "ctf.npy"  # kept in the folder by the reader of CTF STARs
 _MANIFEST, _NOISE = "cache.json", "noise.npz"
-_FILES = ("numerator.f16", "weight.f16", "scale.f32", "checksum.u32")
+_FINISHED = "finished"  # in the manifest: every row was written and has reached the disk
 Row = tuple[int, Tensor, Tensor]
 Progress = Callable[[Iterable[Row], int], Iterable[Row]]
 
@@ -66,6 +71,10 @@ class Cache:
     _checksum: np.ndarray
     moved: Tensor  # (P, 6) from the poses given: see data.poses
     _held: tuple[Tensor, Tensor] | None = None  # all rows as float32
+    _compared: np.ndarray = field(init=False)  # (P,) bool: rows known to have their checksum
+
+    def __post_init__(self) -> None:
+        self._compared = np.zeros(len(self), bool)
 
     def __len__(self) -> int:
         return len(self._scale)
@@ -86,18 +95,36 @@ class Cache:
         """Keep the rows of a small set in memory as float32: reading float16 is two thirds of an EM step's time."""
         if 2 * len(self) * row_bytes(self.grid) > HELD_SHARE * free_memory():
             return
-        everyone = torch.arange(len(self))
-        self._held = self._read(self._numerator, 0, everyone), self._read(self._weight, 1, everyone)
+        held = torch.empty(self._numerator.shape), torch.empty(self._weight.shape)
+        for part in torch.arange(len(self)).split(1024):  # in parts: as a whole it would take twice as much meanwhile
+            for which, rows in enumerate((self._numerator, self._weight)):
+                held[which][part] = self._read(rows, which, part)
+        self._held = held
 
     def _read(self, rows: np.ndarray, which: int, index: Tensor) -> Tensor:
         if self._held is not None:
             return self._held[which][index]
         where = index.numpy()
+        self._compare(where)
         values = torch.from_numpy(np.asarray(rows[where])).float()
         return values * torch.from_numpy(np.asarray(self._scale[where, which]))[:, None]
 
+    def _compare(self, where: np.ndarray) -> None:
+        """Raise UserError for damaged rows, each looked at once; the next `prepare_cache` then looks at all."""
+        new = np.unique(where[~self._compared[where]])
+        damaged = [i for i in new.tolist() if not self._intact(i)]
+        if damaged:
+            with suppress(UserError):  # a folder that is only read
+                _mark_finished(self.folder, False)
+            raise _damage(self.folder, np.array(damaged), len(self))
+        self._compared[new] = True
+
+    def absent(self) -> np.ndarray:
+        """Rows not written yet."""
+        return np.flatnonzero(self._checksum[:, 0] != 1)
+
     def missing(self) -> np.ndarray:
-        """Rows not written yet or damaged: those whose bytes do not have the stored checksum."""
+        """Rows not written yet or damaged: those whose bytes do not have the stored checksum.  Reads every row."""
         return np.array([i for i in range(len(self)) if not self._intact(i)], np.int64)
 
     def _intact(self, i: int) -> bool:
@@ -117,6 +144,7 @@ class Cache:
             rows[i] = (values.flatten() / scale).numpy().astype(np.float16)
             self._scale[i, which] = scale
         self._checksum[i] = (1, self._sum(i))
+        self._compared[i] = True
 
     def flush(self) -> None:
         """Push every row to the disk."""
@@ -147,8 +175,21 @@ class OnTheFly:
 
 
 def free_memory() -> int:
-    """Bytes of memory that are free now."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process could get now: file pages that the system can drop count as free.
+
+    Where a batch system has set a limit for the job (cgroup v2), what is left of it.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, StopIteration):  # ValueError: no limit, "max"
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path("/sys/fs/cgroup", next(g for g in groups if g.startswith("0::"))[3:].lstrip("/"))
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int((group / "memory.max").read_text()) - int(used["anon"]))
+    return free
 
 
 def row_bytes(grid: Grid) -> int:
@@ -156,18 +197,19 @@ def row_bytes(grid: Grid) -> int:
     return 2 * (grid.crop**3 + len(band_frequencies(grid.working_box))) + 16
 
 
-def _files(folder: Path, grid: Grid, count: int) -> dict[str, tuple[Path, type, tuple[int, int]]]:
-    band = len(band_frequencies(grid.working_box))
-    kinds = ((np.float16, grid.crop**3), (np.float16, band), (np.float32, 2), (np.uint32, 2))
-    return {
-        name.split(".")[0]: (folder / name, kind, (count, width))
-        for name, (kind, width) in zip(_FILES, kinds, strict=True)
-    }
+_ROW_FILES = ("numerator.f16", "weight.f16", "scale.f32", "checksum.u32")
+
+
+def _files(folder: Path, grid: Grid, count: int) -> list[tuple[Path, type, tuple[int, int]]]:
+    """Path, type and shape of the files that hold the rows, in the order of ``_ROW_FILES``."""
+    types = np.float16, np.float16, np.float32, np.uint32
+    widths = grid.crop**3, len(band_frequencies(grid.working_box)), 2, 2
+    return [(folder / n, t, (count, w)) for n, t, w in zip(_ROW_FILES, types, widths, strict=True)]
 
 
 def _clear(folder: Path) -> None:
     """Remove the files of a cache, the manifest first; whatever else is in the folder is not ours to remove."""
-    for name in (_MANIFEST, *_FILES, _NOISE):
+    for name in (_MANIFEST, *_ROW_FILES, _NOISE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -175,7 +217,7 @@ def _allocate(folder: Path, grid: Grid, count: int) -> None:
     """Reserve the space of every file at once, so that a full disk is met before any work is done."""
     need = count * row_bytes(grid)
     try:
-        for path, kind, shape in _files(folder, grid, count).values():
+        for path, kind, shape in _files(folder, grid, count):
             with path.open("wb") as handle:
                 os.posix_fallocate(handle.fileno(), 0, int(np.prod(shape)) * np.dtype(kind).itemsize)
     except OSError as error:
@@ -190,13 +232,12 @@ def _allocate(folder: Path, grid: Grid, count: int) -> None:
 
 
 def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: str) -> Cache:
-    maps = {}
-    for name, (path, kind, shape) in _files(folder, grid, count).items():
+    maps: list[np.ndarray] = []
+    for path, kind, shape in _files(folder, grid, count):
         if not path.exists() or path.stat().st_size != int(np.prod(shape)) * np.dtype(kind).itemsize:
             raise UserError(f"{path}: missing or truncated cache file; delete {folder} and run again")
-        maps[name] = np.memmap(path, kind, mode, shape=shape)  # type: ignore[call-overload]
-    arrays = maps["numerator"], maps["weight"], maps["scale"], maps["checksum"]
-    return Cache(folder, grid, noise, mark, *arrays, torch.zeros(count, 6))
+        maps.append(np.memmap(path, kind, mode, shape=shape))  # type: ignore[call-overload]
+    return Cache(folder, grid, noise, mark, maps[0], maps[1], maps[2], maps[3], torch.zeros(count, 6))
 
 
 def _opened_elsewhere(folder: Path, grid: Grid, noise: Noise, mark: str, moved: Tensor) -> Cache:
@@ -233,13 +274,17 @@ def open_cache(folder: Path) -> Cache:
         raise UserError(f"{folder}: no cache here; make it with `opustomo cache STAR --mask MASK -o {folder}`")
     grid = Grid(*manifest["grid"])
     cache = _open(folder, grid, manifest["rows"], _load_noise(folder, manifest), manifest["fingerprint"], "r")
-    bad = cache.missing()
+    bad = cache.absent() if manifest.get(_FINISHED) else cache.missing()
     if len(bad):
-        raise UserError(
-            f"{folder}: {len(bad)} of {len(cache)} rows are unfinished or damaged (first: row {bad[0] + 1}); "
-            "run `opustomo cache` or `opustomo train` again, which makes only those anew"
-        )
+        raise _damage(folder, bad, len(cache))
     return cache
+
+
+def _damage(folder: Path, rows: np.ndarray, count: int) -> UserError:
+    return UserError(
+        f"{folder}: {len(rows)} of {count} rows are unfinished or damaged (first: row {rows[0] + 1}); "
+        "run `opustomo cache` or `opustomo train` again, which makes only those anew"
+    )
 
 
 def prepare_cache(
@@ -276,7 +321,11 @@ def _prepare(
     else:
         noise = _load_noise(folder, manifest)
     cache = _open(folder, grid, len(particles), noise, mark, "r+")
-    _fill(cache, particles, cache.missing(), workers, progress)
+    finished = manifest is not None and manifest["fingerprint"] == mark and bool(manifest.get(_FINISHED))
+    missing = cache.absent() if finished else cache.missing()
+    if len(missing) or not finished:
+        _fill(cache, particles, missing, workers, progress)
+        _mark_finished(folder, True)
     return cache
 
 
@@ -288,15 +337,31 @@ def rows_without_disk(
     if need > 0.5 * free_memory():
         return OnTheFly(particles, grid, noise, torch.zeros(len(particles), 6))
     count = len(particles)
-    made: list[np.ndarray] = [np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count).values()]
+    made: list[np.ndarray] = [np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count)]
     cache = Cache(Path(), grid, noise, "", made[0], made[1], made[2], made[3], torch.zeros(count, 6))
     _fill(cache, particles, np.arange(count), workers, progress)
     return cache
 
 
+def is_free(folder: Path) -> bool:
+    """Whether a cache may be made in a folder: it is absent, empty or one already."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return not names - {CTF_PACK, ".lock"} or not names.isdisjoint({_MANIFEST, _NOISE})
+
+
+def _mark_finished(folder: Path, finished: bool) -> None:
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        _write_manifest(folder, manifest | {_FINISHED: finished})
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    whole = manifest | {"checksum": _manifest_sum(manifest)}
+    write_text(folder / _MANIFEST, json.dumps(whole, indent=1) + "\n")
+
+
 def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: str) -> None:
-    found = {path.name for path in folder.iterdir()} - {".lock"}
-    if found and not found & {_MANIFEST, _NOISE}:
+    if not is_free(folder):
         raise UserError(f"{folder}: not empty and not a cache; choose another folder for the cache")
     _clear(folder)
     # first: it marks the folder as a cache, should the next step be killed
@@ -313,17 +378,14 @@ def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: 
         "calibration": noise.calibration,
         "source": str(particles.source),
     }
-    manifest["checksum"] = _manifest_sum(manifest)
-    write_text(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _write_manifest(folder, manifest)
 
 
 def _fill(cache: Cache, particles: Particles, rows: np.ndarray, workers: int, progress: Progress) -> None:
-    if len(rows) == 0:
-        return
-
-    made = observe_all(particles, rows.tolist(), cache.grid, cache.noise, workers)
+    # written by the threads that make them: one writer would hold many cores up
+    made = observe_all(particles, rows.tolist(), cache.grid, cache.noise, workers, then=cache.write)
     try:
-        for i, numerator, weight in progress(made, len(rows)):
-            cache.write(i, numerator, weight)
+        for _ in progress(made, len(rows)):
+            pass
     finally:
         cache.flush()

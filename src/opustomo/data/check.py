@@ -133,7 +133,7 @@ def _file_findings(star: Path, options: InputOptions) -> list[Finding]:
     absent = [i for i, place in enumerate(places) if place is None]
     if len(absent) == len(names):
         return []  # nothing to add to the message that says so
-    present = [(place[0], name) for place, name in zip(places, names, strict=True) if place is not None]
+    present = [(Path(place[0]), name) for place, name in zip(places, names, strict=True) if place is not None]
     survey = headers.survey_headers([path for path, _ in present], [name for _, name in present])
     found = [*headers.missing_findings(names, absent, "subtomograms"), *headers.box_findings(survey)]
     return [*found, *(headers.pixel_findings(survey, particles, stated[0]) if stated else [])]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opustomo.config import GridOptions, InputOptions
+from opustomo.data.cache import CTF_PACK, is_free
 from opustomo.data.mrc import read_volume
 from opustomo.data.observe import working_mask
 from opustomo.data.particles import Particles
@@ -64,9 +65,14 @@ def read_mask(path: Path | None, box: int, pixel_size: float) -> Tensor:
     return torch.from_numpy(data).clamp(0.0, 1.0)
 
 
-def read_inputs(star: Path, options: InputOptions, sizes: GridOptions, templateres: int = 0) -> Inputs:
-    """Particles of ``star`` with mask and grid.  Raises UserError for anything a user can mend."""
-    particles = read_particles(star, options)
+def read_inputs(
+    star: Path, options: InputOptions, sizes: GridOptions, templateres: int = 0, cache: Path | None = None
+) -> Inputs:
+    """Particles of ``star`` with mask and grid.  Raises UserError for anything a user can mend.
+
+    cache: folder of the cache, which also keeps the CTF STARs packed (None: they are parsed every time).
+    """
+    particles = read_particles(star, options, cache / CTF_PACK if cache is not None and is_free(cache) else None)
     mask = read_mask(sizes.mask, particles.box, particles.pixel_size)
     try:
         grid = make_grid(particles.box, particles.pixel_size, sizes.downfrac, mask_extent(mask), templateres)

@@ -7,7 +7,7 @@ Owns: the reading of a subtomogram onto the working band, and its transfer funct
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,11 +173,18 @@ def observe_all(
     noise: Noise,
     workers: int = 0,
     crop: int | None = None,
+    then: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, numerator, weight) of many particles in order, made by ``workers`` threads (0: all cores)."""
+    """(row, numerator, weight) of many particles in order, made by ``workers`` threads (0: all cores).
+
+    then: what to do with a row, in the thread that made it.
+    """
 
     def make(i: int) -> tuple[int, Tensor, Tensor]:
-        return (i, *observe(particles, i, grid, noise, crop))
+        numerator, weight = observe(particles, i, grid, noise, crop)
+        if then is not None:
+            then(i, numerator, weight)
+        return i, numerator, weight
 
     cores = os.cpu_count() or 1
     count = min(workers or cores, cores)

@@ -145,8 +145,16 @@ def read_numeric_table(path: Path, block: str, columns: Sequence[str]) -> dict[s
     if loop is None or not loop.rows:
         raise UserError(f"{path}: has no table data_{block} with rows; write the file again")
     index = {name.lower(): i for i, name in enumerate(loop.columns)}
-    found = [name for name in columns if name.lower() in index]
-    return {name: _numbers([row[index[name.lower()]] for row in loop.rows], path, name) for name in found}
+    places = {name: index[name.lower()] for name in columns if name.lower() in index}
+    by_column = list(zip(*loop.rows, strict=True))
+    try:
+        # all columns at once: this runs for every particle's file
+        values = np.array([by_column[i] for i in places.values()], np.float64)
+    except ValueError:
+        values = np.full(1, np.nan)
+    if np.isfinite(values).all():
+        return dict(zip(places, values, strict=True))
+    return {name: _numbers(by_column[i], path, name) for name, i in places.items()}
 
 
 def _as_table(rows: list[list[str]], columns: list[str]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from opustomo.model.encoder import SLOPE, channels
 
@@ -19,7 +20,12 @@ LARGE_TEMPLATE = 128
 
 
 class Decoder(nn.Module):
-    """(b, zdim) codes to (b, T, T, T) densities of either sign; the last layer starts at zero."""
+    """(b, zdim) codes to (b, T, T, T) densities of either sign; the last layer starts at zero.
+
+    recomputed: save memory: the layers on large grids keep nothing and run again, particle by particle, backward.
+    """
+
+    recomputed: bool = False
 
     def __init__(self, zdim: int, templateres: int, width: float) -> None:
         super().__init__()
@@ -49,9 +55,15 @@ class Decoder(nn.Module):
         x = functional.interpolate(x, size=(self.resized,) * 3, mode="trilinear", align_corners=False)
         # few channels on large grids: half the time of these layers (docs/experiments.md, cost of a step)
         x = x.contiguous(memory_format=torch.channels_last_3d)
+        if self.recomputed and torch.is_grad_enabled():
+            return torch.cat([checkpoint(self._grow, one, use_reentrant=False) for one in x.split(1)])
+        return self._grow(x)
+
+    def _grow(self, x: Tensor) -> Tensor:
         for layer in self.rise[:-1]:
             x = functional.leaky_relu(layer(x), SLOPE)
-        return self.rise[-1](x)[:, 0]
+        grown: Tensor = self.rise[-1](x)[:, 0]
+        return grown
 
 
 def _double(inside: int, outside: int, size: int = 2) -> nn.ConvTranspose3d:

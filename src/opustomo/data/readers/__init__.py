@@ -6,6 +6,7 @@ Owns: the order of the decisions (dialect, files, box, pixel size, poses, transf
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from opustomo.physics.geometry import euler_to_matrix
 __all__ = ["poses_of", "read_particles", "read_transfer_volume", "with_poses"]
 
 
-def read_particles(star: Path, options: InputOptions) -> Particles:
+def read_particles(star: Path, options: InputOptions, pack: Path | None = None) -> Particles:
     """Read a particle STAR file or an optimisation set (P particles) with everything its particles refer to.
 
     options: the dialect (``--format``), cross-checks (``-D``, ``--angpix``, ``--relion31``), ``--datadir`` and the
     normalisation.  UserError (one line, with the fix): any file missing, column missing, box or pixel size in
     disagreement, particle without CTF.  Every decision is a sentence in ``notes``, the dialect first.
+    pack: a file that keeps the tilts of per-particle CTF STARs (see ``ctf_star.read_tilts``).
     """
     source = read_source(star, options.format, options.datadir)
     table, stacks = source.table, source.format in ("relion5", "series")
@@ -45,7 +47,7 @@ def read_particles(star: Path, options: InputOptions) -> Particles:
     box, box_note = sampling.box_size(images, star, relion.image_size(table), options, stacks)
     pixel_size, pixel_note = sampling.pixel_size(images, star, relion.pixel_size(table), options)
     notes += [box_note, pixel_note]
-    fields = _of_tilt_images if stacks else _of_subtomograms
+    fields = _of_tilt_images if stacks else partial(_of_subtomograms, pack=pack)
     return Particles(
         source=star.absolute(),
         dialect=dialect,
@@ -64,13 +66,14 @@ def read_particles(star: Path, options: InputOptions) -> Particles:
 
 
 def _of_subtomograms(
-    source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str]
-) -> dict[str, Any]:
+    source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str],
+    pack: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Poses, transfer functions and notes of 3-D subtomograms, as fields of ``Particles``."""
     table = source.table
     euler = relion.eulers(table)
     origin, origin_note = relion.origins(table, pixel_size)
-    transfer = find_transfer(table, images, Locator(table.path, options.datadir), box)
+    transfer = find_transfer(table, images, Locator(table.path, options.datadir), box, pack)
     if transfer.transfer == "tilts" and relion.premultiplied(table):
         raise UserError(
             f"{table.path}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it "

@@ -25,30 +25,30 @@ class Locator:
         if datadir is not None and not datadir.is_dir():
             raise UserError(f"--datadir {datadir}: no such folder; give the folder in front of the names in {star}")
 
-    def find(self, names: Names) -> tuple[Path, ...] | None:
+    def find(self, names: Names) -> list[str] | None:
         """Absolute paths of all ``names`` (same order) in the first place that has all of them, None if none has."""
-        return next((paths for paths in self._places(names) if self._missing(paths) is None), None)
+        return next((paths for paths in self._places(names) if all(map(self.exists, paths))), None)
 
     def require(self, names: Names, what: str) -> tuple[Path, ...]:
         """As find, but UserError naming the first missing file, how many, the folders tried and a fix."""
         found = self.find(names)
         if found is None:
             raise UserError(self._explain(names, what))
-        return found
+        return tuple(map(Path, found))
 
     def present(self, names: Names) -> int:
         """How many of ``names`` exist in the place that has most of them."""
         return max(sum(map(self.exists, paths)) for paths in self._places(names))
 
-    def exists(self, path: Path) -> bool:
+    def exists(self, path: str | Path) -> bool:
         """Whether the file is there, from a listing of its folder."""
-        folder = str(path.parent)
+        folder, name = os.path.split(path)
         if folder not in self._listings:
             try:
                 self._listings[folder] = frozenset(entry.name for entry in os.scandir(folder))
             except OSError:
                 self._listings[folder] = frozenset()
-        return path.name in self._listings[folder]
+        return name in self._listings[folder]
 
     def outside_datadir(self, paths: Sequence[Path]) -> bool:
         """Whether a given ``--datadir`` had no part in finding these files."""
@@ -59,16 +59,14 @@ class Locator:
         given = [] if self.datadir is None else [self.datadir.absolute()]
         return list(dict.fromkeys([*given, self.star.absolute().parent, Path.cwd()]))
 
-    def _places(self, names: Names) -> Iterator[tuple[Path, ...]]:
+    def _places(self, names: Names) -> Iterator[list[str]]:
+        # as text: a Path costs microseconds, several for every particle
         for folder in self._folders:
-            yield tuple(folder / name for name in names)
+            yield [os.path.join(folder, name) for name in names]  # noqa: PTH118
             if folder == self._folders[0] and self.datadir is not None:
-                flat = [Path(name).name for name in names]
+                flat = [os.path.basename(name) for name in names]  # noqa: PTH119
                 if len(set(flat)) == len(set(names)):
-                    yield tuple(folder / name for name in flat)
-
-    def _missing(self, paths: Sequence[Path]) -> int | None:
-        return next((i for i, path in enumerate(paths) if not self.exists(path)), None)
+                    yield [os.path.join(folder, name) for name in flat]  # noqa: PTH118
 
     def _explain(self, names: Names, what: str) -> str:
         best = max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))

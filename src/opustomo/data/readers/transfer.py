@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,16 +32,19 @@ class TransferFunctions(NamedTuple):
     note: str
 
 
-def find_transfer(star: StarFile, images: Sequence[Path], locator: Locator, box: int) -> TransferFunctions:
+def find_transfer(
+    star: StarFile, images: Sequence[Path], locator: Locator, box: int, pack: Path | None = None
+) -> TransferFunctions:
     """Transfer functions of P particles, of which ``images`` are the subtomograms (P paths) with box ``box``.
 
     A per-particle CTF STAR (rlnCtfImage with extension .star, or ``*_ctf.star`` beside the subtomogram) wins over
-    the volume named by rlnCtfImage.  UserError: particle without CTF, missing files, all tilts excluded.
+    the volume named by rlnCtfImage.  pack: see ``read_tilts``.
+    UserError: particle without CTF, missing files, all tilts excluded.
     """
     names = _ctf_names(star)
     stars = _find_stars(names, images, locator)
     if stars is not None:
-        return _from_stars(star, stars)
+        return _from_stars(star, stars, pack)
     if names is None:
         raise UserError(
             f"{star.path}: particle without CTF: there is no column _rlnCtfImage and no *_ctf.star beside the "
@@ -66,21 +70,20 @@ def _ctf_names(star: StarFile) -> list[str] | None:
 
 
 def _star_name(name: str) -> str:
-    path = Path(name)
-    return str(path.with_suffix(".star") if path.name else path / ".star")
+    return os.path.splitext(name)[0] + ".star"  # noqa: PTH122
 
 
-def _find_stars(names: list[str] | None, images: Sequence[Path], locator: Locator) -> tuple[Path, ...] | None:
+def _find_stars(names: list[str] | None, images: Sequence[Path], locator: Locator) -> list[str] | None:
     if names is not None:
         found = locator.find([_star_name(name) for name in names])
         if found is not None:
             return found
-    beside = tuple(image.with_name(image.stem + "_ctf.star") for image in images)
+    beside = [os.path.splitext(image)[0] + "_ctf.star" for image in images]  # noqa: PTH122
     return beside if all(map(locator.exists, beside)) else None
 
 
-def _from_stars(star: StarFile, files: tuple[Path, ...]) -> TransferFunctions:
-    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star))
+def _from_stars(star: StarFile, files: Sequence[str], pack: Path | None) -> TransferFunctions:
+    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), pack)
     counts = np.diff(offsets)
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     note = f"CTF from {len(set(files))} CTF STAR files, {span} tilts per particle"
