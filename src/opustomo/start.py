@@ -147,9 +147,10 @@ def with_memory(
     fresh: not a continuation; only there, and only where -b was not typed, the batch may become smaller.
     """
     typed = config.batch != TrainConfig.batch if given is None else "batch" in given
-    components, batch = min(MAX_COMPONENTS, config.zdim), global_batch(config)
+    components = min(MAX_COMPONENTS, config.zdim)
+    share = math.ceil(global_batch(config) / parallel.count())  # of a batch, in each process
     fit = plan(
-        grid, components, config.width, config.encoderres, batch, particles, device,
+        grid, components, config.width, config.encoderres, share, particles, device,
         adjustable=fresh and not typed and not config.multigpu,
     )  # fmt: skip
     return config if config.multigpu else dataclasses.replace(config, batch=fit.batch), fit.recomputed
