@@ -20,10 +20,13 @@ import pytest
 import torch
 
 from opustomo import cli, parallel
+from opustomo import start as start_module
 from opustomo.config import TrainConfig
 from opustomo.data.cache import open_cache
 from opustomo.errors import UserError
 from opustomo.job import Job, prepare, processes
+from opustomo.memory import Fit
+from opustomo.physics.grid import Grid
 from parallel_work import epoch_of, failing, shared_epoch
 from small_set import (
     PARTICLES,
@@ -307,3 +310,20 @@ def test_every_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"4 processes on .*, which has 2 GPUs"):
         parallel._take_gpu(3)
+
+
+def test_each_process_needs_memory_for_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the batch of the run stays what it is, also where it was made for one process."""
+    asked: list[int] = []
+
+    def plan(grid: Grid, components: int, width: float, encoderres: int, batch: int, *_: object, **__: object) -> Fit:
+        asked.append(batch)
+        return Fit(batch, False)
+
+    monkeypatch.setattr(start_module, "plan", plan)
+    monkeypatch.setattr(parallel, "count", lambda: 4)
+    for several in (True, False):
+        config = TrainConfig(Path(), Path(), batch=10, num_gpus=4, multigpu=several)
+        made, _ = start_module.with_memory(config, None, Grid(16, 1.0, 8, 8, 16), 99, torch.device("cpu"), fresh=False)
+        assert made == config
+    assert asked == [10, 3]

@@ -144,16 +144,18 @@ def with_memory(
 ) -> tuple[TrainConfig, bool]:
     """The batch that fits in memory and whether the decoder is to be recomputed, see ``memory.plan``.
 
-    fresh: not a continuation; only there, and only where -b was not typed, the batch may become smaller.
+    fresh: not a continuation; only there, and only where -b was not typed, the batch may become smaller.  Of several
+    processes each needs memory for its share of the batch.
     """
     typed = config.batch != TrainConfig.batch if given is None else "batch" in given
     components = min(MAX_COMPONENTS, config.zdim)
     share = math.ceil(global_batch(config) / parallel.count())  # of a batch, in each process
+    several = config.multigpu or parallel.count() > 1  # the batch of the run is not this process's
     fit = plan(
         grid, components, config.width, config.encoderres, share, particles, device,
-        adjustable=fresh and not typed and not config.multigpu,
+        adjustable=fresh and not typed and not several,
     )  # fmt: skip
-    return config if config.multigpu else dataclasses.replace(config, batch=fit.batch), fit.recomputed
+    return config if several else dataclasses.replace(config, batch=fit.batch), fit.recomputed
 
 
 def select_inputs(config: TrainConfig) -> Inputs:
