@@ -12,6 +12,7 @@ import torch
 
 from opustomo import cli, parallel
 from opustomo.errors import UserError
+from small_set import learner_of
 
 
 class Note:
@@ -45,12 +46,9 @@ def epoch_of(job: Any) -> dict[str, Any]:
     try:
         training.train_epoch(
             job.config,
-            job.model,
             job.context,
-            optimizer,
+            learner_of(job.model, optimizer, job.bank, 0),
             job.train,
-            job.bank,
-            0,
             note if parallel.first() else None,  # type: ignore[arg-type]
         )
     finally:

@@ -109,6 +109,14 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "save", lambda figure, path: path.touch())
 
 
+def learner_of(model: Any, optimizer: torch.optim.Optimizer, bank: torch.Tensor, epoch: int) -> Any:
+    """What ``train_epoch`` changes, at the beginning of an epoch."""
+    from opustomo.course import Course
+    from opustomo.keeping import Learner
+
+    return Learner(model, optimizer, bank, Course(epoch, seen=epoch * len(bank)))
+
+
 def metrics_of(run: Path) -> list[dict[str, str]]:
     """Rows of metrics.csv without what the clock says."""
     with (run / "metrics.csv").open(newline="") as file:
@@ -122,6 +130,29 @@ def held_out(run: Path) -> list[float]:
 
 def tensors(path: Path) -> dict[str, Any]:
     return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """The same tensors and numbers, to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict) and isinstance(b, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_epoch(a: Path, b: Path, epoch: int) -> None:
+    for kind in ("z", "weights"):
+        assert_equal(tensors(a / f"{kind}.{epoch}.pkl"), tensors(b / f"{kind}.{epoch}.pkl"), kind)
+    assert (a / f"pose.{epoch}.pkl").read_bytes() == (b / f"pose.{epoch}.pkl").read_bytes()
 
 
 class MemoryRows:

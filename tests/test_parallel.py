@@ -158,14 +158,30 @@ def test_a_run_goes_on_with_another_number_of_processes(finished_run: Path, tmp_
     assert close(tensors(finished_run / "z.2.pkl")["mu"], tensors(run / "z.2.pkl")["mu"], 1e-3)
 
 
+def started_twice(run: Path, epoch: int) -> list[subprocess.Popen[str]]:
+    """Two processes that go on with ``run`` without end, once ``epoch`` is finished."""
+    both = start(["train", "--resume", str(run), "-n", "100000"])
+    patience = time.monotonic() + 200
+    while not (run / f"weights.{epoch}.pkl").exists():
+        assert both[0].poll() is None and time.monotonic() < patience, both[0].communicate()
+        time.sleep(0.05)
+    return both
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run(finished_run: Path, tmp_path: Path) -> None:
+    """One that is asked to stop stops all, and the first keeps the state; one that is killed ends all."""
     run = copy_run(finished_run, tmp_path / "run", 0)
-    first, second = start(["train", "--resume", str(run), "-n", "100000"])
-    patience = time.monotonic() + 200
-    while not (run / "weights.2.pkl").exists():
-        assert first.poll() is None and time.monotonic() < patience, first.communicate()
-        time.sleep(0.05)
+    first, second = started_twice(run, 1)
+    second.send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=100)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (128 + signal.SIGUSR1,) * 2, said
+    assert (
+        said[0].splitlines()[-1].startswith("opustomo train: interrupted by SIGUSR1: everything learned so far is kept")
+    )
+    assert said[1] == "" and tensors(run / "state.pkl")["course"]["epoch"] >= 2
+
+    first, second = started_twice(run, 2 + tensors(run / "state.pkl")["course"]["epoch"])
     second.send_signal(signal.SIGKILL)
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 2
@@ -281,7 +297,6 @@ def test_the_job_script_starts_every_task(finished: bool, tmp_path: Path) -> Non
     if finished:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.yaml").write_text("star: particles.star\n")
-        (tmp_path / "run" / "z.0.pkl").touch()
     slurm = {"NTASKS": "4", "NTASKS_PER_NODE": "2", "JOB_ID": "123456", "JOB_NODELIST": "node[1-2]"}
     names = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | {f"SLURM_{k}": v for k, v in slurm.items()}
     done = subprocess.run(

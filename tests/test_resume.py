@@ -21,6 +21,7 @@ from opustomo.resume import Continuation, resolve
 from small_set import (
     EPOCHS,
     SmallSet,
+    assert_same_epoch,
     copy_run,
     given_cache,
     hurry,
@@ -40,29 +41,6 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def cached(finished_run: Path) -> tuple[str, str]:
     """The options that use the rows of the finished run."""
     return "--cache", str(given_cache(finished_run))
-
-
-def assert_equal(a: object, b: object, where: str = "") -> None:
-    """The same tensors and numbers, to the last bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict) and isinstance(b, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_epoch(a: Path, b: Path, epoch: int) -> None:
-    for kind in ("z", "weights"):
-        assert_equal(tensors(a / f"{kind}.{epoch}.pkl"), tensors(b / f"{kind}.{epoch}.pkl"), kind)
-    assert (a / f"pose.{epoch}.pkl").read_bytes() == (b / f"pose.{epoch}.pkl").read_bytes()
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
@@ -343,8 +321,17 @@ def test_what_is_no_checkpoint_is_refused(
 
 def test_nothing_to_resume(small_set: SmallSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(small_set, tmp_path / "run", "--load", "latest") == 2
-    assert "--load latest: " in (message := error_of(capsys)) and "no finished epoch" in message
+    assert "--load latest: " in (message := error_of(capsys)) and "no run of train there" in message
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 2
+
+
+def test_a_run_that_had_learned_nothing_begins_again(finished_run: Path, tmp_path: Path) -> None:
+    """Interrupted in the linear stage: --resume knows the options, and ends where the run would have."""
+    run = copy_run(finished_run, tmp_path / "run", -1)
+    assert cli.main(["train", "--resume", str(run), "--workers", "1", "--device", "cpu"]) == 0
+    assert_same_epoch(run, finished_run, EPOCHS - 1)
+    assert metrics_of(run) == metrics_of(finished_run)
+    assert "begins again with the options it had" in (run / "run.log").read_text()
 
 
 def test_messages_speak_of_resume_where_it_was_typed(
@@ -356,22 +343,28 @@ def test_messages_speak_of_resume_where_it_was_typed(
     assert "--resume continues exactly, but options changed: --lr 0.002" in message and "--load latest" not in message
     assert cli.main(["train", "--resume", str(run), "--zdim", "5"]) == 2
     assert "start a new run without --resume" in error_of(capsys)
-    for path in run.glob("*.pkl"):
-        path.unlink()
+    (run / "config.yaml").unlink()
     assert cli.main(["train", "--resume", str(run)]) == 2
     message = error_of(capsys)
-    assert "no finished epoch; repeat the original command" in message and "--load" not in message
+    assert "not begun (no config.yaml yet); repeat the original command" in message and "--load" not in message
 
 
-def test_truncated_weights_are_named(
+def test_damaged_weights_are_named_and_those_before_them_used(
     small_set: SmallSet, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_run(finished_run, tmp_path / "run", 1)
+    (run / "cache").symlink_to(finished_run / "cache")
     weights = run / "weights.1.pkl"
     weights.write_bytes(weights.read_bytes()[:2000])
-    assert train(small_set, run, "-n", str(EPOCHS), "--load", "latest") == 2
+    assert train(small_set, run, "-n", str(EPOCHS), "--load", f"{weights}") == 2
     message = error_of(capsys)
     assert str(weights) in message and "another epoch" in message
+    assert train(small_set, run, "-n", str(EPOCHS), "--load", "latest") == 0
+    assert f"{weights}: cannot be read" in (log := (run / "run.log").read_text()) and "from epoch 0 of" in log
+    assert_same_epoch(run, finished_run, EPOCHS - 1)
+    for path in run.glob("weights.*.pkl"):
+        path.write_bytes(b"")
+    assert train(small_set, run, "-n", str(EPOCHS), "--load", "latest") == 2
 
 
 def test_weights_for_another_set_are_refused(

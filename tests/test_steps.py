@@ -15,7 +15,9 @@ import torch
 from opustomo import cli
 from opustomo import train as training
 from opustomo.config import TrainConfig
-from opustomo.errors import UserError
+from opustomo.guard import RanAway, Watch
+from opustomo.interruption import Asked
+from opustomo.keeping import Learner
 from opustomo.mixture import CodePosterior, Statistics
 from opustomo.model.vae import Vae
 from opustomo.objective import magnitude, total_variation
@@ -27,6 +29,7 @@ from small_set import (
     SmallSet,
     given_cache,
     hurry,
+    learner_of,
     tensors,
     train_line,
 )
@@ -55,10 +58,8 @@ def prepared(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.T
     """Everything that stands before the first step."""
     made: list[Prepared] = []
 
-    def stop(
-        config: TrainConfig, model: Vae, context: Context, optimizer: object, train: torch.Tensor, *_: Any
-    ) -> None:
-        made.append(Prepared(config, model, context, train))
+    def stop(config: TrainConfig, context: Context, learner: Learner, train: torch.Tensor, *_: Any) -> None:
+        made.append(Prepared(config, learner.model, context, train))
         raise Ready
 
     line = train_line(small_set, tmp_path_factory.mktemp("prepared") / "run", "--cache", str(given_cache(finished_run)))
@@ -94,7 +95,9 @@ def test_accumulated_steps_are_one_larger_batch(prepared: Prepared, monkeypatch:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         metrics = training.Metrics(config.output / "metrics.csv")
         bank = prepared.bank()
-        training.train_epoch(config, model, prepared.context, optimizer, prepared.train[:12], bank, 0, metrics)
+        training.train_epoch(
+            config, prepared.context, learner_of(model, optimizer, bank, 0), prepared.train[:12], metrics
+        )
         moved.append({k: v - before[k] for k, v in model.state_dict().items()})
     largest = max(float(v.abs().max()) for v in moved[0].values())
     assert largest > 0
@@ -175,8 +178,10 @@ def test_loss_that_is_not_finite_names_the_particle(prepared: Prepared) -> None:
     model, bank = prepared.model(), prepared.bank()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     metrics = training.Metrics(prepared.config.output / "metrics.csv")
-    with pytest.raises(UserError, match=rf"not finite for particle row\(s\) {bad + 1};"):
-        training.train_epoch(prepared.config, model, context, optimizer, prepared.train, bank, 0, metrics)
+    watch = Watch(Asked(), 0.0, lambda: None, 100.0, "")
+    with pytest.raises(RanAway, match=rf"not finite for particle row\(s\) {bad + 1}$"):
+        learner = learner_of(model, optimizer, bank, 0)
+        training.train_epoch(prepared.config, context, learner, prepared.train, metrics, watch)
 
 
 def test_training_improves_the_bound_of_the_particles_it_sees(prepared: Prepared) -> None:
@@ -190,7 +195,7 @@ def test_training_improves_the_bound_of_the_particles_it_sees(prepared: Prepared
     )
     before = training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"]
     for epoch in range(config.epochs):
-        training.train_epoch(config, model, prepared.context, optimizer, index, bank, epoch, metrics)
+        training.train_epoch(config, prepared.context, learner_of(model, optimizer, bank, epoch), index, metrics)
     after = training.evaluate(model, prepared.context, index, 0.0, 0)["val_elbo"]
     assert after > before + 0.3, (before, after)
 
@@ -203,7 +208,9 @@ def added_by_training(prepared: Prepared, **options: float) -> tuple[torch.Tenso
     seen: list[float] = []
     metrics: Any = SimpleNamespace(append=lambda **row: seen.append(row["loss"]))
     for epoch in range(8):
-        training.train_epoch(config, model, prepared.context, optimizer, index, prepared.bank(), epoch, metrics)
+        training.train_epoch(
+            config, prepared.context, learner_of(model, optimizer, prepared.bank(), epoch), index, metrics
+        )
     code = training.known(prepared.context, index).centre().float()
     with torch.no_grad():
         return model.nonlinear(code) / model.scale[0], seen

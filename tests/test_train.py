@@ -40,6 +40,7 @@ from small_set import (
     given_cache,
     held_out,
     hurry,
+    learner_of,
     metrics_of,
     tensors,
     train,
@@ -363,7 +364,8 @@ def test_every_accumulated_gradient_is_the_mean_of_its_batches(
     def step(model: torch.nn.Linear, context: object, index: torch.Tensor, *_: object) -> training.Step:
         seen.append(float(numbers[index].mean()))
         nothing = torch.zeros(len(index))
-        return training.Step(numbers[index] * model.weight[0, 0], nothing, nothing, nothing[:, None], nothing, nothing)
+        value = numbers[index] * model.weight[0, 0]
+        return training.Step(value, nothing, nothing, nothing, nothing[:, None], nothing, nothing)
 
     taken: list[float] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -372,7 +374,8 @@ def test_every_accumulated_gradient_is_the_mean_of_its_batches(
     context: Any = SimpleNamespace(device=torch.device("cpu"), group=np.zeros(54, np.int64), mixture=single(1))
     metrics: Any = SimpleNamespace(append=lambda **_: None)
     config = TrainConfig(Path(), Path(), accum_step=lot, bfactor=0.0)
-    training.train_epoch(config, model, context, optimizer, torch.arange(54), torch.zeros(54, 1), 0, metrics)  # type: ignore[arg-type]
+    learner = learner_of(model, optimizer, torch.zeros(54, 1), 0)
+    training.train_epoch(config, context, learner, torch.arange(54), metrics)
     assert len(seen) == 7
     starts = np.cumsum([0, *groups[:-1]])
     expected = [np.mean(seen[a : a + n]) for a, n in zip(starts, groups, strict=True)]

@@ -37,6 +37,7 @@ from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.stored import read_config
 
+WITHIN, BEFORE = "state.pkl", "start.pkl"  # of an epoch that is not finished, and of the first
 Kind = Literal["network", "linear", "map"]  # map: of --encode-mode fixed, without codes
 
 
@@ -87,6 +88,18 @@ def epochs_of(folder: Path) -> list[int]:
     """Epochs for which weights.N.pkl and z.N.pkl both exist, ascending."""
     found = (re.fullmatch(r"weights\.(\d+)\.pkl", p.name) for p in folder.glob("weights.*.pkl"))
     return sorted(int(m[1]) for m in found if m and (folder / f"z.{m[1]}.pkl").exists())
+
+
+def states_of(folder: Path) -> list[Path]:
+    """Files that training can go on from, the one that is furthest first."""
+    ended = [folder / f"weights.{epoch}.pkl" for epoch in reversed(epochs_of(folder))]
+    return [path for path in (folder / WITHIN, *ended, folder / BEFORE) if path.is_file()]
+
+
+def remove_epoch(folder: Path, epoch: int) -> None:
+    """The files of a checkpoint, the codes first: without them an epoch does not count."""
+    for name in ("z", "pose", "weights"):
+        (folder / f"{name}.{epoch}.pkl").unlink(missing_ok=True)
 
 
 def save_epoch(

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opustomo import __version__
-from opustomo.errors import ToldElsewhere, UserError
+from opustomo.errors import Interrupted, ToldElsewhere, UserError
+from opustomo.interruption import on_signal, stop_at_once
 
 
 class Verb(NamedTuple):
@@ -124,11 +125,13 @@ OS_MESSAGES = {
     errno.ENOTDIR: "part of the path is a file, not a folder",
     errno.EISDIR: "a folder stands where a file is expected",
 }
+INTERRUPTED = 128  # exit status of a program that a signal has ended: this and the signal's number
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``opustomo``; returns the exit status (0 done, 1 failed, 2 mistake in input or options, 130 interrupted)."""
+    """Run ``opustomo``; returns the exit status (0 done, 1 failed, 2 mistake in input or options, 130
+    interrupted, 128 + N ended by signal N)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(OVERVIEW, end="")
@@ -178,10 +181,9 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     folder = arguments[at + 1]
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        if (path.parent / "run.log").is_file():  # interrupted while the data were prepared
-            from opustomo.resume import BEGIN_AGAIN
-
-            raise UserError(f"--resume {folder}: no finished epoch (no config.yaml yet); {BEGIN_AGAIN}")
+        if (path.parent / "run.log").is_file():  # interrupted before the data were read
+            raise UserError(f"--resume {folder}: not begun (no config.yaml yet); repeat the original command (run.log "
+                            "begins with it)")  # fmt: skip
         raise UserError(f"--resume {folder}: no config.yaml there, so it is not a run folder of train")
     stored = read_config(Path(folder))
     if "star" not in stored:
@@ -244,9 +246,12 @@ def run(command: str, function: Callable[[], int | None], output: Path | None = 
     receives ``error.log`` with the traceback of an internal error (the system's temporary folder when None).
     """
     try:
-        status = function() or 0
-        sys.stdout.flush()
-        return status
+        with on_signal(stop_at_once):
+            status = function() or 0
+            sys.stdout.flush()
+            return status
+    except Interrupted as signalled:
+        return fail(command, str(signalled), INTERRUPTED + signalled.number, told=signalled.told)
     except KeyboardInterrupt:
         return fail(command, "interrupted", 130)
     except BrokenPipeError:
@@ -300,7 +305,7 @@ def fail(command: str, message: str, status: int, *, told: bool = False) -> int:
 
     told: not on stderr, where another process has said it.
     """
-    line = f"{command}: error: {message}" if status != 130 else f"{command}: {message}"
+    line = f"{command}: {message}" if status > INTERRUPTED else f"{command}: error: {message}"
     if not told:
         print(line, file=sys.stderr)
     logger = logging.getLogger("opustomo")

@@ -188,6 +188,10 @@ class TrainConfig:
     """Particles between two lines of metrics (0: once per epoch)."""
     checkpoint: int = 1
     """Epochs between two checkpoints; the last epoch is always written."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two states kept within an epoch, for --resume (0: only when asked to stop)."""
+    keep: int = 0
+    """Checkpoints to keep: the last so many, and the one that explains held-out particles best (0: all)."""
     load: Annotated[str | None, arg(metavar="latest|PKL")] = None
     """Continue from RUN's latest checkpoint, or start warm from a weights file."""
     latents: Annotated[Path | None, arg(metavar="PKL")] = None
@@ -198,6 +202,8 @@ class TrainConfig:
     """Threads, not processes (0: all cores)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    deterministic: Switch = False
+    """The same numbers in every run also on a GPU, where that is slower; refused where something has no such way."""
     verbose: Switch = False
     """More lines in the log."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import pickle
+import signal
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,21 @@ class UserError(ValueError):
 
 class ToldElsewhere(UserError):
     """The failure of another process of this run, which has told the user: it goes to the log alone."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked the program to stop: its number, and words for the user on how to go on.
+
+    told: another process of this run tells the user.
+    """
+
+    def __init__(self, number: int, words: str = "", *, told: bool = False) -> None:
+        super().__init__()
+        self.number, self.words, self.told = number, words, told
+
+    def __str__(self) -> str:
+        by = "" if self.number == signal.SIGINT else f" by {signal.Signals(self.number).name}"
+        return f"interrupted{by}{self.words and ': '}{self.words}"
 
 
 def printable(text: str) -> str:

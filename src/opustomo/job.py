@@ -17,6 +17,7 @@ from torch import Tensor
 from opustomo import checkpoint, parallel
 from opustomo.choices import choices
 from opustomo.config import TrainConfig
+from opustomo.course import Course
 from opustomo.errors import UserError
 from opustomo.model.vae import Vae
 from opustomo.monitor import setup_log
@@ -58,7 +59,8 @@ class Job:
     context: Context
     bank: Tensor  # (P, K) codes last seen
     optimizer: dict[str, Any] | None  # state to go on with
-    first: int  # epoch
+    course: dict[str, Any]  # where it begins: see course.Course
+    fresh: bool  # not the exact continuation of a checkpoint in this folder
     bound: float  # of the linear stage on the held-out particles, nats per particle
     started: float
 
@@ -68,10 +70,12 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     config, continuation = resolve(config, given)
     _refuse_foreign_output(config, continuation)
     setup_log(config.output, config.verbose)
+    if continuation is None and config.load is not None:
+        log.info("interrupted before anything was learned: begins again with the options it had")
     for note in continuation.notes if continuation is not None else ():
         log.info("%s", note)
     started = time.time()
-    prepare_process(config.workers)
+    prepare_process(config.workers, config.deterministic)
     torch.manual_seed(config.seed)
     if parallel.count() > 1:
         if continuation is None and not config.multigpu:  # started by torchrun without saying so again
@@ -84,6 +88,8 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     count, fresh = len(inputs.particles), continuation is None
     config, recomputed = with_memory(config, given, inputs.grid, count, device, fresh)
     train, held, split_file = split_of(config, count)
+    if fresh:  # from here on --resume knows what was asked for
+        save_config(config, "network", inputs, None, split_file)
     start = start_from_linear(config, inputs, train, held, continuation)
     linear = start.linear
     train, held = train[linear.typical[train]], held[linear.typical[held]]
@@ -91,18 +97,21 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     model.decoder.recomputed = recomputed
     save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
-    first, bank, optimizer = 0, linear.codes.centre().float(), None
+    course, bank, optimizer = Course().state(), linear.codes.centre().float(), None
     if continuation is not None:
-        first = continuation.first_epoch
+        course = continuation.weights["course"]
         if continuation.optimiser:
             bank, optimizer = continuation.weights["bank"], continuation.weights["optimizer"]
+        else:
+            course = Course(course["epoch"], seen=course["epoch"] * len(train)).state()
     else:
         for choice in choices(asked, config, given, start, len(train), device.type == "cuda"):
             log.info("%s %s: %s", *choice)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     log.info("%.1f million parameters; the data are ready after %.0f s", millions, time.time() - started)
     bound = float(linear.codes.evidence[held if len(held) else train].mean())
-    return Job(config, train, held, model, context, bank, optimizer, first, bound, started), start
+    exact = continuation is not None and continuation.own
+    return Job(config, train, held, model, context, bank, optimizer, course, not exact, bound, started), start
 
 
 def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | None) -> None:
@@ -110,7 +119,7 @@ def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | Non
     own = continuation is not None and (
         config.load == "latest" or Path(str(config.load)).resolve().parent == config.output.resolve()
     )
-    if not own and checkpoint.epochs_of(config.output):
+    if not own and checkpoint.states_of(config.output):
         raise UserError(
             f"-o {config.output}: holds a run already; continue it with `opustomo train --resume {config.output}`, or "
             "choose another folder"

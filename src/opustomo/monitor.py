@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import resource
 import shlex
 import sys
@@ -16,11 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from opustomo import __version__, parallel
+from opustomo.course import Course
 from opustomo.data.atomic import atomic, hold, remove_leftovers
 from opustomo.errors import UserError, printable
 
@@ -30,6 +32,8 @@ METRIC_COLUMNS = (
     "epoch", "particles", "loss", "nll", "kl", "prior", "regulariser", "disentanglement",
     "val_nll", "val_kl", "val_elbo", "linear_val_elbo", "beta", "lr", "seconds", "particles_per_second",
 )  # fmt: skip
+# by stages that log into a folder, which is theirs alone meanwhile
+WRITTEN = ("weights", "z", "pose", "state", "start", "split", "config", "metrics", "mask", "tmp")
 SECONDS_BETWEEN_LINES = 10.0
 NOTABLE = 0.05  # nats per held-out particle: smaller differences are not worth a word
 
@@ -82,8 +86,9 @@ def setup_log(output: Path | None, verbose: bool) -> logging.Logger:
         file = RunLog(output)
     except OSError as error:
         raise UserError(f"-o {output}: cannot be written ({error.strerror}); choose another folder with -o") from None
-    for name in ("weights", "z", "pose"):
+    for name in WRITTEN:
         remove_leftovers(output, name)
+    remove_leftovers(output / "linear", "*")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     command = f"opustomo {__version__}, Python {sys.version.split()[0]}: {shlex.join(sys.argv)}"
@@ -144,12 +149,12 @@ def duration(seconds: float) -> str:
 class Metrics:
     """metrics.csv: one row per log interval, written at once, so that a killed run keeps what it had.
 
-    ``epoch`` is the first epoch this process will train; rows of it and later ones, left by an interrupted attempt, are
-    dropped, and so is a row that was cut off.
+    ``epoch`` is the first epoch this process will train, from ``seen`` particles on; rows after that, left by an
+    interrupted attempt, are dropped, and so is a row that was cut off.
     """
 
-    def __init__(self, path: Path, epoch: int = 0) -> None:
-        kept = [row for row in read_rows(path) if int(row["epoch"]) < epoch]
+    def __init__(self, path: Path, epoch: int = 0, seen: int = 0) -> None:
+        kept = [row for row in read_rows(path) if _is_before(row, epoch, seen)]
         with atomic(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, METRIC_COLUMNS)
             writer.writeheader()
@@ -161,6 +166,18 @@ class Metrics:
         cells = {name: "" if value is None else f"{value:.8g}" for name, value in values.items()}
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, METRIC_COLUMNS).writerow(cells)
+
+
+def _is_before(row: dict[str, str], epoch: int, seen: int) -> bool:
+    ended = bool(row.get("val_elbo"))  # the line of a whole epoch
+    return int(row["epoch"]) < epoch or (int(row["epoch"]) == epoch and not ended and _number(row) <= seen)
+
+
+def _number(row: dict[str, str]) -> float:
+    try:
+        return float(row["particles"])
+    except (KeyError, ValueError):
+        return math.inf
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -184,39 +201,34 @@ def peak_memory_gb() -> float:
 
 
 class Window:
-    """Running means between two lines of metrics.csv; metrics: None in a process that does not write."""
+    """Running means between two lines of metrics.csv, in ``course``; metrics: None in a process that writes nothing."""
 
-    def __init__(self, metrics: Metrics | None, epoch: int, before: int) -> None:
-        self.metrics, self.epoch, self.seen = metrics, epoch, before
-        self._clear()
+    def __init__(self, metrics: Metrics | None, course: Course) -> None:
+        self.metrics, self.course, self.started = metrics, course, time.monotonic()
 
-    def _clear(self) -> None:
-        self.count, self.sums, self.started = 0, np.zeros(6), time.monotonic()
+    def add(self, count: int, values: Tensor) -> None:
+        """Means over ``count`` particles (6,): loss, nll, kl, and the weighted prior, regulariser and disentanglement.
 
-    def add(self, count: int, *values: float) -> None:
-        """Means over ``count`` particles: loss, nll, kl, and the weighted prior, regulariser and disentanglement.
-
-        Of several processes each adds its own particles' part of these means.
+        Of several processes each adds its own particles' part of these means.  They stay on the device.
         """
-        self.count += count
-        self.sums += count * np.array(values)
+        self.course.count += count
+        self.course.sums = self.course.sums.to(values.device) + count * values.double()
 
     def write(self, beta: float, rate: float) -> None:
         """A line of metrics; starts a new window."""
-        self.seen += self.count
-        sums = parallel.total(torch.from_numpy(self.sums)).tolist()
+        course, seconds = self.course, time.monotonic() - self.started
+        count, sums = course.count, parallel.total(course.sums.cpu()).tolist()
+        course.seen, course.count, course.sums = course.seen + count, 0, torch.zeros_like(course.sums)
+        self.started = time.monotonic()
         if self.metrics is None:
-            self._clear()
             return
-        loss, nll, kl, prior, regulariser, disentanglement = (value / self.count for value in sums)
-        seconds = time.monotonic() - self.started
+        loss, nll, kl, prior, regulariser, disentanglement = (value / count for value in sums)
         logging.getLogger("opustomo").debug(
             "epoch %d, %d particles: loss %.3f, nll %.3f, kl %.3f, beta %.3f, lr %.2e",
-            self.epoch, self.seen, loss, nll, kl, beta, rate,
+            course.epoch, course.seen, loss, nll, kl, beta, rate,
         )  # fmt: skip
         self.metrics.append(
-            epoch=self.epoch, particles=self.seen, loss=loss, nll=nll, kl=kl, prior=prior,
+            epoch=course.epoch, particles=course.seen, loss=loss, nll=nll, kl=kl, prior=prior,
             regulariser=regulariser, disentanglement=disentanglement, beta=beta, lr=rate, seconds=seconds,
-            particles_per_second=self.count / max(seconds, 1e-9),
+            particles_per_second=count / max(seconds, 1e-9),
         )  # fmt: skip
-        self._clear()

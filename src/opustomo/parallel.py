@@ -13,9 +13,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opustomo.errors import ToldElsewhere, UserError
+from opustomo.interruption import ignored, on_signal
 
 T = TypeVar("T")
 
@@ -109,6 +111,15 @@ def sum_gradients(model: nn.Module) -> None:
         parameter.grad = part.view_as(parameter)
 
 
+def from_all(values: Tensor) -> Tensor:
+    """What every process gives, one after another along the first dimension, on the CPU."""
+    gathered: list[Tensor] = [values] * count()
+    if count() > 1:
+        with _exchange():
+            dist.all_gather_object(gathered, values)
+    return torch.cat(gathered)
+
+
 def from_first(value: T | None) -> T:
     """The first process's value, in all of them (pickled: tensors on the CPU); what the others give is ignored."""
     box = [value]
@@ -147,15 +158,16 @@ def joined(device: str) -> Iterator[None]:
     use_gpu = device != "cpu" and torch.cuda.device_count() > 0
     store = _join(use_gpu)
     if not first():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one is interrupted, says so, and ends them all
         logging.getLogger("opustomo").setLevel(logging.ERROR)
     try:
-        yield
-        total(torch.zeros(1))  # all or none have finished
+        # the first one is interrupted, says so, and ends them all
+        with nullcontext() if first() else on_signal(ignored):
+            yield
+            total(torch.zeros(1))  # all or none have finished
     except _Lost:
         raise _reason(store) from None
-    except KeyboardInterrupt:
-        _tell(store, UserError("interrupted"))
+    except KeyboardInterrupt as interrupted:
+        _tell(store, UserError(str(interrupted) or "interrupted"))
         raise
     except Exception as error:
         if not _tell(store, error):
@@ -247,13 +259,9 @@ def launch(processes: int, function: Callable[[], int]) -> int:
     )
     assert context is not None
     try:
-        while not context.join(grace_period=GRACE):
-            pass
-    except KeyboardInterrupt:
-        for process in context.processes:
-            process.join(GRACE / processes)  # Ctrl-C reaches them too, and the first says so
-            process.terminate()
-        return 130
+        with on_signal(partial(_pass_on, context.processes)):
+            while not context.join(grace_period=GRACE):
+                pass
     except torch.multiprocessing.ProcessExitedException as ended:
         if ended.exit_code > 0:
             return int(ended.exit_code)
@@ -264,6 +272,13 @@ def launch(processes: int, function: Callable[[], int]) -> int:
             ) from None
         return 1
     return 0
+
+
+def _pass_on(processes: Sequence[Any], number: int) -> None:
+    """Tell the first, which ends them all; Ctrl-C has reached it already."""
+    if number != signal.SIGINT and processes[0].pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(processes[0].pid, number)
 
 
 def _process(number: int, processes: int, port: int, function: Callable[[], int]) -> None:

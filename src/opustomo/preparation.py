@@ -32,10 +32,11 @@ log = logging.getLogger("opustomo")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def prepare_process(workers: int) -> None:
+def prepare_process(workers: int, deterministic: bool = False) -> None:
     """Use ``workers`` threads (0: torch's choice, the cores this process may use or OMP_NUM_THREADS).
 
     More threads than cores only wait for each other: they are cut to the cores.  Raises UserError below 0.
+    deterministic: torch takes no operation whose result depends on the order in which a GPU happens to add.
     Freed memory is kept for the next batch: fetching fresh pages took a quarter of the CPU time (docs/experiments.md).
     """
     if workers < 0:
@@ -45,6 +46,9 @@ def prepare_process(workers: int) -> None:
         log.info("--workers %d: this machine has %d cores, so %d threads are used", workers, cores, cores)
     if workers:
         torch.set_num_threads(min(workers, cores))
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
     with suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)

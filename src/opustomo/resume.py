@@ -15,21 +15,35 @@ from typing import Any
 
 import torch
 
-from opustomo.checkpoint import epochs_of, flatten, load_tensors
+from opustomo.checkpoint import BEFORE, epochs_of, flatten, load_tensors, states_of
 from opustomo.config import GridOptions, InputOptions, TrainConfig
-from opustomo.errors import UserError
+from opustomo.course import Course
+from opustomo.errors import UserError, reading
 from opustomo.stored import read_config
 
-BEGIN_AGAIN = "repeat the original command (run.log begins with it); the cache that is there is used"
+_CHECKPOINT = re.compile(r"weights\.(\d+)\.pkl")
 # options that say where and how to run, not what is computed
-_FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "device"})
+_FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "device", "deterministic"})
 # stored unless typed, and free to change: they do not touch what is computed
-_HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "log_interval", "tmp_prefix"})
+_HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "checkpoint_minutes", "keep", "log_interval", "tmp_prefix"})
 # sizes of the network, and what the stored poses and codes belong to
 _FIXED = ("zdim", "templateres", "width", "encoderres", "star", "ind", "estpose")
 # what a checkpoint of train has and neither one of the linear stage nor of an earlier version
 _NEEDED = frozenset(
-    {"model", "optimizer", "bank", "gain", "typical", "usual", "grid", "noise", "mixture", "linear", "rotation"}
+    {
+        "model",
+        "optimizer",
+        "bank",
+        "course",
+        "gain",
+        "typical",
+        "usual",
+        "grid",
+        "noise",
+        "mixture",
+        "linear",
+        "rotation",
+    }
 )
 
 
@@ -38,11 +52,14 @@ LEARNED = frozenset({"encoder", "decoder", "scale"})  # of its model; the encode
 
 @dataclass(frozen=True)
 class Continuation:
-    """Weights to go on from and the first epoch to train; ``optimiser``: its state and the memory bank go on too."""
+    """Weights to go on from; ``optimiser``: its state, the memory bank and the position within an epoch go on too.
+
+    own: the furthest state of this very folder.
+    """
 
     weights: dict[str, Any]
-    first_epoch: int
     optimiser: bool
+    own: bool
     new_poses: bool = False  # --poses has changed: those of the checkpoint do not hold
     notes: tuple[str, ...] = ()  # for the run's log, which is opened later
 
@@ -50,6 +67,7 @@ class Continuation:
 def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainConfig, Continuation | None]:
     """Merge typed options with those of the run that ``config.load`` names.
 
+    No continuation, though ``config.load`` is set: the run had learned nothing yet when it was interrupted.
     given: names of the options that were typed (None: all that differ from their defaults).  Raises UserError for
     changed options under ``latest``, for sizes that must match, and for codes of another run.  ``resume`` among the
     given: the user typed --resume RUN, which stands for -o RUN --load latest.
@@ -59,29 +77,53 @@ def resolve(config: TrainConfig, given: frozenset[str] | None) -> tuple[TrainCon
         if config.latents is not None:
             raise UserError("--latents has no effect without --load weights.N.pkl; add --load or leave it out")
         return config, None
-    folder, epoch = _source(config, spelt)
+    folder, paths = _source(config, spelt)
     stored = _stored(folder)
     typed = {k: v for k, v in typed_options(config, given).items() if not _same(k, stored.get(k), v, folder)}
     changed = {k: v for k, v in typed.items() if k in stored and k not in _FREE | _HARMLESS}
-    _refuse(config, stored, changed, folder, epoch, spelt)
-    weights = _weights(folder / f"weights.{epoch}.pkl", spelt)
-    notes = [] if config.latents is None else _check_codes(config.latents, folder, epoch)
+    latest = config.load == "latest"
+    path, weights, notes = _first_sound(paths, spelt) if paths else (folder, {}, [])
+    _refuse(config, stored, changed, path, spelt)
+    if config.latents is not None:
+        notes += _check_codes(config.latents, path)
     merged = _merge(config, stored, typed)
-    notes.append(f"{_how(stored, changed)} from epoch {epoch} of {folder}{_listing(stored, changed)}")
+    if not weights:
+        return merged, None
+    where = f"epoch {weights['epoch']}"
+    if step := weights["course"]["step"]:
+        where += f" after {step} steps"
+    elif path.name == BEFORE:
+        where = "the linear stage"
+    notes.append(f"{_how(stored, changed)} from {where} of {folder}{_listing(stored, changed)}")
     old = [e for e in epochs_of(config.output) if e >= merged.epochs]
     if old:
         notes.append(f"epochs {old[0]} to {old[-1]} in {config.output} are of the former run and remain")
-    if epoch + 1 >= merged.epochs:
+    if weights["course"]["epoch"] >= merged.epochs:
         raise UserError(
-            f"-n {merged.epochs}: epoch {epoch} of {folder} is the last already; give a larger -n (the total)"
+            f"-n {merged.epochs}: epoch {weights['epoch']} of {folder} is the last already; give a larger -n "
+            "(the total)"
         )
     optimiser = not changed.keys() - {"epochs"}
-    return merged, Continuation(weights, epoch + 1, optimiser, "poses" in changed, tuple(notes))
+    return merged, Continuation(weights, optimiser, latest and optimiser, "poses" in changed, tuple(notes))
 
 
-def _refuse(
-    config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], folder: Path, epoch: int, spelt: str
-) -> None:
+def _first_sound(paths: list[Path], spelt: str) -> tuple[Path, dict[str, Any], list[str]]:
+    """The first file that is not damaged, what is in it, and a note about every one before it."""
+    notes: list[str] = []
+    for path in paths:
+        try:
+            tensors = load_tensors(path)
+        except UserError as error:
+            if path is paths[-1]:
+                raise
+            notes.append(f"{error}; going on from the one before it")
+            continue
+        return path, _complete(path, tensors, spelt), notes
+    raise AssertionError
+
+
+def _refuse(config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], path: Path, spelt: str) -> None:
+    folder = path.parent if path.is_file() else path
     for name in _FIXED:
         # a run without an encoder may get one
         if name in changed and not (name == "encoderres" and stored[name] == 0):
@@ -95,12 +137,11 @@ def _refuse(
         raise UserError(
             f"{spelt if resumed else '--load latest'} continues exactly, but options changed: {listing}; "
             f"leave them out, or {'in place of --resume type STAR -o RUN' if resumed else 'use'} "
-            f"--load {folder}/weights.{epoch}.pkl to start warm"
+            f"--load {path if path.is_file() else folder / 'weights.N.pkl'} to start warm"
         )
 
 
-def _weights(path: Path, spelt: str) -> dict[str, Any]:
-    weights = load_tensors(path)
+def _complete(path: Path, weights: dict[str, Any], spelt: str) -> dict[str, Any]:
     # a network without weights would be started anew in silence
     parts = {name.split(".")[0] for name in weights["model"]} if isinstance(weights.get("model"), dict) else set()
     if missing := (_NEEDED - weights.keys()) | (LEARNED - {"encoder"} - parts):
@@ -108,6 +149,8 @@ def _weights(path: Path, spelt: str) -> dict[str, Any]:
             f"{path}: has no {', '.join(sorted(missing))}, it is of no network or of an earlier version; "
             f"start a new run without {spelt}"
         )
+    with reading(path, "use that of another epoch"):
+        Course.of(weights["course"])
     return weights
 
 
@@ -134,27 +177,25 @@ def spelt_option(name: str, value: Any) -> str:
     return f"--{flag} {value}"
 
 
-def _source(config: TrainConfig, spelt: str) -> tuple[Path, int]:
+def _source(config: TrainConfig, spelt: str) -> tuple[Path, list[Path]]:
+    """The run's folder and the files to go on from, the furthest first; none where nothing was learned yet."""
     assert config.load is not None
     if config.load == "latest":
-        present = epochs_of(config.output)
-        if present:
-            return config.output, present[-1]
-        if spelt == "--resume":
-            raise UserError(f"--resume {config.output}: no finished epoch; {BEGIN_AGAIN}")
-        raise UserError(
-            f"--load latest: {config.output} has no finished epoch; leave --load out to start "
-            "(a cache that is there is used)"
-        )
+        present = states_of(config.output)
+        if not present and not (config.output / "config.yaml").is_file():
+            raise UserError(
+                f"{'--resume' if spelt == '--resume' else '--load latest:'} {config.output}: no run of train there; "
+                "repeat the original command (run.log begins with it), the cache that is there is used"
+            )
+        return config.output, present
     path = Path(config.load)
     if path.is_dir():
         raise UserError(f"--load {path}: is a folder; give RUN/weights.N.pkl or `latest`")
-    if path.is_file() and not re.fullmatch(r"weights\.\d+\.pkl", path.name):
+    if path.is_file() and not _CHECKPOINT.fullmatch(path.name):
         raise UserError(f"--load {path}: is not a weights file; give RUN/weights.N.pkl or `latest`")
-    match = re.fullmatch(r"weights\.(\d+)\.pkl", path.name)
-    if match is None or not path.is_file():
+    if not path.is_file():
         raise UserError(f"--load {path}: no such checkpoint; give RUN/weights.N.pkl or `latest`")
-    return path.parent, int(match[1])
+    return path.parent, [path]
 
 
 def typed_options(config: TrainConfig, given: frozenset[str] | None) -> dict[str, Any]:
@@ -186,17 +227,18 @@ def _same(name: str, stored: Any, value: Any, folder: Path) -> bool:
     return here == wanted or (not here.exists() and (folder / value).resolve() == wanted)
 
 
-def _check_codes(latents: Path, folder: Path, epoch: int) -> list[str]:
+def _check_codes(latents: Path, weights: Path) -> list[str]:
     """The codes given with --latents must be those of the checkpoint: the posterior is computed from its weights."""
-    path, notes = latents, []
+    folder, path, notes = weights.parent, latents, []
     if not path.is_file() and (folder / latents.name).is_file():
         path = folder / latents.name
         notes.append(f"{latents} is not there; {path} of the checkpoint's folder is used")
-    codes, own = load_tensors(path).get("mu"), load_tensors(folder / f"z.{epoch}.pkl")["mu"]
+    number = _CHECKPOINT.fullmatch(weights.name)
+    if number is None:
+        raise UserError(f"--latents {latents}: {weights} has no codes yet; leave --latents out")
+    codes, own = load_tensors(path).get("mu"), load_tensors(folder / f"z.{number[1]}.pkl")["mu"]
     if not isinstance(codes, torch.Tensor) or not torch.equal(codes, own):
-        raise UserError(
-            f"{path}: its codes do not belong to {folder}/weights.{epoch}.pkl; give z.{epoch}.pkl of that run"
-        )
+        raise UserError(f"{path}: its codes do not belong to {weights}; give z.{number[1]}.pkl of that run")
     return notes
 
 

@@ -54,6 +54,7 @@ log = logging.getLogger("opustomo")
 
 NOT_NEGATIVE = (
     "lr", "wd", "beta_control", "prior", "tv", "l1", "lamb", "bfactor", "width", "encoderres", "log_interval",
+    "checkpoint_minutes", "keep",
 )  # fmt: skip
 
 

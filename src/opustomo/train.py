@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,14 @@ from torch import Tensor
 from opustomo import checkpoint, parallel
 from opustomo.analysis import plots
 from opustomo.config import TrainConfig
+from opustomo.course import Course
 from opustomo.data.dataset import bank_rows, batch_order
 from opustomo.encode import encode_all, known, posterior_of, read_batch
 from opustomo.errors import UserError
+from opustomo.guard import RanAway, Watch
+from opustomo.interruption import Asked, on_signal
 from opustomo.job import Job, prepare
-from opustomo.linear_stage import last_poses, stage_state
+from opustomo.keeping import Files, Learner
 from opustomo.mixture import CodePosterior, Mixture
 from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, Window, peak_memory_gb, progress
@@ -50,6 +52,7 @@ log = logging.getLogger("opustomo")
 
 EVALUATION_PAIRS = 4  # of opposite samples: they cancel what is odd in the code
 CLIP = 10.0  # gradient norm, in nats per unit of weight
+SETBACKS = 3  # returns to a checkpoint with half the learning rate
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -73,40 +76,81 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
 def fit(job: Job, start: Start | None) -> None:
     """All epochs.  start: only in the process that writes."""
     if start is None:
-        prepare_process(job.config.workers)
+        prepare_process(job.config.workers, job.config.deterministic)
     config, train, held, device = job.config, job.train, job.held, device_of(job.config.device)
     model, context, bank = job.model.to(device), job.context.to(device), job.bank.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=True)
     if job.optimizer is not None:
         optimizer.load_state_dict(job.optimizer)
     parallel.divide_threads()
-    metrics = None if start is None else Metrics(config.output / "metrics.csv", job.first)
-    saved: dict[int, float] = {}
-    for epoch in range(job.first, config.epochs):
-        train_epoch(config, model, context, optimizer, train, bank, epoch, metrics)
-        scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
-        gain = scores["val_elbo"] - job.bound
-        due = (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs
-        codes = encode_all(model, context, config.zdim) if due else None
-        if metrics is None or start is None:
-            continue
-        metrics.append(epoch=epoch, particles=(epoch + 1) * len(train), linear_val_elbo=job.bound, **scores)
-        log.info(
-            "epoch %d: held-out bound %.2f nats per particle, linear stage %.2f (%+.2f)",
-            epoch, scores["val_elbo"], job.bound, gain,
-        )  # fmt: skip
-        if codes is not None:
-            save(config, start, model, context, optimizer, bank, epoch, codes)
-            saved[epoch] = scores["val_elbo"]
-        preview(config, model, context, train, epoch)
+    learner, files, asked = Learner(model, optimizer, bank, Course.of(job.course)), Files(config, start), Asked()
+    watch = Watch(
+        asked,
+        config.checkpoint_minutes,
+        lambda: files.keep(learner),
+        job.bound,
+        f"opustomo train --resume {config.output}",
+    )
+    if job.fresh:
+        files.begin(learner)
+    metrics = files.metrics(learner.course)
+    gain, codes = 0.0, None
+    with on_signal(asked):
+        while learner.course.epoch < config.epochs:
+            epoch = learner.course.epoch
+            try:
+                train_epoch(config, context, learner, train, metrics, watch)
+            except RanAway as trouble:
+                set_back(learner, files, trouble)
+                metrics = files.metrics(learner.course)
+                continue
+            with watch.between_epochs():
+                scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
+                gain = scores["val_elbo"] - job.bound
+                due = (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs
+                codes = encode_all(model, context, config.zdim) if due else None
+                following = learner.course.next_epoch(len(train))
+                if metrics is not None:
+                    metrics.append(epoch=epoch, particles=following.seen, linear_val_elbo=job.bound, **scores)
+                    log.info(
+                        "epoch %d: held-out bound %.2f nats per particle, linear stage %.2f (%+.2f)",
+                        epoch, scores["val_elbo"], job.bound, gain,
+                    )  # fmt: skip
+                    preview(config, model, context, train, epoch)
+                if codes is not None:
+                    files.save(learner, following, codes)
+            learner.course = following
     if start is None:
         return
-    write_verdict(saved, job.bound, len(held))
+    write_verdict(files.bounds(), job.bound, len(held))
     assert codes is not None  # the last epoch is always saved
     used = start.linear.model.size
     warn_of_codes(config, start, codes[0][:, :used], codes[1][:, :used], gain)
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - job.started, peak_memory_gb(), config.output, config.output)  # fmt: skip
+
+
+def set_back(learner: Learner, files: Files, trouble: RanAway) -> None:
+    """Back to the last checkpoint of an epoch, to go on from there at half the rate; in all processes alike.
+
+    Raises UserError where that has been done often enough and the loss is not finite.
+    """
+    course = learner.course
+    if course.setbacks == SETBACKS:
+        if not trouble.lost:
+            log.warning("epoch %d: %s, after %d returns; it goes on from here", course.epoch, trouble, SETBACKS)
+            course.level = [0.0] * len(course.level)
+            return
+        raise UserError(
+            f"epoch {course.epoch}: {trouble}, after {SETBACKS} returns to a checkpoint; give a lower --lr, and look "
+            "at these subtomograms with `opustomo check`"
+        )
+    learner.restore(parallel.from_first(files.last_epoch(course) if parallel.first() else None))
+    learner.course.rate, learner.course.setbacks = course.rate / 2, course.setbacks + 1
+    log.warning(
+        "epoch %d: %s; back to the beginning of epoch %d with %g of the learning rate",
+        course.epoch, trouble, learner.course.epoch, learner.course.rate,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -142,12 +186,13 @@ def log_evidence(
 class Step:
     """One sample of the negative evidence lower bound of a batch, (b,) each in nats, and what the priors look at.
 
-    code: (b, K) means; resolved: (b,), see ``objective.resolved``; density: (b, C, C, C), D(z) in units of the
-    components' density.
+    excess: of the bound over the linear stage's; code: (b, K) means; resolved: (b,), see ``objective.resolved``;
+    density: (b, C, C, C), D(z) in units of the components' density.
     """
 
     nll: Tensor
     kl: Tensor
+    excess: Tensor
     prior: Tensor
     code: Tensor
     resolved: Tensor
@@ -167,7 +212,8 @@ def train_step(
     kl = posterior.detach().log_density(code) - context.mixture.log_density(code)
     prior = spectral_prior(band, context.precision, context.grid.working_box)
     gate = resolved(posterior.spread().detach().square(), context.mixture.variance())
-    return Step(-fit, kl.float(), prior, posterior.centre().float(), gate.float(), density / model.scale[0])
+    excess = (kl - fit + linear.evidence).detach()
+    return Step(-fit, kl.float(), excess, prior, posterior.centre().float(), gate.float(), density / model.scale[0])
 
 
 def penalties(
@@ -211,78 +257,74 @@ def chosen(posterior: CodePosterior, luck: tuple[Tensor, Tensor]) -> tuple[Tenso
 
 def train_epoch(
     config: TrainConfig,
-    model: Vae,
     context: Context,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     train: Tensor,
-    bank: Tensor,
-    epoch: int,
-    metrics: Metrics | None,
+    metrics: Metrics | None = None,
+    watch: Watch | None = None,
 ) -> None:
-    """One pass over the training particles; a line of metrics at every log interval and at the end.
+    """The rest of an epoch; a line of metrics at every log interval and at the end.
 
-    Each process has its share of every batch: the sums of their gradients are those of the whole batch.
+    Each process has its share of every batch: the sums of their gradients are those of the whole batch.  After every
+    step of the optimiser ``learner.course`` says where the epoch stands; that is when ``watch`` looks.
     """
+    model, optimizer, bank, course = learner.model, learner.optimizer, learner.bank, learner.course
     model.train()
-    generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+    epoch, generator = course.epoch, course.generator
+    if course.step == 0:
+        generator.manual_seed(config.seed * 100_003 + epoch)
     damping = damping_of(config.bfactor, epoch, context)
     batches = batch_order(train, context.group, global_batch(config), config.seed, epoch)
     lot = config.accum_step
-    window = Window(metrics, epoch, epoch * len(train))
-    for step, index in enumerate(progress(batches, len(train), f"epoch {epoch}", size=len)):
+    window = Window(metrics, course)
+    left = batches[course.step :]
+    for step, index in enumerate(progress(left, sum(map(len, left)), f"epoch {epoch}", size=len), course.step):
         done = (epoch + step / len(batches)) / config.epochs
         beta = beta_weight(config.beta, done) * config.beta_control
-        rate = learning_rate(config.lr, done)
+        rate = learning_rate(config.lr, done) * course.rate
         luck = draw(context.mixture, len(index), generator)
         others = bank_rows(train, context.group, index, generator) if config.lamb > 0 else index[:0]
         here = parallel.share(len(index))
-        own, code, means = (
-            index[here],
-            torch.zeros((0, bank.shape[1]), requires_grad=True, device=bank.device),
-            [0.0] * 6,
-        )
+        own = index[here]
+        code = torch.zeros((0, bank.shape[1]), requires_grad=True, device=bank.device)
+        excess, means = code.detach().sum(1), torch.zeros(6, device=bank.device)
         if len(own):  # the last batch may have fewer particles than there are processes
             out = train_step(model, context, own, damping, (luck[0][here], luck[1][here]))
-            code = out.code
+            code, excess = out.code, out.excess
         codes = parallel.joint(code, here, len(index)) if config.lamb > 0 else code
         objective = 0.0 * codes.sum()  # all take part in the way back, whether their loss has these codes or not
         if len(own):
             added = penalties(config, out, bank[others.to(context.device)], len(train), codes, here.start)
             loss = out.nll + beta * out.kl + sum(added)
             objective = objective + loss.sum() / len(index)
-            if not torch.isfinite(objective):
-                raise UserError(_not_finite(loss, own, epoch))
-            means = [float(part.detach().sum()) / len(index) for part in (loss, out.nll, out.kl, *added)]
+            # kept on the device: reading it would wait for every step
+            means = torch.stack([part.detach().sum() for part in (loss, out.nll, out.kl, *added)]) / len(index)
         # the last group of an epoch may be shorter
         (objective / min(lot, len(batches) - step // lot * lot)).backward()
         if config.lamb > 0:
             bank[index.to(context.device)] = codes.detach()
-        if (step + 1) % lot == 0 or step + 1 == len(batches):
+        if watch is not None:
+            watch.note(own, excess, len(index))
+        window.add(len(index), means)
+        last = step + 1 == len(batches)
+        if (step + 1) % lot == 0 or last:
             parallel.sum_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        window.add(len(index), *means)
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
-        if interval and window.count >= interval:
+        if course.count and (last or (interval and course.count >= interval)):
             window.write(beta, rate)
-            if config.plot and metrics is not None:
+            if config.plot and metrics is not None and not last:
                 preview(config, model, context, index, epoch)
                 model.train()
-    if window.count:
-        window.write(beta, rate)
-
-
-def _not_finite(loss: Tensor, index: Tensor, epoch: int) -> str:
-    bad = index[~torch.isfinite(loss.detach()).cpu()]
-    rows = ", ".join(str(int(i) + 1) for i in (bad if len(bad) else index))
-    return (
-        f"epoch {epoch}: the loss is not finite for particle row(s) {rows}; continue from the last checkpoint with a "
-        "lower --lr, and look at these subtomograms with `opustomo check`"
-    )
+        if (step + 1) % lot == 0 or last:
+            course.step = step + 1
+            if watch is not None:
+                watch.look(course, last)
 
 
 def damping_of(bfactor: float, epoch: int, context: Context) -> Tensor | None:
@@ -325,31 +367,6 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
     exact, gain, kl_sum = parallel.total(torch.tensor([exact, gain, kl_sum], dtype=torch.float64)).tolist()
     bound, kl = (exact + gain) / len(index), kl_sum / len(index)
     return {"val_nll": -(bound + kl), "val_kl": kl, "val_elbo": bound}
-
-
-def save(
-    config: TrainConfig,
-    start: Start,
-    model: Vae,
-    context: Context,
-    optimizer: torch.optim.Optimizer,
-    bank: Tensor,
-    epoch: int,
-    codes: tuple[Tensor, Tensor],
-) -> None:
-    """Checkpoint of an epoch: weights and everything needed to go on, codes of every particle (P, zdim), poses."""
-    poses = last_poses(start.inputs, start.linear, config.estpose)
-    grid = context.grid
-    weights: dict[str, Any] = {
-        "kind": "network",
-        "epoch": epoch,
-        "model": {k: v.cpu() for k, v in model.state_dict().items()},
-        "shape": {"templateres": grid.templateres, "width": config.width, "encoderres": config.encoderres},
-        "optimizer": optimizer.state_dict(),
-        "bank": bank.cpu(),
-        **stage_state(start.inputs, start.noise, start.linear),
-    }
-    checkpoint.save_epoch(config.output, epoch, weights, *codes, poses)
 
 
 @torch.no_grad()

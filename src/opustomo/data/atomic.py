@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,11 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
     """Remove the temporary files that a killed process left of ``pattern``; only for who alone writes such files."""
     for old in folder.glob(f".{pattern}.*.tmp"):
         old.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Has ``path`` the name of a temporary file of ``atomic``, as a killed process leaves them?"""
+    return re.fullmatch(r"\..+\.\d+\.\d+\.tmp", path.name) is not None
 
 
 def hold(handle: IO[Any], folder: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo.data.atomic import exclusive, write_text
+from opustomo.data.atomic import exclusive, is_leftover, remove_leftovers, write_text
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe, observe_all
 from opustomo.data.particles import Particles
@@ -312,6 +312,8 @@ def _prepare(
     folder: Path, particles: Particles, grid: Grid, mask: Tensor, noise: Noise | None, mark: str,
     contrast: str, normalisation: str, workers: int, progress: Progress,
 ) -> Cache:  # fmt: skip
+    for name in (_MANIFEST, _NOISE):
+        remove_leftovers(folder, name)
     manifest = read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != mark:
         noise = noise or estimate_noise(
@@ -345,7 +347,7 @@ def rows_without_disk(
 
 def is_free(folder: Path) -> bool:
     """Whether a cache may be made in a folder: it is absent, empty or one already."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
     return not names - {CTF_PACK, ".lock"} or not names.isdisjoint({_MANIFEST, _NOISE})
 
 
