@@ -62,11 +62,14 @@ TRAIN_OPTIONS = [
     "--tmp-prefix",
     "--log-interval",
     "--checkpoint",
+    "--checkpoint-minutes",
+    "--keep",
     "--load",
     "--latents",
     "--seed",
     "--workers",
     "--device",
+    "--deterministic",
     "--verbose",
 ]
 LINEAR_OPTIONS = [
@@ -289,7 +292,7 @@ def test_resume_of_a_run_that_was_interrupted_early(tmp_path: Path, capsys: pyte
     (tmp_path / "run.log").write_text("")
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert "no finished epoch" in message and "repeat the original command" in message and "--load" not in message
+    assert "not begun" in message and "repeat the original command" in message and "--load" not in message
 
 
 def test_help_of_train_lists_resume(capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,7 +429,7 @@ def test_a_verbs_status_is_the_programs_status(monkeypatch: pytest.MonkeyPatch) 
 def test_stages_of_the_demo_are_valid_command_lines(tmp_path: Path) -> None:
     verbs = [cli.parse_verb(arguments) and arguments[0] for arguments in demo.command_lines(tmp_path, 1)]
     # the first two are part of train
-    assert set(cli.VERBS) - set(verbs) == {"linear", "cache", "encode", "demo", "export", "extract"}
+    assert set(cli.VERBS) - set(verbs) == {"linear", "cache", "encode", "demo", "export", "extract", "status"}
 
 
 def test_the_demo_replaces_its_own_folder_and_no_other(tmp_path: Path) -> None:

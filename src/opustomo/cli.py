@@ -48,6 +48,7 @@ VERBS = {
         "  opustomo train --resume run                  continue an interrupted run exactly\n"
         "  opustomo train --resume run -n 40            go on to 40 epochs, schedules stretched",
     ),
+    "status": Verb("status", "StatusConfig", "opustomo status run"),
     "encode": Verb("encode", "EncodeConfig", "opustomo encode run more_particles.star -o more"),
     "analyze": Verb("analysis.latents", "AnalyzeConfig", "opustomo analyze run --pcs 4 --clusters 16"),
     "volumes": Verb(
@@ -86,6 +87,7 @@ Before training
   cache      numerators and weights in the consensus frame (train makes them when missing)
 Training
   train      train the network, started from the linear stage; writes a code for every particle
+  status     what a run is doing, how far it is, or why it ended
   encode     codes and poses of other particles in a finished run, without fitting anything again
 After training
   analyze    PCA, k-means and UMAP of the codes
@@ -203,12 +205,42 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
 
         setup_log(None, getattr(config, "verbose", False))
     function = importlib.import_module(f"opustomo.{VERBS[verb].module}").main
-    if verb != "train":
-        return int(function(config) or 0)
+    status = _train(function, config, given) if verb == "train" else int(function(config) or 0)
+    if status == 0:
+        end_log(f"opustomo {verb}: done")
+    return status
+
+
+def _train(function: Callable[..., int], config: Any, given: frozenset[str]) -> int:
     from opustomo import job, parallel
 
     count = job.processes(config, given)
     return parallel.launch(count, partial(member, config, given)) if count > 1 else int(function(config, given) or 0)
+
+
+def end_log(line: str) -> None:
+    """What went wrong on the way once more, and the last line of a log that ends as it should."""
+    logger = logging.getLogger("opustomo")
+    for handler in logger.handlers:
+        if (repeat := getattr(handler, "repeat", None)) is not None:
+            repeat()
+    to_file(logging.INFO, line)
+
+
+def close_log() -> None:
+    """Close the run's log, which this process holds as long as it is open."""
+    logger = logging.getLogger("opustomo")
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def to_file(level: int, line: str) -> None:
+    """A line of the run's log that is not shown."""
+    logger = logging.getLogger("opustomo")
+    if logger.handlers:
+        logger.log(level, "%s", line, extra={"file_only": True})
 
 
 def member(config: Any, given: frozenset[str]) -> int:
@@ -262,6 +294,8 @@ def run(command: str, function: Callable[[], int | None], output: Path | None = 
         if os.environ.get("OPUSTOMO_DEBUG") == "1":
             traceback.print_exc()
         return fail(command, *explain(error, output), told=isinstance(error, ToldElsewhere))
+    finally:
+        close_log()
 
 
 def explain(error: Exception, output: Path | None) -> tuple[str, int]:
@@ -308,10 +342,7 @@ def fail(command: str, message: str, status: int, *, told: bool = False) -> int:
     line = f"{command}: {message}" if status > INTERRUPTED else f"{command}: error: {message}"
     if not told:
         print(line, file=sys.stderr)
-    logger = logging.getLogger("opustomo")
-    for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, line, (), None))
+    to_file(logging.ERROR, line)
     return status
 
 

@@ -209,6 +209,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class StatusConfig:
+    """What a run is doing, how far it is and what is kept of it, or why it ended and how to go on."""
+
+    run: Run
+    """Run folder of train, linear or encode."""
+    json: Switch = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class EncodeConfig:
     """Give other particles of the same molecule codes, poses and evidence in a finished run, fitting nothing."""
 

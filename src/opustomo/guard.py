@@ -24,6 +24,7 @@ log = logging.getLogger("opustomo")
 BLOCK = 16  # steps, whose mean loss is looked at; on a GPU nothing is waited for in between
 SETTLED = 4  # blocks that tell how much blocks differ
 JUMP = 10.0  # of their mean deviation: more is no chance
+Noted = tuple[Tensor, Tensor, int]
 LEAST_JUMP = 5.0, 0.1  # nats per particle, share of what a particle is worth
 
 
@@ -49,7 +50,7 @@ class Watch:
         self.asked, self.minutes, self.keep, self.how = asked, minutes, keep, how
         self.least_jump = max(LEAST_JUMP[0], LEAST_JUMP[1] * abs(worth))
         self.kept = time.monotonic()
-        self.noted: list[tuple[Tensor, Tensor, int]] = []  # since the last look
+        self.noted: list[Noted] = []  # since the last look
 
     def note(self, rows: Tensor, excess: Tensor, count: int) -> None:
         """A step's own particles: rows (b,) and excess (b,) in nats; count: of all processes."""
@@ -105,10 +106,10 @@ class Watch:
     def _judge(self, course: Course, total: float) -> None:
         """``course.level``: mean and mean deviation of the blocks, their number; sum, particles, steps of this one."""
         mean, deviation, blocks, block, count, steps = course.level
-        block, count, steps = block + total, count + sum(n for *_, n in self.noted), steps + len(self.noted)
+        noted, self.noted = self.noted, []
+        block, count, steps = block + total, count + sum(n for *_, n in noted), steps + len(noted)
         if not math.isfinite(total):
-            raise RanAway(f"the loss is not finite for particle row(s) {self._rows_not_finite()}", lost=True)
-        self.noted = []
+            raise RanAway(f"the loss is not finite for particle row(s) {_rows_not_finite(noted)}", lost=True)
         if steps < BLOCK:
             course.level = [mean, deviation, blocks, block, count, steps]
             return
@@ -120,7 +121,8 @@ class Watch:
         deviation += part * ((abs(found - mean) if blocks else 0.0) - deviation)
         course.level = [mean + part * (found - mean), deviation, blocks + 1.0, 0.0, 0.0, 0.0]
 
-    def _rows_not_finite(self) -> str:
-        own = [rows[~torch.isfinite(excess).cpu()] for rows, excess, _ in self.noted]
-        bad = sorted(parallel.from_all(torch.cat(own)).tolist())
-        return ", ".join(str(i + 1) for i in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+
+def _rows_not_finite(noted: list[Noted]) -> str:
+    own = [rows[~torch.isfinite(excess).cpu()] for rows, excess, _ in noted]
+    bad = sorted(parallel.from_all(torch.cat(own)).tolist())
+    return ", ".join(str(i + 1) for i in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

@@ -35,13 +35,33 @@ METRIC_COLUMNS = (
 # by stages that log into a folder, which is theirs alone meanwhile
 WRITTEN = ("weights", "z", "pose", "state", "start", "split", "config", "metrics", "mask", "tmp")
 SECONDS_BETWEEN_LINES = 10.0
+SCROLLED = 8  # lines
+FILE_ONLY = {"file_only": True}  # extra of a record that is not for stderr
 NOTABLE = 0.05  # nats per held-out particle: smaller differences are not worth a word
 
 
 class StderrHandler(logging.Handler):
     """Plain lines on stderr that do not tear a progress bar apart; warnings are marked as such."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[str] = []
+        self.since = 0  # lines after the first of them
+
+    def repeat(self) -> None:
+        """Say the warnings again, at the end, where they have scrolled away meanwhile."""
+        warnings, self.warnings = self.warnings, []
+        if self.since > SCROLLED:
+            logging.getLogger("opustomo").info("%d warning(s), once more:", len(warnings))
+            for text in warnings:
+                logging.getLogger("opustomo").info("- %s", text)
+
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
+        if record.levelno == logging.WARNING:
+            self.warnings.append(record.getMessage())
+        self.since = self.since + 1 if self.warnings else 0
         mark = "warning: " if record.levelno >= logging.WARNING else ""
         tqdm.write(printable(mark + record.getMessage()), file=sys.stderr)
 
@@ -106,34 +126,33 @@ def progress(
     """Pass ``iterable`` through while telling how far it is, at which rate, and how long it will take.
 
     ``total`` counts ``unit``; an item counts as one, or as ``size(item)`` (a batch of particles: ``size=len``).
-    A bar on a terminal, else at most one line of the log every 10 seconds, and a last one if there was any; nothing in
-    a process whose log is quiet.
+    A bar on a terminal; a line of the log every 10 seconds, which a terminal does not show, and a last one if there was
+    any; nothing in a process whose log is quiet.
     """
     weight = size or (lambda item: 1)
-    logger = logging.getLogger("opustomo")
+    logger, shown = logging.getLogger("opustomo"), sys.stderr.isatty()
     if not logger.isEnabledFor(logging.INFO):
         yield from iterable
         return
-    if sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
-            for item in iterable:
-                yield item
-                bar.update(weight(item))
-        return
+    extra = FILE_ONLY if shown else {}
     start = told = time.monotonic()
     done = 0
-    for item in iterable:
-        yield item
-        done += weight(item)
-        now = time.monotonic()
-        if now - told >= SECONDS_BETWEEN_LINES and done < total:
-            told = now
-            rate = done / (now - start)
-            left = duration((total - done) / rate)
-            logger.info(f"{what}: {done}/{total} {unit} ({done / total:.0%}), {rate:.3g} {unit}/s, {left} left")
+    with tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, leave=False, disable=not shown) as bar:
+        for item in iterable:
+            yield item
+            bar.update(weight(item))
+            done += weight(item)
+            now = time.monotonic()
+            if now - told >= SECONDS_BETWEEN_LINES and done < total:
+                told = now
+                rate = done / (now - start)
+                left = duration((total - done) / rate)
+                text = f"{what}: {done}/{total} {unit} ({done / total:.0%}), {rate:.3g} {unit}/s, {left} left"
+                logger.info("%s", text, extra=extra)
     if told != start:
         spent = time.monotonic() - start
-        logger.info(f"{what}: {done} {unit} in {duration(spent)} ({done / spent:.3g} {unit}/s)")
+        text = f"{what}: {done} {unit} in {duration(spent)} ({done / spent:.3g} {unit}/s)"
+        logger.info("%s", text, extra=extra)
 
 
 def duration(seconds: float) -> str:

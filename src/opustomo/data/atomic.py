@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import IO, Any
 from opustomo.errors import UserError
 
 log = logging.getLogger("opustomo")
+
+MOMENT = 0.2  # seconds: ``is_held`` takes a lock for less
 
 
 @contextmanager
@@ -61,11 +64,21 @@ def hold(handle: IO[Any], folder: Path) -> None:
 
     Raises UserError where another process holds it.  File systems without locks: nothing is held.
     """
-    if not _locked(handle):
+    held = _locked(handle)
+    if not held:
+        time.sleep(MOMENT)
+        held = _locked(handle)
+    if not held:
         raise UserError(
             f"{folder}: another process is writing into this folder (its command is in run.log); wait for it, stop it, "
             "or choose another folder with -o"
         )
+
+
+def is_held(path: Path) -> bool:
+    """Does another process hold this file (see ``hold``)?  False also where the file system has no locks."""
+    with path.open("rb") as handle:
+        return not _locked(handle, fcntl.LOCK_SH)
 
 
 @contextmanager
@@ -102,9 +115,9 @@ def _wait_for(path: Path) -> IO[Any]:
         handle.close()
 
 
-def _locked(handle: IO[Any]) -> bool:
+def _locked(handle: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
