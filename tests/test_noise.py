@@ -191,7 +191,7 @@ def test_signal_is_not_counted_as_noise(phantom: Path) -> None:
     noise = estimate_noise(particles, grid, working_mask(mask, grid), contrast="auto", normalisation="sum")
     power, covered = torch.zeros(2, size // 2 + 1)
     for i, path in enumerate(particles.image_files):
-        _, m = insert_tilts(band_frequencies(size), torch.from_numpy(particles.tilts_of(i)).float(), grid.extent)
+        _, m = insert_tilts(size, torch.from_numpy(particles.tilts_of(i)).float(), grid.extent)
         power += shell_sum(read_band(path, grid).abs().square() * (m > 1e-3), size)
         covered += shell_sum(m, size)
     level = shell_sum(noise.power, size) / shell_sum(torch.ones_like(noise.power), size)

@@ -25,6 +25,7 @@ from opustomo.physics.fourier import (
     rfft3,
     to_band,
 )
+from opustomo.physics.geometry import euler_to_matrix
 from opustomo.physics.grid import make_grid, mask_extent
 from opustomo.physics.observation import (
     information,
@@ -77,21 +78,24 @@ def brute_force(k: np.ndarray, rows: np.ndarray, extent: float) -> tuple[np.ndar
 
 
 def test_insertion_matches_a_brute_force_loop() -> None:
+    """Planes in every direction: each axis is the steepest to some."""
     rows = tilt_rows([-50.0, -20.0, 0.0, 35.0, 60.0])
-    turn = Rotation.random(rng=RNG).as_matrix()
-    k = (band_frequencies(SIZE).numpy() @ turn.T)[::3]
-    h, m = insert_tilts(torch.from_numpy(k), torch.from_numpy(rows), EXTENT)
-    expected_h, expected_m = brute_force(k, rows, EXTENT)
-    assert np.abs(m.numpy() - expected_m).max() < 1e-12
-    assert np.abs(h.numpy() - expected_h).max() < 5e-4
-    assert np.abs(expected_h).max() > 0.5
+    normals = euler_to_matrix(torch.from_numpy(rows[:, :3]))[:, 2].numpy()
+    steepest: set[int] = set()
+    for turn in Rotation.random(3, rng=RNG).as_matrix():
+        steepest |= set(np.abs(normals @ turn).argmax(1).tolist())
+        h, m = insert_tilts(SIZE, torch.from_numpy(rows), EXTENT, torch.from_numpy(turn))
+        expected_h, expected_m = brute_force((band_frequencies(SIZE).numpy() @ turn.T)[::3], rows, EXTENT)
+        assert np.abs(m.numpy()[::3] - expected_m).max() < 1e-12
+        assert np.abs(h.numpy()[::3] - expected_h).max() < 5e-4
+        assert np.abs(expected_h).max() > 0.5
+    assert steepest == {0, 1, 2}
 
 
 def test_transfer_is_hermitian() -> None:
     rows = torch.from_numpy(tilt_rows([-40.0, 0.0, 20.0, 55.0]))
-    k = band_frequencies(SIZE).double()
-    h, m = insert_tilts(k, rows, EXTENT)
-    mirrored_h, mirrored_m = insert_tilts(-k, rows, EXTENT)
+    h, m = insert_tilts(SIZE, rows, EXTENT)
+    mirrored_h, mirrored_m = insert_tilts(SIZE, rows, EXTENT, -torch.eye(3))
     assert torch.allclose(h, mirrored_h, atol=1e-12)
     assert torch.allclose(m, mirrored_m, atol=1e-12)
 
@@ -101,13 +105,21 @@ def test_multiplicity_counts_planes() -> None:
     angles = [-60.0, -30.0, 0.0, 30.0, 60.0]
     rows = np.zeros((5, 12))
     rows[:, 1], rows[:, 6:9], rows[:, 3:5], rows[:, 11] = angles, (300, 2.7, 0.07), 20000, 1
-    t = np.deg2rad(30.0)
-    points = [[0, 5, 0], [0, 1, 0], [7 * np.cos(t), 3, -7 * np.sin(t)], [0, 3, 7], [7 * np.cos(t), 3, 7 * np.sin(t)]]
-    _, m = insert_tilts(torch.tensor(points, dtype=torch.float64), torch.from_numpy(rows), EXTENT)
-    assert m.tolist() == pytest.approx([5, 5, 1, 0, 1], abs=1e-9)
-    # the untilted plane is there in full, also where kx = 0: no half is lost
     k = band_frequencies(SIZE).double()
-    _, flat = insert_tilts(k, torch.from_numpy(rows[2:3]), EXTENT)
+
+    def found(point: tuple[int, int, int], about_y: float = 0.0) -> float:
+        turn = torch.from_numpy(Rotation.from_euler("y", about_y, degrees=True).as_matrix())
+        m = insert_tilts(SIZE, torch.from_numpy(rows), EXTENT, turn)[1]
+        return float(m[(k == torch.tensor(point)).all(1)])
+
+    assert found((0, 5, 0)) == found((0, 1, 0)) == 5
+    assert found((0, 3, 7)) == 0  # along the beam
+    # voxels of a plane at 30 degrees to the axes: the frequencies are turned onto it
+    assert found((7, 3, 0), 30.0) == pytest.approx(1, abs=1e-9)
+    assert found((7, 3, 0), -30.0) == pytest.approx(1, abs=1e-9)
+    assert found((7, 3, 0), 15.0) == 0
+    # the untilted plane is there in full, also where kx = 0: no half is lost
+    _, flat = insert_tilts(SIZE, torch.from_numpy(rows[2:3]), EXTENT)
     assert bool((flat == (k[:, 2] == 0)).all())
 
 
@@ -138,6 +150,12 @@ def test_numerator_is_read_at_a_x_minus_origin(seed: int) -> None:
     template = irfft3(from_band(to_band(rfft3(gaussians(BEADS, size))), size))
     expected = centre_crop(template, crop)
     assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_particle_outside_its_box_is_empty() -> None:
+    band = to_band(rfft3(torch.randn((16,) * 3)))
+    found = resample_numerator(band, torch.eye(3), torch.tensor([0.0, 40.0, 0.0]), 16, 12)
+    assert found.shape == (12,) * 3 and not found.any()
 
 
 def test_resampling_is_the_adjoint_of_turning_the_model() -> None:
@@ -177,7 +195,7 @@ def toy_observation() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
     rows = torch.from_numpy(tilt_rows([-45.0, 0.0, 45.0]))
     rows[:, 0] = rows[:, 2] = 0
     k = band_frequencies(SIZE).double()
-    h, m = insert_tilts(k, rows, EXTENT)
+    h, m = insert_tilts(SIZE, rows, EXTENT)
     alone = m <= 1
     y = to_band(rfft3(torch.randn((SIZE,) * 3, dtype=torch.float64)))
     return y, torch.where(alone, h, 0), torch.where(alone, m, 0), 0.5 + 0.1 * k.norm(dim=-1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch_fourier_shell_correlation import fourier_shell_correlation as reference_fsc
 
 from opustomo.physics.fourier import band_shell, fourier_resize, frequencies, irfft3, rfft3, to_band
 from opustomo.physics.volume import (
+    POINTS_AT_ONCE,
     centre_crop,
     centre_pad,
     centred_coordinates,
@@ -18,10 +20,13 @@ from opustomo.physics.volume import (
     randomise_phases,
     rotate_volume,
     sample_at,
+    sample_spline,
     shell_counts,
     shell_numbers,
     spherical_mask,
+    spline_coefficients,
     substituted_fsc,
+    turned_coordinates,
 )
 
 SIZE = 32
@@ -73,6 +78,29 @@ def test_rotation_keeps_double_precision() -> None:
     expected = rotate_volume(volume.float(), turn, torch.tensor([0.5, -1.0, 0.25]))
     assert turned.dtype == torch.float64 and expected.dtype == torch.float32
     assert torch.allclose(turned.float(), expected, atol=1e-4)
+
+
+def test_spline_is_that_of_scipy() -> None:
+    """Coefficients and readings, at the faces too, where the spline is periodic; float32 to 1e-5 of the largest."""
+    spectrum = torch.where(frequencies(10).abs().amax(-1) < 5, rfft3(torch.randn((10,) * 3)), 0)  # no Nyquist
+    volume = irfft3(spectrum)
+    fine = fourier_resize(volume.double(), 20)
+    expected = ndimage.spline_filter(fine.numpy(), mode="grid-wrap", output=np.float64)
+    found = spline_coefficients(spectrum)
+    assert np.abs(found.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+    faces = torch.cartesian_prod(*[torch.tensor([-5.0, -4.9, 0.3, 4.45, 4.5])] * 3)
+    points = torch.cat([torch.from_numpy(RNG.uniform(-5, 4.5, (POINTS_AT_ONCE, 3))).float(), faces])
+    places = (points.double().numpy()[:, ::-1] * 2 + 10).T
+    read = ndimage.map_coordinates(expected, places, order=3, mode="grid-wrap", prefilter=False)
+    assert np.abs(sample_spline(found, points).numpy() - read).max() < 1e-5 * np.abs(read).max()
+    outside = torch.tensor([[-5.01, 0.0, 0.0], [0.0, 4.51, 0.0], [0.0, 0.0, torch.nan]])
+    assert not sample_spline(found, outside).any()
+
+
+def test_turned_coordinates_are_the_product_with_every_voxel() -> None:
+    matrix, shift = torch.randn((2, 2, 3)), torch.randn((2, 2))
+    expected = torch.einsum("bdi,zyxi->bdzyx", matrix, centred_coordinates(7)) + shift[..., None, None, None]
+    assert torch.allclose(turned_coordinates(7, matrix, shift), expected, atol=1e-5)
 
 
 def test_trilinear_reading_at_voxels_returns_them() -> None:

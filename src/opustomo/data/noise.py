@@ -41,13 +41,13 @@ RADIAL_BANDS = 5  # of the calibration of transfer volumes
 
 def _prefers_mean(particles: Particles, rows: Iterable[int], grid: Grid) -> bool:
     """Whether the noise power falls (means over tilts) or rises (sums) with the multiplicity, by likelihood."""
-    k, size = band_frequencies(grid.working_box), grid.working_box
+    size = grid.working_box
     count = torch.zeros(size // 2 + 1)
     power = torch.zeros(2, size // 2 + 1)
     log_m = 0.0
     for i in rows:
         y2 = read_band(particles.image_files[i], grid).abs().square()
-        _, m = insert_tilts(k, tilt_rows(particles, i), grid.extent)
+        _, m = insert_tilts(size, tilt_rows(particles, i), grid.extent)
         seen = (m > 0.05).float()
         count += shell_sum(seen, size)
         power += shell_sum(torch.stack([y2 / m.clamp(min=0.05), y2 * m]) * seen, size)
@@ -82,7 +82,7 @@ def _power(particles: Particles, i: int, grid: Grid, mean: bool) -> Tensor:
         return torch.stack([power, coverage, pixels * power / coverage.clamp(min=1e-12)])
     y2 = read_band(particles.image_files[i], grid).abs().square()
     if particles.transfer == "tilts":
-        _, coverage = insert_tilts(band_frequencies(size), tilt_rows(particles, i), grid.extent)
+        _, coverage = insert_tilts(size, tilt_rows(particles, i), grid.extent)
         covered = coverage > MIN_COVERAGE
         y2 = y2 * coverage.square() if mean else y2
     else:

@@ -115,7 +115,7 @@ def _numerator_band(particles: Particles, i: int, grid: Grid, noise: Noise) -> T
     """B in the particle's frame on the band, (n,) complex."""
     y = read_band(particles.image_files[i], grid) * noise.contrast
     if particles.transfer == "tilts":
-        h, m = insert_tilts(band_frequencies(grid.working_box), tilt_rows(particles, i), grid.extent)
+        h, m = insert_tilts(grid.working_box, tilt_rows(particles, i), grid.extent)
         if noise.mean_normalised:
             y = y * m
         return y * matched_filter(h, m, noise.power)
@@ -126,14 +126,13 @@ def _numerator_band(particles: Particles, i: int, grid: Grid, noise: Noise) -> T
 
 def _weight_band(particles: Particles, i: int, grid: Grid, noise: Noise, matrix: Tensor) -> Tensor:
     """W in the consensus frame on the band, (n,)."""
-    k = band_frequencies(grid.working_box)
     if particles.transfer == "tilts":
-        h, m = insert_tilts(k @ matrix.T, tilt_rows(particles, i), grid.extent)
+        h, m = insert_tilts(grid.working_box, tilt_rows(particles, i), grid.extent, matrix)
         return information(h, m, noise.power)  # s is radial: the same in both frames
     transfer = transfer_band(particles.ctf_files[i], grid)
     top = transfer.clamp(min=0.0) if particles.transfer == "weight_volume" else transfer.square()
     weight = torch.where(is_covered(transfer), top / noise.power, 0.0)
-    return rotate_transfer(weight, matrix, grid.working_box, k).clamp(min=0.0)
+    return rotate_transfer(weight, matrix, grid.working_box, band_frequencies(grid.working_box)).clamp(min=0.0)
 
 
 def observe(particles: Particles, i: int, grid: Grid, noise: Noise, crop: int | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from opustomo.data.mrc import read_slices
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
-from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.geometry import euler_to_matrix
 from opustomo.physics.grid import Grid
 from opustomo.physics.images import (
@@ -29,7 +28,6 @@ from opustomo.physics.images import (
     radial_image,
 )
 from opustomo.physics.observation import insert_squares
-from opustomo.physics.volume import centred_coordinates
 
 LEVEL_FROM = 0.25  # of the working box: half of Nyquist
 
@@ -86,10 +84,9 @@ def observe_stack(
     """
     filtered = stack.spectra if premultiplied else stack.spectra * stack.transfer
     filtered = filtered / (stack.level[:, None, None] * radial_image(power, grid.working_box))
-    points = centred_coordinates(crop) @ matrix.T - origin
-    numerator = backproject(filtered, euler_to_matrix(stack.tilts[:, :3]), stack.shifts, points)
-    k = band_frequencies(grid.working_box) @ matrix.T
-    return numerator, insert_squares(k, stack.tilts, grid.extent, stack.level) / power
+    frames = euler_to_matrix(stack.tilts[:, :3])[:, :2]
+    numerator = backproject(filtered, frames @ matrix, stack.shifts + frames @ origin, crop)
+    return numerator, insert_squares(grid.working_box, stack.tilts, grid.extent, stack.level, matrix) / power
 
 
 def stack_power(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,61 @@ def electron_wavelength(voltage: Tensor) -> Tensor:
     return 12.2643247 / torch.sqrt(volts * (1.0 + 0.978466e-6 * volts))
 
 
+def transfer_coefficients(
+    defocus_u: Tensor,
+    defocus_v: Tensor,
+    defocus_angle: Tensor,
+    voltage: Tensor,
+    cs: Tensor,
+    amplitude: Tensor,
+    phase_shift: Tensor,
+    bfactor: Tensor,
+    scale: Tensor,
+    dose: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What ``transfer_at`` needs of a tilt image: all that does not depend on the frequency, so that it is made once.
+
+    Arguments as ``contrast_transfer``.  The astigmatic defocus makes the phase a quadratic form of (u, v), less a term
+    of the fourth order: ``c + uu u^2 + uv u v + vv v^2 - four s^4``.  Returns c, uu, uv, vv, four, the decay of the
+    envelope, the scale and, where an image has one, the dose.
+    """
+    wavelength, angle = electron_wavelength(voltage), 2.0 * torch.deg2rad(defocus_angle)
+    mean, astigmatic = defocus_u + defocus_v, defocus_u - defocus_v
+    half = 0.5 * math.pi * wavelength
+    form = (
+        torch.deg2rad(phase_shift) + torch.asin(amplitude),
+        half * (mean + astigmatic * torch.cos(angle)),
+        2.0 * half * astigmatic * torch.sin(angle),
+        half * (mean - astigmatic * torch.cos(angle)),
+        half * cs * 1e7 * wavelength.square(),
+        0.25 * bfactor.abs(),
+        scale,
+    )
+    return form if dose is None or not bool((dose != 0).any()) else (*form, dose)
+
+
+def transfer_at(
+    u: Tensor,
+    v: Tensor,
+    constant: Tensor,
+    uu: Tensor,
+    uv: Tensor,
+    vv: Tensor,
+    four: Tensor,
+    decay: Tensor,
+    scale: Tensor,
+    dose: Tensor | None = None,
+) -> Tensor:
+    """``contrast_transfer`` at (u, v) from ``transfer_coefficients``; all arguments broadcast."""
+    u2, v2 = u * u, v * v
+    s2 = u2 + v2
+    phase = constant + uu * u2 + uv * (u * v) + vv * v2 - four * s2 * s2
+    exponent = -decay * s2
+    if dose is not None:
+        exponent = exponent - 0.5 * dose / (0.245 * s2.clamp(min=1e-12) ** -0.8325 + 2.81)
+    return torch.sin(phase) * scale * torch.exp(exponent)
+
+
 def contrast_transfer(
     u: Tensor,
     v: Tensor,
@@ -42,16 +97,7 @@ def contrast_transfer(
     Source: Mindell & Grigorieff 2003 for the astigmatic defocus; RELION for B-factor and scale; Grant & Grigorieff 2015
     (eLife 4:e06980) for the dose at 300 kV.
     """
-    s2 = u * u + v * v
-    wavelength = electron_wavelength(voltage)
-    spread = torch.cos(2.0 * (torch.atan2(v, u) - torch.deg2rad(defocus_angle)))
-    defocus = 0.5 * (defocus_u + defocus_v + (defocus_u - defocus_v) * spread)
-    phase = (
-        math.pi * wavelength * s2 * (defocus - 0.5 * cs * 1e7 * wavelength.square() * s2)
-        + torch.deg2rad(phase_shift)
-        + torch.asin(amplitude)
+    coefficients = transfer_coefficients(
+        defocus_u, defocus_v, defocus_angle, voltage, cs, amplitude, phase_shift, bfactor, scale, dose
     )
-    exponent = -0.25 * bfactor.abs() * s2
-    if dose is not None and bool((dose != 0).any()):
-        exponent = exponent - 0.5 * dose / (0.245 * s2.clamp(min=1e-12) ** -0.8325 + 2.81)
-    return torch.sin(phase) * scale * torch.exp(exponent)
+    return transfer_at(u, v, *coefficients)

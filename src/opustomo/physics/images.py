@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from opustomo.physics.ctf import contrast_transfer
 from opustomo.physics.fourier import from_band
+from opustomo.physics.volume import turned_coordinates
 
 # images are enlarged by this before they are read linearly: the kernel's error that is left is below 1e-3 of the power
 FINER = 4
@@ -85,29 +86,28 @@ def radial_image(band: Tensor, size: int) -> Tensor:
     return torch.lerp(curve[low], curve[(low + 1).clamp(max=size // 2)], radius - low)
 
 
-def backproject(spectra: Tensor, frames: Tensor, shifts: Tensor, points: Tensor) -> Tensor:
-    """The adjoint of projection: every point of the volume is the sum over tilts of the image's value below it.
+def backproject(spectra: Tensor, frames: Tensor, shifts: Tensor, crop: int) -> Tensor:
+    """The adjoint of projection: every voxel of the volume is the sum over tilts of the image's value below it.
 
-    spectra: (T, M, M//2+1) of images that are weighted by CTF and noise; frames: (T, 3, 3) rows u, v and the beam;
-    shifts: (T, 2) of the images' content, working pixels; points: (..., 3) of the particle, (x, y, z) from the centre.
-    Returns (...), in the units of ``physics.observation``; 0 where an image ends.
+    spectra: (T, M, M//2+1) of images that are weighted by CTF and noise; frames: (T, 2, 3) rows u and v in the frame
+    of the volume; shifts: (T, 2) of the images' content, working pixels; crop: voxels along an edge of the volume.
+    Returns (crop, crop, crop), in the units of ``physics.observation``; 0 where an image ends.
     """
     size, fine = spectra.shape[-2], FINER * spectra.shape[-2]
     half = size // 2
     # linear reading multiplies by sinc^2: divided out beforehand
     damping = torch.sinc(image_frequencies(size) / fine).square().prod(-1)
-    padded = spectra.new_zeros((len(spectra), fine, fine // 2 + 1))
+    padded = spectra.new_zeros((len(spectra), fine, half))  # beyond, all columns are zero
     sharp = spectra / damping
-    padded[:, :half, :half], padded[:, fine - half + 1 :, :half] = sharp[:, :half, :half], sharp[:, half + 1 :, :half]
-    images = torch.fft.irfft2(padded, s=(fine, fine), norm="ortho") * FINER
-    flat = points.reshape(-1, 3)
-    total, step = flat.new_zeros(len(flat)), max(1, MOST_READINGS // len(flat))
+    padded[:, :half], padded[:, fine - half + 1 :] = sharp[:, :half, :half], sharp[:, half + 1 :, :half]
+    images = torch.fft.irfft(torch.fft.ifft(padded, dim=1, norm="ortho"), fine, norm="ortho") * FINER
+    voxels = crop**3
+    total, step = spectra.real.new_zeros(voxels), max(1, MOST_READINGS // voxels)
     # positions from -1 to 1, as grid_sample counts them
     scale = 2.0 * FINER / (fine - 1)
-    axes, start = frames[:, :2] * scale, (half - shifts) * scale - 1.0
+    axes, start = frames * scale, (half - shifts) * scale - 1.0
     for part in (slice(first, first + step) for first in range(0, len(images), step)):
-        place = torch.addmm(start[part].reshape(-1, 1), axes[part].reshape(-1, 3), flat.T)
-        unit = place.reshape(-1, 1, 2, len(flat)).mT
+        unit = turned_coordinates(crop, axes[part], start[part]).reshape(-1, 1, 2, voxels).mT
         read = functional.grid_sample(images[part, None], unit, align_corners=True, padding_mode="zeros")
         total += read.sum((0, 1, 2))
-    return (total / math.sqrt(size)).reshape(points.shape[:-1])
+    return (total / math.sqrt(size)).reshape((crop,) * 3)

@@ -6,58 +6,102 @@ likelihood as a function of B and W.  Everything is evaluated on the band of ``p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from opustomo.physics.ctf import contrast_transfer
-from opustomo.physics.fourier import band_multiplicity, from_band, irfft3, rfft3, to_band
+from opustomo.physics.ctf import transfer_at, transfer_coefficients
+from opustomo.physics.fourier import band_index, band_multiplicity, frequencies, from_band, irfft3, rfft3, to_band
 from opustomo.physics.geometry import euler_to_matrix
 from opustomo.physics.volume import (
     centre_crop,
     centre_pad,
-    centred_coordinates,
     sample_at,
     sample_spline,
     spline_coefficients,
+    turned_coordinates,
 )
 
 MIN_COVERAGE = 1e-3  # below this multiplicity a voxel says nothing: B = W = 0
 
 
-def _near_planes(k: Tensor, tilts: Tensor, extent: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every pair of a voxel and a tilt whose plane is within one voxel: voxel, tilt, linear kernel, CTF; (pairs,)."""
-    frames = euler_to_matrix(tilts[:, :3]).to(k.dtype)  # (u, v, distance) = R_t k
-    distance = k @ frames[:, 2].T
-    near = torch.nonzero(distance.abs() < 1.0)  # only the voxels close to a plane: a few percent
-    voxel, tilt = near[:, 0], near[:, 1]
-    points = k[voxel]
-    u = (points * frames[tilt, 0]).sum(-1) / extent
-    v = (points * frames[tilt, 1]).sum(-1) / extent
-    rows = tilts[:, 3:].to(k.dtype)[tilt]
-    return voxel, tilt, 1.0 - distance[voxel, tilt].abs(), contrast_transfer(u, v, *rows.unbind(-1))
+@lru_cache(maxsize=16)
+def _columns(size: int, axis: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines of the half transform along an axis: frequency with 0 on the axis (q, 3), place (q,), reach squared (q,).
 
-
-def insert_tilts(k: Tensor, tilts: Tensor, extent: float) -> tuple[Tensor, Tensor]:
-    """Transfer h and multiplicity m of a tilt series at frequencies of the particle's frame.
-
-    k: (n, 3) frequency vectors (x, y, z) in units of 1/extent (real numbers: rotated grids are welcome);
-    tilts: (T, 13) rows as in data.particles.TILT_COLUMNS; extent: box edge in Angstrom.
-    Returns h = sum_t w_t c_t and m = sum_t w_t, (n,) each, with the linear kernel ``w_t = 1 - |distance|`` to
-    the tilt's plane and the CTF evaluated at each voxel's own in-plane coordinates.
+    Places are flat; reach: how far on the axis the band goes.
     """
-    voxel, _, kernel, contrast = _near_planes(k, tilts, extent)
-    h = k.new_zeros(k.shape[0]).index_add(0, voxel, kernel * contrast)
-    m = k.new_zeros(k.shape[0]).index_add(0, voxel, kernel)
+    k = frequencies(size, device).reshape(-1, 3)
+    reach = (size / 2) ** 2 - k.square().sum(1)
+    place = torch.nonzero((k[:, axis] == 0) & (reach > 0))[:, 0]
+    return k[place], place, reach[place]
+
+
+def _near_planes(
+    size: int, tilts: Tensor, extent: float, matrix: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Every pair of a voxel and a tilt whose plane is within one voxel: voxel, tilt, linear kernel, CTF; (pairs,).
+
+    Voxels are numbered in the half transform.  Along the axis that a plane is steepest to, no more than four voxels of
+    a line are that near to it, so that lines are looked at and not voxels.
+    """
+    frames = euler_to_matrix(tilts[:, :3])  # (u, v, distance) = R_t k
+    if matrix is not None:
+        frames = frames @ matrix.to(frames)
+    frames[:, :2] /= extent
+    steepest, coefficients = frames[:, 2].abs().argmax(1), transfer_coefficients(*tilts[:, 3:].unbind(1))
+    strides = 1, size // 2 + 1, size * (size // 2 + 1)
+    four = torch.arange(4, device=tilts.device, dtype=tilts.dtype)[:, None, None]
+    for axis in range(3):
+        chosen = torch.nonzero(steepest == axis)[:, 0]
+        if len(chosen) == 0:
+            continue
+        columns, place, reach = _columns(size, axis, str(tilts.device))
+        base, slope = frames[chosen] @ columns.T.to(frames), frames[chosen, :, axis]  # (T, 3, q), (T, 3)
+        normal = slope[:, 2, None]
+        height = (-base[:, 2] / normal).floor() - 1.0 + four  # (4, T, q)
+        distance = (base[:, 2] + height * normal).abs()
+        near = (distance < 1.0) & (height * height < reach)
+        if axis == 0:
+            near &= height >= 0  # the other half
+        found = torch.nonzero(near.flatten())[:, 0]
+        line = found % near[0].numel()
+        which = line // len(place)
+        tilt, h = chosen.index_select(0, which), height.flatten().index_select(0, found)
+        u, v = (base[:, i].flatten().index_select(0, line) + h * slope[:, i].index_select(0, which) for i in (0, 1))
+        contrast = transfer_at(u, v, *(values.index_select(0, tilt) for values in coefficients))
+        turns = h + size * (h < 0)  # of frequencies below zero
+        voxel = place.index_select(0, line - which * len(place)) + turns.long() * strides[axis]
+        yield voxel, tilt, 1.0 - distance.flatten().index_select(0, found), contrast
+
+
+def insert_tilts(size: int, tilts: Tensor, extent: float, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Transfer h and multiplicity m of a tilt series on the band of a box of ``size``, read at ``matrix k``.
+
+    tilts: (T, 13) rows as in data.particles.TILT_COLUMNS; extent: box edge in Angstrom, so that one Fourier voxel is
+    1/extent; matrix: (3, 3) A for the consensus frame, None for the particle's own.
+    Returns h = sum_t w_t c_t and m = sum_t w_t, (n,) each in the precision of the tilts, with the linear kernel
+    ``w_t = 1 - |distance|`` to the tilt's plane and the CTF evaluated at each voxel's own in-plane coordinates.
+    """
+    sums = tilts.new_zeros(2, size * size * (size // 2 + 1))
+    for voxel, _, kernel, contrast in _near_planes(size, tilts, extent, matrix):
+        sums[0].index_add_(0, voxel, kernel * contrast)
+        sums[1].index_add_(0, voxel, kernel)
+    h, m = sums.index_select(1, band_index(size, tilts.device))
     return h, m
 
 
-def insert_squares(k: Tensor, tilts: Tensor, extent: float, noise: Tensor) -> Tensor:
+def insert_squares(size: int, tilts: Tensor, extent: float, noise: Tensor, matrix: Tensor | None = None) -> Tensor:
     """``sum_t w_t c_t^2 / s_t`` of tilt images that are kept apart, arguments as ``insert_tilts``: (n,).
 
     noise: (T,) noise power s_t of every image; a part that depends on |k| alone is for the caller.
     """
-    voxel, tilt, kernel, contrast = _near_planes(k, tilts, extent)
-    return k.new_zeros(k.shape[0]).index_add(0, voxel, kernel * contrast.square() / noise.to(k.dtype)[tilt])
+    total = tilts.new_zeros(size * size * (size // 2 + 1))
+    for voxel, tilt, kernel, contrast in _near_planes(size, tilts, extent, matrix):
+        total.index_add_(0, voxel, kernel * contrast.square() / noise.to(tilts).index_select(0, tilt))
+    return total.index_select(0, band_index(size, tilts.device))
 
 
 def information(h: Tensor, m: Tensor, noise: Tensor) -> Tensor:
@@ -76,7 +120,7 @@ def resample_numerator(band: Tensor, matrix: Tensor, origin: Tensor, size: int, 
     band: (n,) complex numerator in the particle's frame on the band of an M = size box; matrix: (3, 3) A;
     origin: (3,) working voxels (x, y, z).  Returns (crop, crop, crop) in the consensus frame.
     """
-    points = centred_coordinates(crop, band.device) @ matrix.T.to(torch.float32) - origin.to(torch.float32)
+    points = turned_coordinates(crop, matrix, -origin).movedim(0, -1)
     return sample_spline(spline_coefficients(from_band(band, size)), points)
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opustomo.physics.fourier import frequencies, irfft3, resize_spectrum, rfft3
+from opustomo.physics.fourier import frequencies, irfft3, rfft3
+
+POINTS_AT_ONCE = 4096  # of a spline: what they read and write stays in a core's own cache
 
 
 def centre_crop(volume: Tensor, size: int) -> Tensor:
@@ -33,6 +35,17 @@ def centred_coordinates(size: int, device: torch.device | str = "cpu") -> Tensor
     return torch.stack([x, y, z], -1)
 
 
+def turned_coordinates(size: int, matrix: Tensor, shift: Tensor) -> Tensor:
+    """``matrix x + shift`` at the coordinates x of ``centred_coordinates``: (..., d, size, size, size).
+
+    matrix: (..., d, 3); shift: (..., d).  Axis after axis, which costs a fraction of a product with every voxel.
+    """
+    axis = torch.arange(size, device=matrix.device, dtype=matrix.dtype) - size // 2
+    along_x, along_y, along_z = (matrix[..., None] * axis).unbind(-2)
+    planes = (along_z + shift[..., None])[..., None] + along_y[..., None, :]
+    return planes[..., None] + along_x[..., None, None, :]
+
+
 def sample_at(volume: Tensor, points: Tensor) -> Tensor:
     """Trilinear values of (N, N, N) at points (..., 3), (x, y, z) relative to voxel N//2; zero outside."""
     n = volume.shape[-1]
@@ -46,35 +59,54 @@ def spline_coefficients(spectrum: Tensor) -> Tensor:
     """Cubic B-spline coefficients (2M, 2M, 2M), on a grid twice as fine, of a half transform (M, M, M//2+1).
 
     For ``sample_spline``.  Divided by the kernel's own transform (Unser et al. 1993), so that the spline passes through
-    the band-limited volume exactly on the grid, and within half a percent between its points.
+    the band-limited volume exactly on the grid, and within half a percent between its points.  Axis by axis: most of
+    the lines of the finer grid's transform are zero.
     """
     m = spectrum.shape[-2]
-    padded = resize_spectrum(spectrum, 2 * m) * 2.0**1.5
-    kernel = ((2.0 + torch.cos(frequencies(2 * m, spectrum.device) * (torch.pi / m))) / 3.0).prod(-1)
-    return irfft3(padded / kernel)
+    half = m // 2
+    line = torch.fft.fftfreq(m, 1.0 / m, device=spectrum.device, dtype=spectrum.real.dtype)
+    inverse = 3.0 / (2.0 + torch.cos(line * (torch.pi / m)))
+    finer = spectrum[..., :half] * (inverse[:half] * 2.0**1.5 * inverse[:, None] * inverse[:, None, None])
+    for axis in (-3, -2):
+        low, high = finer.narrow(axis, 0, half), finer.narrow(axis, half + 1, half - 1)
+        between = [m + 1 if n == axis + 3 else size for n, size in enumerate(finer.shape)]
+        finer = torch.fft.ifft(torch.cat([low, finer.new_zeros(between), high], axis), dim=axis, norm="ortho")
+    return torch.fft.irfft(finer, 2 * m, norm="ortho")
 
 
 def sample_spline(coefficients: Tensor, points: Tensor) -> Tensor:
     """Values at points (..., 3), (x, y, z) voxels of an M box relative to voxel M//2; zero outside the box.
 
-    coefficients: (2M, 2M, 2M) of ``spline_coefficients``.  A cubic B-spline is eight trilinear readings at the right
-    places (Sigg and Hadwiger, GPU Gems 2, 2005).
+    coefficients: (2M, 2M, 2M) of ``spline_coefficients``.  Each value is the sum of 4 x 4 x 4 coefficients about it.
     """
-    n, wide = coefficients.shape[-1], 2
-    at = points.reshape(-1, 3).to(coefficients) * 2.0
-    base = at.floor()
-    f = at - base
-    w0, w1, w3 = (1 - f) ** 3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, f**3 / 6
-    low = w0 + w1
-    places = torch.stack([base - 1 + w1 / low, base + 1 + w3 / (1 - low)])  # (2, n, 3), periodic
-    shares = torch.stack([low, 1 - low])
-    periodic = functional.pad(coefficients[None, None], (wide,) * 6, mode="circular")[0, 0]
-    first, second, third = torch.cartesian_prod(*[torch.arange(2)] * 3).unbind(1)
-    corners = torch.stack([places[first, :, 0], places[second, :, 1], places[third, :, 2]], -1)  # (8, n, 3)
-    share = shares[first, :, 0] * shares[second, :, 1] * shares[third, :, 2]
-    value = (sample_at(periodic, corners) * share).sum(0)
-    inside = ((at >= -n / 2) & (at <= n / 2 - 1)).all(-1)
-    return torch.where(inside, value, 0.0).reshape(points.shape[:-1])
+    n = coefficients.shape[-1]
+    wide = n + 4  # two more on either side: the volume is periodic
+    at = points.reshape(-1, 3).T.to(coefficients) * 2.0 + (n // 2 + 2)
+    inside = torch.nonzero(((at >= 2) & (at <= n + 1)).all(0))[:, 0]
+    flat = functional.pad(coefficients[None, None], (2,) * 6, mode="circular").flatten()
+    # places are half as long as torch's default: reading them is most of the work
+    whole = torch.int32 if len(flat) < 2**31 else torch.int64
+    strides = torch.tensor([[1], [wide], [wide * wide]], dtype=whole, device=flat.device)
+    near = torch.arange(-1, 3, dtype=whole, device=flat.device)
+    around = (near[:, None, None] * strides[2] + near[:, None] * strides[1] + near).view(64, 1)  # z, y, x
+    parts = []
+    for part in at[:, inside].split(POINTS_AT_ONCE, 1):
+        base = part.floor()
+        weights = _spline_weights(part - base)
+        first = (base.to(whole) * strides).sum(0, dtype=whole)
+        values = flat.index_select(0, (first + around).flatten()).view(4, 4, 4, len(first))
+        along_x = (values * weights[:, 0]).sum(2)
+        parts.append(((along_x * weights[:, 1]).sum(1) * weights[:, 2]).sum(0))
+    out = flat.new_zeros(at.shape[1])
+    out[inside] = torch.cat(parts)
+    return out.reshape(points.shape[:-1])
+
+
+def _spline_weights(f: Tensor) -> Tensor:
+    """Cubic B-spline at distances 1 + f, f, 1 - f, 2 - f: (4, ...), for f in [0, 1)."""
+    g = 1.0 - f
+    f2, g2 = f * f, g * g
+    return torch.stack([g2 * g, 4.0 - f2 * (6.0 - 3.0 * f), 4.0 - g2 * (6.0 - 3.0 * g), f2 * f]) / 6.0
 
 
 def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -82,9 +114,8 @@ def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -
 
     matrix: (3, 3); shift: (3,) voxels (x, y, z).  To turn a consensus volume into a particle's frame pass ``A^T``.
     """
-    points = centred_coordinates(volume.shape[-1], volume.device).to(volume) @ matrix.T.to(volume)
-    if shift is not None:
-        points = points + shift.to(volume)
+    shift = volume.new_zeros(3) if shift is None else shift.to(volume)
+    points = turned_coordinates(volume.shape[-1], matrix.to(volume), shift).movedim(0, -1)
     return sample_spline(spline_coefficients(rfft3(volume)), points)
 
 

@@ -70,7 +70,7 @@ def sample_power(particles: Particles, grid: Grid, mean_normalised: bool) -> Pow
     for i in range(len(particles)):
         measured += read_band(particles.image_files[i], grid).abs().square()
         if particles.transfer == "tilts":
-            h, m = insert_tilts(k, torch.from_numpy(particles.tilts_of(i)).float(), grid.extent)
+            h, m = insert_tilts(size, torch.from_numpy(particles.tilts_of(i)).float(), grid.extent)
             predicted += torch.where(m > 0.05, (h / m.clamp(min=0.05)).square(), 0.0) if mean_normalised else h.square()
             covered += m
         else:
