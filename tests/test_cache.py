@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import star_sets
-from opustomo.config import InputOptions
+from opustomo.config import GridOptions, InputOptions
 from opustomo.data import cache as cache_module
-from opustomo.data.cache import Cache, OnTheFly, Row, open_cache, prepare_cache, row_bytes
-from opustomo.data.inputs import Inputs
-from opustomo.data.observe import Noise, observe
+from opustomo.data.cache import Cache, OnTheFly, Row, hash_mask, open_cache, prepare_cache, row_bytes
+from opustomo.data.inputs import Inputs, read_inputs
+from opustomo.data.mrc import write_volume
+from opustomo.data.observe import Noise, observe, working_mask
 from opustomo.data.particles import TILT_COLUMNS, Particles
 from opustomo.data.poses import moved_from
 from opustomo.data.readers import read_particles
@@ -66,7 +67,7 @@ def quiet(rows: Iterable[Row], total: int) -> Iterable[Row]:
 
 
 def prepare(
-    folder: Path, particles: Particles, noise: Noise | None, workers: int = 1, mask: torch.Tensor = MASK
+    folder: Path, particles: Particles, noise: Noise | None, workers: int = 1, mark: str = hash_mask(MASK)
 ) -> Cache:
     """``noise`` stands in for the estimate, which has tests of its own; None: a stored cache must not need one."""
 
@@ -80,7 +81,8 @@ def prepare(
             folder,
             particles,
             GRID,
-            mask,
+            MASK,
+            mask_mark=mark,
             contrast="auto",
             normalisation="auto",
             workers=workers,
@@ -282,8 +284,30 @@ def test_stale_cache_is_made_anew(
 def test_other_mask_makes_the_cache_stale(tmp_path: Path, particles: Particles, noise: Noise, made: list[int]) -> None:
     prepare(tmp_path / "cache", particles, noise)
     made.clear()
-    prepare(tmp_path / "cache", particles, noise, mask=MASK * 0.5)
+    prepare(tmp_path / "cache", particles, noise, mark=hash_mask(MASK * 0.5))
     assert len(made) == COUNT
+
+
+def test_the_mask_is_known_by_its_file_and_not_by_how_it_was_resized(
+    tmp_path: Path, particles: Particles, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another processor rounds the resized mask differently; the cache that it finds is not stale for that."""
+    folder, file = tmp_path / "cache", tmp_path / "mask.mrc"
+
+    def rows(mask: torch.Tensor) -> int:
+        write_volume(file, mask.numpy(), star_sets.PIXEL)
+        inputs = read_inputs(particles.source, InputOptions(), GridOptions(mask=file, downfrac=0.75))
+        size = inputs.grid.working_box
+        noise = Noise(torch.ones(len(band_frequencies(size))), 1.0, False, torch.zeros(size // 2 + 1))
+        made.clear()
+        RowMaker(inputs, folder, InputOptions(), 1, noise=noise)(inputs.particles)
+        return len(made)
+
+    mask = spherical_mask(star_sets.BOX, 4, 2)
+    assert rows(mask) == COUNT
+    monkeypatch.setattr("opustomo.data.inputs.working_mask", lambda mask, grid: working_mask(mask, grid) * (1 - 1e-6))
+    assert rows(mask) == 0
+    assert rows(mask * 0.99) == COUNT
 
 
 def test_full_disk_is_met_before_any_work(
@@ -359,7 +383,7 @@ def estimates(monkeypatch: pytest.MonkeyPatch, noise: Noise) -> list[Particles]:
 
 
 def maker(particles: Particles, folder: Path | None, shared: Path | None = None) -> RowMaker:
-    return RowMaker(Inputs(particles, GRID, MASK), folder, InputOptions(), 1, shared)
+    return RowMaker(Inputs(particles, GRID, MASK, hash_mask(MASK)), folder, InputOptions(), 1, shared)
 
 
 def assert_rows_of(rows: Rows, particles: Particles, noise: Noise) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from opustomo import checkpoint, parallel
 from opustomo.config import EncodeConfig
-from opustomo.data.cache import CTF_PACK
+from opustomo.data.cache import CTF_PACK, hash_mask
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs
 from opustomo.data.noise import estimate_noise
@@ -161,7 +161,7 @@ def _new_particles(config: EncodeConfig, run: checkpoint.Run) -> Inputs:
             "%d particle(s) are too few to tell their noise well, so codes are less sure than sigma says; encode them "
             "together with others of the same session", len(particles),
         )  # fmt: skip
-    return Inputs(particles, run.grid, run.mask)
+    return Inputs(particles, run.grid, run.mask, hash_mask(run.mask))
 
 
 def noise_in_units_of(model: LinearModel, inputs: Inputs, config: EncodeConfig) -> Noise:

@@ -93,7 +93,8 @@ class RowMaker:
             noise = self.noise or estimate_noise(particles, grid, mask, **stated)
             cache = rows_without_disk(particles, grid, noise, self.workers, _bar)
         else:
-            cache = prepare_cache(folder, particles, grid, mask, self.noise, **stated, progress=_bar)
+            mark = self.inputs.mask_mark
+            cache = prepare_cache(folder, particles, grid, mask, self.noise, mask_mark=mark, **stated, progress=_bar)
         if self.hold and isinstance(cache, Cache):
             cache.hold()
         self.noise, self.place = cache.noise, folder

@@ -43,9 +43,18 @@ Row = tuple[int, Tensor, Tensor]
 Progress = Callable[[Iterable[Row], int], Iterable[Row]]
 
 
-def fingerprint(particles: Particles, grid: Grid, mask: Tensor, options: tuple[str, ...]) -> str:
-    """Everything a row depends on, as one hash; subtomograms by path, size and time of change."""
-    digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], options)).encode())
+def hash_mask(mask: Tensor) -> str:
+    """A hash of a mask's voxels as they were read, for ``fingerprint``."""
+    return hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+
+
+def fingerprint(particles: Particles, grid: Grid, mark: str, options: tuple[str, ...]) -> str:
+    """Everything a row depends on, as one hash; subtomograms by path, size and time of change.
+
+    mark: ``hash_mask`` of the mask's source.  With the grid it says what the mask on the working grid is, whose own
+    voxels are rounded differently by another kind of processor.
+    """
+    digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], mark, options)).encode())
     for path in (*particles.image_files, *dict.fromkeys(particles.ctf_files)):
         status = path.stat()
         digest.update(os.fsencode(path) + f"{status.st_size}{status.st_mtime_ns}".encode())
@@ -53,7 +62,6 @@ def fingerprint(particles: Particles, grid: Grid, mask: Tensor, options: tuple[s
     geometry = (particles.tilts, particles.tilt_offsets, particles.slices, particles.tilt_shifts)
     for array in (particles.rotation, particles.origin, *geometry):
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(mask.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -294,6 +302,7 @@ def prepare_cache(
     mask: Tensor,
     noise: Noise | None = None,
     *,
+    mask_mark: str,
     contrast: str,
     normalisation: str,
     workers: int,
@@ -301,9 +310,10 @@ def prepare_cache(
 ) -> Cache:
     """Open the cache if it is current; finish it if it is incomplete; make it anew if it is stale.
 
-    mask: (C, C, C) on the working grid.  noise: for a cache that has to be made anew; None: estimated.
+    mask: (C, C, C) on the working grid; mask_mark: ``hash_mask`` of what it was made of.  noise: for a cache that has
+    to be made anew; None: estimated.
     """
-    mark = fingerprint(particles, grid, mask, (contrast, normalisation))
+    mark = fingerprint(particles, grid, mask_mark, (contrast, normalisation))
     with exclusive(folder):  # runs that share a cache may begin at the same time
         return _prepare(folder, particles, grid, mask, noise, mark, contrast, normalisation, workers, progress)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opustomo.config import GridOptions, InputOptions
-from opustomo.data.cache import CTF_PACK, is_free
+from opustomo.data.cache import CTF_PACK, hash_mask, is_free
 from opustomo.data.mrc import read_volume
 from opustomo.data.observe import working_mask
 from opustomo.data.particles import Particles
@@ -29,6 +29,7 @@ class Inputs:
     particles: Particles
     grid: Grid
     mask: Tensor
+    mask_mark: str  # of the voxels it was made of: see data.cache.hash_mask
 
 
 def read_mask(path: Path | None, box: int, pixel_size: float) -> Tensor:
@@ -78,4 +79,6 @@ def read_inputs(
         grid = make_grid(particles.box, particles.pixel_size, sizes.downfrac, mask_extent(mask), templateres)
     except ValueError as error:
         raise UserError(f"{error}; change --downfrac") from None
-    return Inputs(particles, grid, working_mask(mask, grid))
+    # the sphere that stands in for a mask follows from the sizes
+    mark = "sphere" if sizes.mask is None else hash_mask(mask)
+    return Inputs(particles, grid, working_mask(mask, grid), mark)
