@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opustomo import checkpoint
-from opustomo.analysis import plots
 from opustomo.compat.legacy_files import save_pickle, save_split
 from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
@@ -160,6 +159,8 @@ def write_results(
     folder: Path, result: LinearResult, rows: Rows, grid: Grid, mask: Tensor, clusters: int, seed: int
 ) -> None:
     """linear.npz, particles.csv, mean and component maps, cluster maps from the data, and pictures."""
+    from opustomo.analysis import plots  # matplotlib: a continuation does without
+
     model, post, codes = result.model, result.posterior, result.codes
     code = codes.centre().float()
     independent, mixing = independent_components(code.numpy(), seed)
@@ -245,6 +246,8 @@ def _write_clusters(
     seed: int,
 ) -> None:
     from sklearn.cluster import KMeans  # a second to import: a continuation does without
+
+    from opustomo.analysis import plots
 
     # centres of the typical particles: a bright object would have a cluster of its own
     labels = KMeans(clusters, n_init=10, random_state=seed).fit(code[typical]).predict(code)

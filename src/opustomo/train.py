@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from opustomo import checkpoint, parallel
-from opustomo.analysis import plots
 from opustomo.config import TrainConfig
 from opustomo.course import Course
 from opustomo.data.dataset import bank_rows, batch_order
@@ -375,6 +374,8 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
 
     Each row: the subtomogram's numerator, the reconstruction seen through its weight, the masked numerator.
     """
+    from opustomo.analysis import plots  # matplotlib: the first step does not wait for it
+
     model.eval()
     shown = index[: min(4, len(index))]
     numerator, weight = read_batch(context, shown)
