@@ -60,7 +60,8 @@ def fingerprint(particles: Particles, grid: Grid, mark: str, options: tuple[str,
         digest.update(os.fsencode(path) + f"{status.st_size}{status.st_mtime_ns}".encode())
     digest.update(str(particles.premultiplied).encode())
     geometry = (particles.tilts, particles.tilt_offsets, particles.slices, particles.tilt_shifts)
-    for array in (particles.rotation, particles.origin, *geometry):
+    # made of sines and cosines, whose last bits depend on the processor, too; + 0.0: no negative zero
+    for array in (particles.rotation.round(6) + 0.0, particles.origin, *geometry):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
@@ -149,7 +150,7 @@ class Cache:
         self._checksum[i] = (0, 0)
         for which, (rows, values) in enumerate(((self._numerator, numerator), (self._weight, weight))):
             scale = max(float(values.abs().max()), 1e-30)
-            rows[i] = (values.flatten() / scale).numpy().astype(np.float16)
+            rows[i] = (values.flatten() / scale).half().numpy()
             self._scale[i, which] = scale
         self._checksum[i] = (1, self._sum(i))
         self._compared[i] = True
