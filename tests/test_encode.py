@@ -119,7 +119,7 @@ def datadir(of: SmallSet) -> InputOptions:
 
 def test_an_encoded_folder_cannot_be_trained_on(encoded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--resume", str(encoded), "-n", "9"]) == 2
-    assert "has no bank, optimizer, it is of no network or" in capsys.readouterr().err
+    assert "has no bank, course, optimizer, it is of no network or" in capsys.readouterr().err
 
 
 def test_another_session_in_its_own_grey_values_and_what_is_no_molecule(
