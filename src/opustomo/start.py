@@ -121,6 +121,8 @@ def check_compiler(device: torch.device) -> None:
             f"--compile: torch.compile does not work here ({reason}); it needs a C++ compiler with Python's headers on "
             "CPUs and Triton on GPUs: install them, or leave --compile out"
         ) from None
+    if device.type == "cpu":
+        log.warning("--compile: meant for GPUs; on CPUs a compiled decoder was slower (docs/experiments.md)")
 
 
 def _scaled(x: Tensor) -> Tensor:
