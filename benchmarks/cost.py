@@ -326,15 +326,15 @@ def predicted(c: Cost, here: Here, particles: int, gpus: int, efficiency: float)
     reads = sum(count for _, count in passes) * whole
     # a set that fits in the node's memory is read once
     disk = (reads if whole > 0.5 * HOST * min(gpus, NODE) / NODE else whole) / DISK
+    computed = max(flop / here.flop / 1e9, reads / here.read / 1e9) / cores
     times = {
         "rows": particles * (1 + ROUNDS) * here.row[0] * grid.working_box ** here.row[1] / cores,
-        "linear stage": max(flop / here.flop / 1e9, reads / here.read / 1e9) / cores,
-        "linear stage: disk": disk,
+        # one works while the other does: the slower one is what is waited for
+        "linear stage": computed if computed >= disk else 0.0,
+        "linear stage's reading": disk if disk > computed else 0.0,
         **{name: seen / gpus * value for name, value in share.items()},
         "all-reduce": steps * 2 * (gpus - 1) / gpus * 4 * c.step.parameters / link,
     }
-    # the disk is read while the processor computes, and the cache while the GPU does
-    times["linear stage: disk"] = max(0.0, times["linear stage: disk"] - times["linear stage"])
     step = sum(times[n] for n in (*share, "all-reduce"))
     again = 0.0 if whole <= 0.5 * HOST * nodes * min(gpus, NODE) / NODE else seen * row / (DISK * nodes)
     return times | {"cache reading": max(0.0, again - step)}
@@ -360,7 +360,7 @@ def prediction_table(costs: list[Cost], here: Here) -> str:
             for gpus in GPUS:
                 times = predicted(c, here, particles, gpus, EFFICIENCY[1])
                 total, (worst, most) = sum(times.values()), max(times.items(), key=lambda item: item[1])
-                network = total - times["rows"] - times["linear stage"] - times["linear stage: disk"]
+                network = total - times["rows"] - times["linear stage"] - times["linear stage's reading"]
                 line.append(f"{duration(total)} ({duration(network)}); {worst} {most / total:.0%}")
             rows.append(line)
     each = [f"{n} GPU{'s' * (n > 1)}: all (network); bottleneck" for n in GPUS]

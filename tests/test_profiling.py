@@ -216,4 +216,4 @@ def test_a_bottleneck_moves_with_what_is_short(cost_benchmark: ModuleType) -> No
     slow = cost_benchmark.predicted(cost, cost_benchmark.Here((1e-6, 3.3), 10.0, 0.5), 10**5, 1, 0.08)
     assert slow["rows"] == pytest.approx(10 * one["rows"])
     few, many = (cost_benchmark.predicted(cost, usual, n, 1, 0.08) for n in (10**4, 10**7))
-    assert few["linear stage: disk"] == 0 < many["linear stage: disk"]
+    assert few["linear stage's reading"] == 0 < many["linear stage's reading"]
