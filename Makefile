@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-quality bench-step bench-scale clean
+.PHONY: setup demo test test-fast lint bench bench-quality bench-step bench-scale bench-cost clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,9 @@ bench-quality: setup
 
 bench-scale: setup
 	$(BIN)/python benchmarks/scale.py -o scale --markdown docs/scaling.md
+
+bench-cost: setup
+	$(BIN)/python benchmarks/cost.py --markdown docs/scaling.md
 
 clean:
 	rm -rf $(VENV) dist build demo scale

@@ -184,6 +184,12 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def put(page: Path, text: str, marks: tuple[str, str]) -> None:
+    """Replace what is between two marks of a page."""
+    head, rest = page.read_text().split(marks[0])
+    page.write_text(f"{head}{marks[0]}\n\n{text}\n\n{marks[1]}{rest.split(marks[1])[1]}")
+
+
 def main() -> None:
     """Measure, print, and put the tables between the marks of a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,10 +214,7 @@ def main() -> None:
     ])  # fmt: skip
     print(text)
     if arguments.markdown:
-        page = arguments.markdown.read_text()
-        marks = "<!-- measured -->", "<!-- end -->"
-        head, rest = page.split(marks[0])
-        arguments.markdown.write_text(f"{head}{marks[0]}\n\n{text}\n\n{marks[1]}{rest.split(marks[1])[1]}")
+        put(arguments.markdown, text, ("<!-- measured -->", "<!-- end -->"))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ TRAIN_OPTIONS = [
     "--workers",
     "--device",
     "--deterministic",
+    "--compile",
+    "--profile",
     "--verbose",
 ]
 LINEAR_OPTIONS = [

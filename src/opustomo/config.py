@@ -204,6 +204,10 @@ class TrainConfig:
     """Where to compute."""
     deterministic: Switch = False
     """The same numbers in every run also on a GPU, where that is slower; refused where something has no such way."""
+    compile: Switch = False
+    """Compile the decoder's layers on large grids (torch.compile): a minute or two first; for GPUs, slower on CPUs."""
+    profile: Switch = False
+    """Measure a few steps and write profile.txt and profile.json.gz, which name no path and can be sent."""
     verbose: Switch = False
     """More lines in the log."""
 

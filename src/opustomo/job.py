@@ -27,6 +27,7 @@ from opustomo.start import (
     Context,
     Start,
     build,
+    check_compiler,
     choose_device,
     save_config,
     select_inputs,
@@ -83,6 +84,8 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
         if config.no_cache:
             raise UserError(f"--no-cache: {parallel.count()} processes share the cache on disk; leave --no-cache out")
     device = choose_device(config)
+    if config.compile:
+        check_compiler(device)
     asked, config = config, with_sizes(config, device)
     inputs = select_inputs(config)
     count, fresh = len(inputs.particles), continuation is None

@@ -23,7 +23,9 @@ from opustomo.stored import read_config
 
 _CHECKPOINT = re.compile(r"weights\.(\d+)\.pkl")
 # options that say where and how to run, not what is computed
-_FREE = frozenset({"output", "load", "latents", "workers", "verbose", "plot", "device", "deterministic"})
+_FREE = frozenset(
+    {"output", "load", "latents", "workers", "verbose", "plot", "device", "deterministic", "compile", "profile"}
+)
 # stored unless typed, and free to change: they do not touch what is computed
 _HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "checkpoint_minutes", "keep", "log_interval", "tmp_prefix"})
 # sizes of the network, and what the stored poses and codes belong to

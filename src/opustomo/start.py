@@ -111,6 +111,24 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if present and name != "cpu" else "cpu")
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile cannot generate code for ``device``."""
+    try:
+        torch.compile(_scaled)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason}); it needs a C++ compiler with Python's headers on "
+            "CPUs and Triton on GPUs: install them, or leave --compile out"
+        ) from None
+    if device.type == "cpu":
+        log.warning("--compile: meant for GPUs; on CPUs a compiled decoder was slower (docs/experiments.md)")
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return 2.0 * x.sin()
+
+
 def global_batch(config: TrainConfig) -> int:
     """Particles per optimiser step before accumulation: b times the GPUs asked for, on however many it runs."""
     return config.batch * (config.num_gpus if config.multigpu else 1)

@@ -44,6 +44,7 @@ from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import prepare_process
+from opustomo.profiling import Profile, part
 from opustomo.start import Context, Start, device_of, global_batch
 from opustomo.verdict import warn_of_codes, write_verdict
 
@@ -82,6 +83,9 @@ def fit(job: Job, start: Start | None) -> None:
     if job.optimizer is not None:
         optimizer.load_state_dict(job.optimizer)
     parallel.divide_threads()
+    if config.compile:
+        model.decoder.compile_large()
+    profile = Profile(config, model, context, len(train)) if config.profile and start is not None else None
     learner, files, asked = Learner(model, optimizer, bank, Course.of(job.course)), Files(config, start), Asked()
     watch = Watch(
         asked,
@@ -98,7 +102,7 @@ def fit(job: Job, start: Start | None) -> None:
         while learner.course.epoch < config.epochs:
             epoch = learner.course.epoch
             try:
-                train_epoch(config, context, learner, train, metrics, watch)
+                train_epoch(config, context, learner, train, metrics, watch, profile)
             except RanAway as trouble:
                 set_back(learner, files, trouble)
                 metrics = files.metrics(learner.course)
@@ -167,17 +171,18 @@ def log_evidence(
     """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,); D(z), (b, C, C, C), and as the
     data see it on the band, (b, n)."""
     size = context.grid.working_box
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
+    with part("decode"), torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
         density = model.nonlinear(code)
     nonlinear = density = density.float()
-    band = differentiable_band(nonlinear, size)
-    if damping is not None:
-        band = band * damping
-        nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)
-    known_part = torch.cat([torch.ones_like(code[:, :1]), code], 1) @ context.linear
-    seen = torch.view_as_complex(known_part.unflatten(1, (-1, 2))) + band
-    nuisance = pose_nuisance(context.pose, numerator, weight, context.pose_prior[index.to(context.device)])
-    fit, _ = evidence(model.linear(code) + nonlinear, seen, numerator, weight, nuisance, size)
+    with part("likelihood"):
+        band = differentiable_band(nonlinear, size)
+        if damping is not None:
+            band = band * damping
+            nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)
+        known_part = torch.cat([torch.ones_like(code[:, :1]), code], 1) @ context.linear
+        seen = torch.view_as_complex(known_part.unflatten(1, (-1, 2))) + band
+        nuisance = pose_nuisance(context.pose, numerator, weight, context.pose_prior[index.to(context.device)])
+        fit, _ = evidence(model.linear(code) + nonlinear, seen, numerator, weight, nuisance, size)
     return fit, density, band
 
 
@@ -202,10 +207,12 @@ def train_step(
     model: Vae, context: Context, index: Tensor, damping: Tensor | None, luck: tuple[Tensor, Tensor]
 ) -> Step:
     """Forward pass of a batch: encode, sample (luck: see ``draw``), decode, compare."""
-    numerator, weight = read_batch(context, index)
-    linear = known(context, index)
-    posterior = posterior_of(model, context, linear, numerator, weight)
-    code = posterior.sample(*chosen(linear, luck))
+    with part("read"):
+        numerator, weight = read_batch(context, index)
+    with part("encode"):
+        linear = known(context, index)
+        posterior = posterior_of(model, context, linear, numerator, weight)
+        code = posterior.sample(*chosen(linear, luck))
     fit, density, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
     kl = posterior.detach().log_density(code) - context.mixture.log_density(code)
@@ -261,6 +268,7 @@ def train_epoch(
     train: Tensor,
     metrics: Metrics | None = None,
     watch: Watch | None = None,
+    profile: Profile | None = None,
 ) -> None:
     """The rest of an epoch; a line of metrics at every log interval and at the end.
 
@@ -277,7 +285,8 @@ def train_epoch(
     lot = config.accum_step
     window = Window(metrics, course)
     left = batches[course.step :]
-    for step, index in enumerate(progress(left, sum(map(len, left)), f"epoch {epoch}", size=len), course.step):
+    told = progress(left, sum(map(len, left)), f"epoch {epoch}", size=len)
+    for step, index in enumerate(profile.steps(told, len(left)) if profile is not None else told, course.step):
         done = (epoch + step / len(batches)) / config.epochs
         beta = beta_weight(config.beta, done) * config.beta_control
         rate = learning_rate(config.lr, done) * course.rate
@@ -299,7 +308,8 @@ def train_epoch(
             # kept on the device: reading it would wait for every step
             means = torch.stack([part.detach().sum() for part in (loss, out.nll, out.kl, *added)]) / len(index)
         # the last group of an epoch may be shorter
-        (objective / min(lot, len(batches) - step // lot * lot)).backward()
+        with part("backward"):
+            (objective / min(lot, len(batches) - step // lot * lot)).backward()
         if config.lamb > 0:
             bank[index.to(context.device)] = codes.detach()
         if watch is not None:
@@ -307,12 +317,14 @@ def train_epoch(
         window.add(len(index), means)
         last = step + 1 == len(batches)
         if (step + 1) % lot == 0 or last:
-            parallel.sum_gradients(model)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            with part("exchange"):
+                parallel.sum_gradients(model)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with part("optimiser"):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
         if course.count and (last or (interval and course.count >= interval)):

@@ -6,6 +6,7 @@ Owns: the transposed convolutions from a code to a volume.  Layer sizes follow O
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,7 @@ class Decoder(nn.Module):
     """
 
     recomputed: bool = False
+    _compiled: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, zdim: int, templateres: int, width: float) -> None:
         super().__init__()
@@ -55,9 +57,16 @@ class Decoder(nn.Module):
         x = functional.interpolate(x, size=(self.resized,) * 3, mode="trilinear", align_corners=False)
         # few channels on large grids: half the time of these layers (docs/experiments.md, cost of a step)
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        if self.recomputed and torch.is_grad_enabled():
-            return torch.cat([checkpoint(self._grow, one, use_reentrant=False) for one in x.split(1)])
-        return self._grow(x)
+        grow = self._compiled or self._grow
+        if not torch.is_grad_enabled():  # evaluation comes in other batches, each of which would be compiled anew
+            return self._grow(x)
+        if self.recomputed:
+            return torch.cat([checkpoint(grow, one, use_reentrant=False) for one in x.split(1)])
+        return grow(x)
+
+    def compile_large(self) -> None:
+        """Have the layers on large grids compiled (torch.compile) at the first step; others are products already."""
+        self._compiled = torch.compile(self._grow)
 
     def _grow(self, x: Tensor) -> Tensor:
         for layer in self.rise[:-1]:
