@@ -306,7 +306,7 @@ def train_epoch(
             loss = out.nll + beta * out.kl + sum(added)
             objective = objective + loss.sum() / len(index)
             # kept on the device: reading it would wait for every step
-            means = torch.stack([part.detach().sum() for part in (loss, out.nll, out.kl, *added)]) / len(index)
+            means = torch.stack([value.detach().sum() for value in (loss, out.nll, out.kl, *added)]) / len(index)
         # the last group of an epoch may be shorter
         with part("backward"):
             (objective / min(lot, len(batches) - step // lot * lot)).backward()
