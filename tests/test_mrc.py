@@ -8,6 +8,7 @@ import mrcfile
 import numpy as np
 import pytest
 
+from opustomo import __version__
 from opustomo.data.mrc import header_of, read_volume, write_volume
 from opustomo.errors import UserError
 
@@ -97,3 +98,15 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         read_volume(tmp_path / "image.mrc")
     with pytest.raises(UserError, match="no such volume"):
         read_volume(tmp_path / "absent.mrc")
+
+
+def test_a_map_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels of 80 characters, in place of the library's own; what does not fit is cut."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/opustomo", "volumes", "run é", "--kmeans", "16", *["x" * 70] * 20])
+    write_volume(tmp_path / "map.mrc", np.zeros((4, 4, 4), np.float32), 2.0)
+    with mrcfile.open(tmp_path / "map.mrc") as mrc:
+        labels = mrc.get_labels()
+    assert (
+        labels[0].startswith(f"opustomo {__version__}: opustomo volumes 'run ?' --kmeans 16 xxx") and len(labels) == 10
+    )
+    assert mrcfile.validate(tmp_path / "map.mrc")

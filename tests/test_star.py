@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import starfile
 
+from opustomo import __version__
 from opustomo.data.star import read_numeric_table, read_star, write_star
 from opustomo.errors import UserError
 
@@ -79,6 +80,14 @@ def test_written_file_is_the_same_and_readable_by_others(tmp_path: Path) -> None
     other = starfile.read(tmp_path / "b.star")["particles"]
     np.testing.assert_allclose(other["rlnAngleRot"], [1.5, -0.002])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.star", "b.star"]
+
+
+def test_a_written_file_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one comment, whatever was typed."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/opustomo", "select", "a\nb", "-o", "c"])
+    write_star(tmp_path / "a.star", {"general": {"rlnNote": "1"}})
+    lines = (tmp_path / "a.star").read_text().splitlines()
+    assert lines[0] == f"# opustomo {__version__}: opustomo select 'a b' -o c" and lines[1:3] == ["", "data_general"]
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:

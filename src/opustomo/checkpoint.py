@@ -7,6 +7,7 @@ for the network alike.  Everything is written atomically and read without execut
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from opustomo import __version__
 from opustomo.compat.legacy_files import Poses, load_poses, load_split, save_config_pickle, save_poses
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import provenance, write_text
 from opustomo.data.mrc import write_volume
 from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
 from opustomo.errors import UserError, reading
@@ -54,8 +55,10 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def write_config(folder: Path, values: dict[str, Any]) -> None:
-    """config.yaml (options and resolved values) and the same as config.pkl in the layout users' scripts know."""
-    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    """config.yaml (options, resolved values, what made the run from which bytes) and config.pkl, as scripts know it."""
+    sums = {f"{name}_sha256": _sum(values.get(name)) for name in ("star", "mask")}
+    made = values | {"made_by": provenance(), **sums}
+    write_text(folder / "config.yaml", yaml.safe_dump(made, sort_keys=False))
     dataset = {
         k: values[k] for k in ("star", "poses", "datadir", "mask", "ind", "angpix", "downfrac", "split", "valfrac")
     }
@@ -72,6 +75,14 @@ def write_config(folder: Path, values: dict[str, Any]) -> None:
     legacy = {"dataset_args": dataset, "lattice_args": lattice, "model_args": model, "seed": values["seed"]}
     meta = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "cmd": list(sys.argv), "version": __version__}
     save_config_pickle(folder / "config.pkl", legacy, meta)
+
+
+def _sum(path: str | None) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    if path is None or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ _LARGEST_FILE = 1 << 20
 _RESOLVED: dict[str, Any] = {
     "kind": Literal["network", "linear", "map"],
     "box": int, "pixel_size": float, "working_box": int, "crop": int, "templateres": int, "particles": int,
-    "rows": str | None, "identity": str, "encoded_with": str,
+    "rows": str | None, "identity": str, "encoded_with": str, "made_by": str, "star_sha256": str | None,
+    "mask_sha256": str | None,
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Owns: how a file is written so that a reader never meets half of it, and that a folder has one writer at a time."""
+"""Owns: how a file is written so that a reader never meets half of it, that a folder has one writer at a time, and what
+a file says of its origin."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import fcntl
 import logging
 import os
 import re
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from opustomo.errors import UserError
+from opustomo import __version__
+from opustomo.errors import UserError, printable
 
 log = logging.getLogger("opustomo")
 
@@ -40,6 +44,12 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def provenance() -> str:
+    """Version and command line, one line: what a written map or STAR file says of its origin."""
+    name, *words = sys.argv or ["opustomo"]
+    return printable(" ".join(f"opustomo {__version__}: {shlex.join([Path(name).name, *words])}".split()))
 
 
 def write_text(path: Path, text: str) -> None:

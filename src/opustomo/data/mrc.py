@@ -15,7 +15,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from mrcfile.utils import dtype_from_mode
 from numpy.typing import NDArray
 
-from opustomo.data.atomic import atomic
+from opustomo.data.atomic import atomic, provenance
 from opustomo.errors import UserError
 
 _MODES = (0, 1, 2, 6, 12)  # int8, int16, float32, uint16, float16
@@ -73,7 +73,8 @@ def write_volume(
     """Write a (z, y, x) volume: float16 stays float16 (mode 12), all else becomes float32 (mode 2).
 
     pixel_size: Angstrom; the header's cell is ``n * pixel_size`` per axis, so that cell / n gives it back.
-    origin_angstrom: (x, y, z) position of the first voxel, as ChimeraX reads it.  UserError: cannot be written.
+    origin_angstrom: (x, y, z) position of the first voxel, as ChimeraX reads it.  The labels hold version and command.
+    UserError: cannot be written.
     """
     if array.ndim != 3 or array.size == 0 or not pixel_size > 0:
         raise ValueError(f"a volume needs three axes and a pixel size > 0, not {array.shape} and {pixel_size}")
@@ -82,6 +83,7 @@ def write_volume(
         mrc.set_data(data)
         mrc.header.cella = _cell(data.shape, pixel_size)
         mrc.header.origin = tuple(np.float32(value) for value in origin_angstrom)
+        _label(mrc)
 
 
 def write_stack(path: Path, images: NDArray[np.float32], pixel_size: float) -> None:
@@ -90,6 +92,15 @@ def write_stack(path: Path, images: NDArray[np.float32], pixel_size: float) -> N
         mrc.set_data(np.ascontiguousarray(images, np.float32))
         mrc.set_image_stack()
         mrc.header.cella = _cell((1, *images.shape[1:]), pixel_size)
+        _label(mrc)
+
+
+def _label(mrc: mrcfile.mrcfile.MrcFile) -> None:
+    """In place of the library's own label; a header has ten of 80 characters."""
+    text = provenance().encode("ascii", "replace")
+    parts = [text[i : i + 80] for i in range(0, min(len(text), 800), 80)]
+    mrc.header.label = [part.ljust(80) for part in parts] + [b""] * (10 - len(parts))
+    mrc.header.nlabl = len(parts)
 
 
 def _cell(shape: tuple[int, ...], pixel_size: float) -> tuple[np.float32, ...]:

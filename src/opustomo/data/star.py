@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import provenance, write_text
 from opustomo.errors import UserError
 
 _QUOTED = re.compile(r"\"[^\"]*\"(?=\s|$)|'[^']*'(?=\s|$)|\S+")
@@ -104,9 +104,11 @@ def read_star(path: Path) -> StarFile:
 def write_star(path: Path, blocks: Mapping[str, Block]) -> None:
     """Write blocks in their order, atomically; values are written exactly as the strings they are.
 
+    The first line, a comment, holds version and command.
+
     UserError: a value with both kinds of quotes, which cannot be written so that it is read as what it is.
     """
-    lines = [""]
+    lines = [f"# {provenance()}", ""]
     for name, block in blocks.items():
         lines += [f"data_{name}", ""]
         if isinstance(block, pd.DataFrame):
