@@ -33,7 +33,7 @@ from opustomo import memory
 from opustomo.data.cache import Cache, row_bytes
 from opustomo.data.observe import Noise
 from opustomo.linear import POSE, LinearModel, accumulate, choose_components, columns, infer, statistics
-from opustomo.linear_fit import EM_STEPS, MAX_COMPONENTS
+from opustomo.linear_fit import EM_STEPS, MAX_COMPONENTS, SAMPLE
 from opustomo.model.decoder import Decoder
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid, template_size
@@ -233,8 +233,11 @@ def em_passes(best: int) -> list[tuple[int, int]]:
 
 
 def stage_passes(best: int) -> list[tuple[int, int]]:
-    """All of a linear stage: two choices of K, and after each round of poses EM steps, posterior and pose errors."""
-    return [*em_passes(best), (best, ROUNDS * (3 * EM_STEPS + 2) + 20), *em_passes(best)]
+    """Over the particles that are fitted: two choices of K, and EM steps after each round of poses."""
+    return [*em_passes(best), (best, ROUNDS * 3 * EM_STEPS), *em_passes(best)]
+
+
+PASSES_OF_ALL = 2 * ROUNDS + 20  # posteriors and pose errors of each round, last EM steps, codes
 
 
 class Counted(MemoryRows):
@@ -321,11 +324,14 @@ def predicted(c: Cost, here: Here, particles: int, gpus: int, efficiency: float)
     share = gpu_seconds(c, efficiency)
     steps = seen / (BATCH * gpus)
     link = (NVLINK if gpus <= NODE else FABRIC) * REACHED
-    passes = stage_passes(COMPONENTS)
-    flop = sum(count * pass_flop(grid, k) for k, count in passes) * particles
-    reads = sum(count for _, count in passes) * whole
-    # a set that fits in the node's memory is read once
-    disk = (reads if whole > 0.5 * HOST * min(gpus, NODE) / NODE else whole) / DISK
+    passes, some = stage_passes(COMPONENTS), min(particles, SAMPLE)
+    flop = sum(count * pass_flop(grid, k) for k, count in passes) * some
+    flop += PASSES_OF_ALL * pass_flop(grid, COMPONENTS) * particles
+    fitted = sum(count for _, count in passes) * some * row
+    reads, room = fitted + PASSES_OF_ALL * whole, 0.5 * HOST * min(gpus, NODE) / NODE
+    # what fits in the node's memory is read once
+    disk = whole if whole <= room else PASSES_OF_ALL * whole + (fitted if some * row > room else 0.0)
+    disk /= DISK
     computed = max(flop / here.flop / 1e9, reads / here.read / 1e9) / cores
     times = {
         "rows": particles * (1 + ROUNDS) * here.row[0] * grid.working_box ** here.row[1] / cores,
@@ -407,9 +413,9 @@ def main() -> None:
         "Reached here, the best of a few (CPU-seconds with one thread, the rest in wall time, which other jobs share):",
         speed_table([*costs["cpu"][:2], costs["gpu"][0], costs["full"][0]]),
         f"Decoding: {decode_rate():.2f} CPU-s for a volume of 160^3 at width 1 (the earlier program: 3.2).",
-        f"The linear stage reads every row {passes} times with K = {COMPONENTS} (two choices of K of "
+        f"The linear stage reads every row {passes + PASSES_OF_ALL} times with K = {COMPONENTS} (two choices of K of "
         f"{sum(n for _, n in em_passes(COMPONENTS))} passes, {ROUNDS} rounds of poses; those of a choice were "
-        "counted too). A pass takes "
+        f"counted too), of more than {SAMPLE:,} particles {PASSES_OF_ALL} times those beyond. A pass takes "
         + "; ".join(f"at working box {box // 2} {f:.1f} GFLOP and {b:.2f} GB of rows per CPU-s"
                     for box, (f, b) in speeds.items())
         + f". A row takes {law[0]:.2g} M^{law[1]:.2f} CPU-s for a working box M, fitted to the table of rows above.",

@@ -19,6 +19,8 @@ from small_set import finished_run, small_set  # noqa: F401
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 install_import_hook(["opustomo.physics", "opustomo.objective"], "conftest.checked")
 
+torch.set_num_threads(1)  # for what modules share, too: sums of other threads have other last bits
+
 SIMULATOR = Path(__file__).parents[2] / "shared" / "tools" / "simulate_phantom.py"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from opustomo import linear
+from opustomo import linear, linear_fit
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data import cache as cache_module
@@ -307,6 +307,37 @@ def test_held_out_particles_may_take_part_once_all_is_chosen(inputs: Inputs, mak
     assert together.trail == without.trail
     assert len(together.mixture.share) == len(without.mixture.share)
     assert float((together.codes.evidence - without.codes.evidence)[HELD].mean()) > 0.1
+
+
+def test_of_many_particles_a_sample_chooses_and_all_refine(
+    inputs: Inputs, make_rows: RowMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the particles: what they find is refined on all; fewer reads."""
+    reads = {"all": 0, "sample": 0}
+    found = {}
+    for name, sample in (("all", linear_fit.SAMPLE), ("sample", 27)):
+        monkeypatch.setattr(linear_fit, "SAMPLE", sample)
+
+        def made(particles: Particles, name: str = name) -> Rows:
+            rows = make_rows(particles)
+            numerators = rows.numerator(EVERY)
+
+            class Counted(MemoryRows):
+                def numerator(self, index: torch.Tensor) -> torch.Tensor:
+                    reads[name] += len(index)
+                    return super().numerator(index)
+
+            return Counted(numerators, rows.weight(EVERY))
+
+        plan = Plan(TRAIN, HELD, estpose=False, seed=0, components=1)
+        found[name] = fit_linear(inputs.particles, made, inputs.grid, inputs.mask, plan)[2]
+    evidence = {name: float(result.codes.evidence[TRAIN].mean()) for name, result in found.items()}
+    # 54 particles know the component better than 27: by 6 of the 35 nats that it is worth
+    assert evidence["all"] - 10 < evidence["sample"] != evidence["all"]
+    assert len(found["sample"].codes.mean) == PARTICLES
+    assert reads["sample"] < 0.75 * reads["all"]
+    chosen = linear_fit._some(torch.arange(100, 200), 20, 3)
+    assert len(chosen) == 20 and chosen.unique().equal(chosen) and chosen.min() >= 100 and chosen.max() < 200
 
 
 def test_held_out_particles_are_not_seen(inputs: Inputs, make_rows: RowMaker) -> None:

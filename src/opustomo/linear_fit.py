@@ -53,6 +53,7 @@ OUTLIER_LIMIT = 8.0  # robust standard deviations of the evidence above its medi
 MOST_OUTLIERS = 0.1  # more than this fraction is a class, not outliers
 HELD_OUT = 0.1  # fraction of particles that choose the number of components
 MAX_COMPONENTS = 12
+SAMPLE = 32_768  # particles that are enough to choose and fit a model, which the last EM steps refine on all
 EM_STEPS = 8  # per added component: more of them overfit the components' spectrum (docs/experiments.md)
 POSE_ROUNDS = 4
 LAST_STEPS, MIXTURE_STEPS = 4, 5
@@ -142,7 +143,7 @@ class Settled:
     rows: Rows
     fit: Fit
     train: Tensor  # row numbers: those of the plan that are typical
-    fitted: Tensor  # those the model was fitted to
+    fitted: Tensor  # those the model was fitted to, a sample of them where there are many
     probe: Tensor  # those whose evidence decided
     typical: Tensor  # (P,) bool
     brightness: Tensor  # (P,)
@@ -186,9 +187,18 @@ def settle(
 def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses."""
     train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
+    some, probe = _some(train, SAMPLE, plan.seed), _some(held, SAMPLE // 4, plan.seed)
     # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
-    probe = held if len(held) else train[:: round(1 / HELD_OUT)]
-    return train, train if len(held) or plan.components else train[~torch.isin(train, probe)], probe
+    probe = probe if len(held) else some[:: round(1 / HELD_OUT)]
+    return train, some if len(held) or plan.components else some[~torch.isin(some, probe)], probe
+
+
+def _some(rows: Tensor, count: int, seed: int) -> Tensor:
+    """At most ``count`` of the row numbers, in their order."""
+    if len(rows) <= count:
+        return rows
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return rows[chosen.sort().values]
 
 
 def _choose(plan: Plan, rows: Rows, fitted: Tensor, probe: Tensor, grid: Grid, mask: Tensor) -> Fit:
