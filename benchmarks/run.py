@@ -44,7 +44,7 @@ SETS = {
     "minority": Set("Minority: the factor in 10 % of the particles", "-n 800 --minority 0.1"),
     "object8": Set("Another object (phantom seed 8)", "-n 800 --phantom-seed 8", (1,)),
     "object9": Set("Another object (phantom seed 9)", "-n 800 --phantom-seed 9", (1,)),
-    "full": Set("Full resolution: common set on a working box of 64", "-n 800", (1,), "--downfrac 1"),
+    "full": Set("Full resolution: common set on a working box of 64", "-n 800", (1, 2, 3), "--downfrac 1"),
 }  # fmt: skip
 
 FIGURES = {
