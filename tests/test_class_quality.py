@@ -119,6 +119,7 @@ def test_true_states_differ_more_than_chance_and_random_classes_do_not(
         assert row.worth_low < 1.2 and row.worth_high > 0.8
 
 
+@pytest.mark.usefixtures("drawn")
 def test_junk_is_ranked_last_and_tiny_classes_are_said_to_be_tiny(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +227,7 @@ def test_quality_of_the_true_states_of_a_run(small_set: SmallSet, finished_run: 
     assert all(float(row["certain"]) <= 1 and float(row["sigma"]) > 0 and row["outlier"] for row in table)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_report_shows_the_quality_of_its_classes_only(finished_run: Path, tmp_path: Path) -> None:
     folder = copy_run(finished_run, tmp_path / "run", 2)
     run = checkpoint.open_run(folder)

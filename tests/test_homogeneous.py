@@ -129,6 +129,7 @@ def test_the_folder_is_a_run_without_codes(
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("drawn")
 def test_poses_go_back_and_the_report_shows_the_map(poor_set: SmallSet, fixed: Path, tmp_path: Path) -> None:
     assert cli.main(["select", str(poor_set.star), "--run", str(fixed), "--corrected", "-o", str(tmp_path)]) == 0
     back = read_particles(tmp_path / "pre0.star", InputOptions(datadir=poor_set.folder))

@@ -107,6 +107,12 @@ def averaged_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Transfer]
     return cache(lambda transfer: averaged(tmp_path_factory.mktemp(transfer), transfer))
 
 
+@pytest.fixture(scope="module")
+def noise_of_48(averaged_of: Callable[[Transfer], Known]) -> Callable[[Transfer], Noise]:
+    """Noise of each kind, estimated once from 48 particles."""
+    return cache(lambda transfer: averaged_of(transfer).noise(48))
+
+
 def calibration(known: Known, noise: Noise, directions: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Mean of ``(dE - Q/2)^2 / Q`` and of dE over that of Q/2, for the states' difference and for it turned."""
     grid, size = known.grid(), known.grid().working_box
@@ -199,9 +205,11 @@ def test_signal_is_not_counted_as_noise(phantom: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(averaged_of: Callable[[Transfer], Known]) -> None:
-    known = averaged_of("ctf_volume")
-    grid, mask, noise = known.grid(), working_mask(known.mask, known.grid()), known.noise(48)
+def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(
+    averaged_of: Callable[[Transfer], Known], noise_of_48: Callable[[Transfer], Noise]
+) -> None:
+    known, noise = averaged_of("ctf_volume"), noise_of_48("ctf_volume")
+    grid, mask = known.grid(), working_mask(known.mask, known.grid())
     wrong = replace(noise, power=3 * noise.power)
     mended = calibrate(known.particles, grid, mask, wrong, sample_rows(200, 48).tolist())
     assert mended.calibration == pytest.approx(1 / 3, rel=0.1)
@@ -212,11 +220,14 @@ def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(averaged_of: C
 @pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["ctf_volume", "tilts"])
 def test_scale_and_sign_of_the_files_do_not_matter(
-    averaged_of: Callable[[Transfer], Known], transfer: Transfer, monkeypatch: pytest.MonkeyPatch
+    averaged_of: Callable[[Transfer], Known],
+    noise_of_48: Callable[[Transfer], Noise],
+    transfer: Transfer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Data times -2: protein is found to be dark, the noise four times as strong, and B = h y / s is half as large."""
     known = averaged_of(transfer)
-    plain = known.noise(48)
+    plain = noise_of_48(transfer)
     numerator, weight = observe(known.particles, 3, known.grid(), plain)
     monkeypatch.setattr(observe_module, "read_volume", lambda path: (-2 * read_volume(path)[0], 7.5))
     scaled = known.noise(48)

@@ -58,6 +58,7 @@ class _Page(HTMLParser):
                 self.alts.append(value or "")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_report_is_self_contained_and_complete(run: FakeRun) -> None:
     latents.analyze(run, clusters=3, skip_umap=True)
     (run.path / "evaluation.json").write_text(json.dumps({"composition": {"auc": 0.98765}, "fsc": [0.0] * 30}))

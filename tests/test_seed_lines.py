@@ -286,6 +286,7 @@ def test_analyze_without_umap(analysed: tuple[Place, Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_analyze_as_printed_and_again_from_the_stored_umap(trained: tuple[Place, Any]) -> None:
     place = trained[0]
     folder, line = place.run / "analyze.0", place.typed(ANALYZE, ("/work/sp 16 4 16", f"{place.run} 0 4 6"))
@@ -301,6 +302,7 @@ def test_analyze_as_printed_and_again_from_the_stored_umap(trained: tuple[Place,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_volumes_of_clusters_components_and_any_codes(analysed: tuple[Place, Path], tmp_path: Path) -> None:
     place, folder = analysed
     for line, known in ((KMEANS_VOLUMES, "16 kmeans 16 2.2"), (PC_VOLUMES, "16 pc 1 2.2")):
@@ -421,7 +423,7 @@ def test_what_was_not_made_is_named_with_the_command_that_makes_it(
 
 @pytest.mark.slow
 def test_a_failure_is_a_status_of_the_process(place: Place, cwd: Path) -> None:
-    done = process(f"dsdsh eval_vol {place.work} 16 kmeans 16 2.2", cwd)
+    done = process(f"dsdsh analyze {place.work} -1 4 6", cwd)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
