@@ -15,14 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 
 from small_set import finished_run, small_set  # noqa: F401
 
 # PEP 484: an int is welcome where a float is asked for, as it is for mypy
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-install_import_hook(["opustomo.physics", "opustomo.objective"], "conftest.checked")
+beartype_packages(("opustomo.physics", "opustomo.objective"), conf=BeartypeConf(is_pep484_tower=True))
 
 torch.set_num_threads(1)  # for what modules share, too: sums of other threads have other last bits
 
