@@ -227,7 +227,6 @@ def test_quality_of_the_true_states_of_a_run(small_set: SmallSet, finished_run: 
     assert all(float(row["certain"]) <= 1 and float(row["sigma"]) > 0 and row["outlier"] for row in table)
 
 
-@pytest.mark.usefixtures("drawn")
 def test_the_report_shows_the_quality_of_its_classes_only(finished_run: Path, tmp_path: Path) -> None:
     folder = copy_run(finished_run, tmp_path / "run", 2)
     run = checkpoint.open_run(folder)

@@ -240,7 +240,6 @@ def test_compressed_bombs_are_not_unpacked(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("drawn")
 def test_names_from_files_write_nothing_elsewhere(
     analysed: Path,
     small_set: SmallSet,
