@@ -144,8 +144,9 @@ def test_damaged_runs(
 ) -> None:
     name, harm = DAMAGE[damage]
     harm(run / name)
+    line = VERBS[verb](run, small_set, tmp_path / "out")
     before = contents(run)
-    message = refused(capsys, VERBS[verb](run, small_set, tmp_path / "out"))
+    message = refused(capsys, line)
     assert name in message or str(run) in message
     assert contents(run) == before
     assert not (tmp_path / "out").exists() and not Path("witness").exists()

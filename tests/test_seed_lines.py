@@ -12,6 +12,7 @@ import pickle
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def trained(place: Place) -> tuple[Place, str]:
 def called(line: str, cwd: Path) -> str:
     """What a line that succeeds says on stderr when typed in ``cwd``; nothing on stdout."""
     said, printed = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed), drawn_pictures():
+    streams = contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed)
+    with contextlib.chdir(cwd), streams[0], streams[1], drawn_pictures(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", shlex.split(line))
         assert call(line) == 0, said.getvalue()
     assert printed.getvalue() == ""
     return said.getvalue()
