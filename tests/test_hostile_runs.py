@@ -92,7 +92,7 @@ def bomb(path: Path) -> None:
     """Nine lines for a billion values."""
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
     lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    path.write_text("\n".join(["kind: network", "star: *a8", *lines]) + "\n")
+    path.write_text("\n".join(["kind: network", *lines, "star: *a8"]) + "\n")
 
 
 def other_content(**entries: object) -> Callable[[Path], None]:
