@@ -133,7 +133,9 @@ def test_a_full_disk_under_the_log_and_under_stdout(tmp_path: Path, capfd: pytes
     (tmp_path / "run.log").symlink_to("/dev/full")
     setup_log(tmp_path, False).info("the work goes on")
     assert capfd.readouterr().err == "the work goes on\n"
-    command = [sys.executable, "-m", "opustomo", "check", "--help"]  # that of a verb, through what runs verbs
+    made = Set(tmp_path / "set")
+    made.write()
+    command = [sys.executable, "-m", "opustomo", "check", str(made.star)]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
     assert done.returncode == 2
