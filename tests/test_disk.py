@@ -135,13 +135,12 @@ def test_a_full_disk_under_the_log_and_under_stdout(tmp_path: Path, capfd: pytes
     assert capfd.readouterr().err == "the work goes on\n"
     made = Set(tmp_path / "set")
     made.write()
-    short = "import sys; from opustomo import cli; sys.exit(cli.run('opustomo check', lambda: print('all is well')))"
-    for words in (["-m", "opustomo", "check", str(made.star)], ["-c", short]):  # the second is met when it is flushed
-        with Path("/dev/full").open("w") as full:
-            command = [sys.executable, *words]
-            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
-        assert done.returncode == 2
-        assert done.stderr == "opustomo check: error: disk full; free space or choose another folder with -o\n"
+    command = [sys.executable, "-m", "opustomo", "check", str(made.star)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100, env=buffered)
+    assert done.returncode == 2
+    assert done.stderr == "opustomo check: error: disk full; free space or choose another folder with -o\n"
 
 
 # ------------------------------------------------------------------------------------------------ two processes
