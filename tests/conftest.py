@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-import subprocess
+import os
+import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# also for the processes that tests start: more threads than cores wait for each other, at full cost
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 
 from small_set import finished_run, small_set  # noqa: F401
 
 # PEP 484: an int is welcome where a float is asked for, as it is for mypy
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-install_import_hook(["opustomo.physics", "opustomo.objective"], "conftest.checked")
+beartype_packages(("opustomo.physics", "opustomo.objective"), conf=BeartypeConf(is_pep484_tower=True))
 
 torch.set_num_threads(1)  # for what modules share, too: sums of other threads have other last bits
 
@@ -31,14 +35,42 @@ def _same_start() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_session() -> Iterator[None]:
+    """No picture is drawn and no disk waited for, but where a test asks: see ``pictures.py`` and test_disk."""
+    from pictures import blank_pictures  # not before the hook: it imports what the hook is for
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        blank_pictures(patch)
+        yield
+
+
 def simulate(folder: Path, *options: str) -> Path:
-    """Run the simulator that knows nothing of this project; poses in the STAR file are the true ones."""
+    """Run the simulator that knows nothing of this project; poses in the STAR file are the true ones.
+
+    In this process, with one thread and the random numbers of a new one: a process of its own costs as much again.
+    """
     if not SIMULATOR.exists():
         pytest.skip(f"the independent simulator is not here ({SIMULATOR})")
     exact = ["--rot-err", "0", "--shift-err", "0", "--hinge", "0"]
-    command = [sys.executable, str(SIMULATOR), "-o", str(folder), *exact, *options]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it leaves files to be closed by Python
+        torch.set_num_threads(1)
+        patch.setattr(torch, "set_num_threads", lambda count: None)
+        patch.setattr(sys, "argv", [str(SIMULATOR), "-o", str(folder), *exact, *options])
+        torch.manual_seed(67280421310721)  # torch's own
+        runpy.run_path(str(SIMULATOR), run_name="__main__")
     return folder
+
+
+@pytest.fixture
+def drawn() -> Iterator[None]:
+    """Pictures are drawn: for tests that look at them, or whose names could break them."""
+    from pictures import drawn_pictures
+
+    with drawn_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 from scipy.spatial.transform import Rotation
 
 Array = NDArray[Any]
@@ -88,14 +89,14 @@ class Microscope:
             return damping * np.exp(-2j * np.pi * frequency * (position[..., None] + n // 2))
 
         mass = beads.height * (2 * np.pi) ** 1.5 * beads.sigma**3
-        projections = np.einsum("j,tjy,tju->tyu", mass, wave(v, fy), wave(u, fu))
+        projections = (mass[:, None] * wave(v, fy)).swapaxes(1, 2) @ wave(u, fu)
         frequency_u, frequency_v = np.meshgrid(fu * n, fy * n)
         contrast = self.contrast(frequency_u[None], frequency_v[None], defocus[:, None, None])
         spectra = projections * contrast + np.fft.rfft2(noise)
         return np.fft.irfft2(spectra * contrast if twice else spectra, s=(n, n))
 
     @cached_property
-    def _padded(self) -> tuple[Array, NDArray[np.complex64], Array]:
+    def _padded(self) -> tuple[Array, csr_matrix, Array]:
         """Multiplicity on the padded (kz, kx) half grid, the insertion matrix onto it, and the phase of its centre."""
         n = self.box
         kz, kx = np.meshgrid(np.fft.fftfreq(2 * n, 1 / (2 * n)), np.arange(n + 1.0), indexing="ij")
@@ -104,7 +105,7 @@ class Microscope:
         u = (kx * np.cos(angle) - kz * np.sin(angle)) / (2 * n)
         wave = np.exp(-2j * np.pi * u[..., None] * (np.arange(n) - n // 2))
         matrix = (weight[..., None] * wave).transpose(1, 2, 0, 3).reshape(kz.size, -1)
-        return weight.sum(0), matrix.astype(np.complex64), np.exp(1j * np.pi * (kx + kz))
+        return weight.sum(0), csr_matrix(matrix.astype(np.complex64)), np.exp(1j * np.pi * (kx + kz))
 
     def mean_volume(self, images: Array, mean: bool = True) -> NDArray[np.float32]:
         """Subtomogram (N, N, N): mean of the tilts that cover a frequency, or their sum, made on the padded grid."""

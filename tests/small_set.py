@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,20 @@ class SmallSet:
         return self.folder / "mask.mrc"
 
 
-@pytest.fixture(scope="session")
-def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
+def make_set(folder: Path, seed: int = 3, **changes: Any) -> SmallSet:
+    """Like the small set, but for ``changes`` of the simulator's preset and other particles of another seed."""
     from opustomo.simulate.dataset import Preset, make_plan, simulate
 
-    folder = tmp_path_factory.mktemp("small") / "set"
-    preset = Preset(n=PARTICLES, states=(0, 1), box=24, pixel_size=PIXEL, snr=2.0, rot_err=2.0, shift_err=0.3)
-    simulate(folder, preset, 3, {})
-    plan = make_plan(preset, 3)
+    usual = Preset(n=PARTICLES, states=(0, 1), box=24, pixel_size=PIXEL, snr=2.0, rot_err=2.0, shift_err=0.3)
+    preset = replace(usual, **changes)
+    simulate(folder, preset, seed, {})
+    plan = make_plan(preset, seed)
     return SmallSet(folder, plan.state, plan.rotation, plan.origin)
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
+    return make_set(tmp_path_factory.mktemp("small") / "set")
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from opustomo.data.readers import read_particles
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
+from pictures import drawn_pictures
 from small_set import PARTICLES, SmallSet, gaussians
 
 Row = tuple[int, torch.Tensor, torch.Tensor]
@@ -30,7 +31,8 @@ FILES = {"average.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "average.png", "fs
 @pytest.fixture(scope="module")
 def made(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("average") / "average"
-    assert cli.main(["average", str(small_set.star), "-o", str(folder), "--workers", "1"]) == 0
+    with drawn_pictures():
+        assert cli.main(["average", str(small_set.star), "-o", str(folder), "--workers", "1"]) == 0
     return folder
 
 

@@ -126,6 +126,7 @@ def test_group_codes_leave_out_outliers() -> None:
     np.testing.assert_allclose(means, [[1.0], [5.0]])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_files_of_the_axes(tmp_path: Path) -> None:
     """axes.csv, one traversal for each axis and the groups with their mean codes; nothing without a linear stage."""
     values = np.stack([2.0 * STATES - 1, RNG.uniform(-1.7, 1.7, N)], 1)

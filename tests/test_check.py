@@ -198,7 +198,7 @@ def test_orientations_of_other_particles_bring_out_no_signal(sound: Path) -> Non
 def test_real_sets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     star = real_star(name)
     start = time.monotonic()
-    report = check.examine(CheckConfig(star))
+    report = check.examine(CheckConfig(star, sample=48))
     with capsys.disabled():
         print(f" check {name}: {time.monotonic() - start:.1f} s", end="")
     assert report.failure is None and report.count("error") == 0

@@ -119,6 +119,7 @@ def test_true_states_differ_more_than_chance_and_random_classes_do_not(
         assert row.worth_low < 1.2 and row.worth_high > 0.8
 
 
+@pytest.mark.usefixtures("drawn")
 def test_junk_is_ranked_last_and_tiny_classes_are_said_to_be_tiny(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,9 @@ from opustomo import checkpoint
 from opustomo.analysis import data_maps, plots
 from opustomo.config import VolumesConfig
 from opustomo.data.mrc import read_volume
+from opustomo.data.observe import Noise
 from opustomo.errors import UserError
-from opustomo.physics.fourier import from_band, irfft3
+from opustomo.physics.fourier import band_frequencies, from_band, irfft3
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop, fourier_shell_correlation, spherical_mask
 from small_set import PIXEL, SmallSet
@@ -75,6 +76,7 @@ def test_data_volumes_show_the_state_of_the_neighbours(tmp_path: Path, monkeypat
     assert curves["reference0"][fine].mean() > curves["random"][fine].mean()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_legend_of_many_curves_names_their_particles_beside_them() -> None:
     names = [f"reference{i}" for i in range(25)]
     codes = np.random.default_rng(0).normal(size=(400, 3))
@@ -146,9 +148,11 @@ def test_full_maps_come_in_passes_that_fit_the_memory(
 ) -> None:
     run = checkpoint.open_run(finished_run)
     codes = run.codes[[0, 30]]
-    at_once = data_maps.write_full_volumes(run, codes, tmp_path / "a", "v")
+    white = Noise(torch.ones(len(band_frequencies(24))), 1.0, False, torch.zeros(13))
+    monkeypatch.setattr(data_maps, "estimate_noise", lambda *_, **__: white)
+    at_once = data_maps.write_full_volumes(run, codes, tmp_path / "a", "v", neighbours=6)
     monkeypatch.setattr(data_maps, "MEMORY", 1.0)
-    one_by_one = data_maps.write_full_volumes(run, codes, tmp_path / "b", "v")
+    one_by_one = data_maps.write_full_volumes(run, codes, tmp_path / "b", "v", neighbours=6)
     assert [p.name for p in at_once] == [p.name for p in one_by_one]
     for first, second in zip(at_once, one_by_one, strict=True):
         np.testing.assert_allclose(read_volume(first)[0], read_volume(second)[0], atol=1e-4)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from opustomo.config import TrainConfig
 from opustomo.data.dataset import bank_rows, batch_order, wedge_groups
+from opustomo.start import split_of
 
 
 def groups(count: int, kinds: int) -> np.ndarray:
@@ -87,3 +91,12 @@ def test_particles_that_all_look_the_same_way_are_one_group() -> None:
         batches = batch_order(torch.arange(64), group, 4, 0, 0)
         assert sorted(torch.cat(batches).tolist()) == list(range(64))
         assert len(bank_rows(torch.arange(64), group, batches[0], torch.Generator())) == 0
+
+
+def test_the_seed_chooses_who_is_held_out(tmp_path: Path) -> None:
+    held = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train, out, _ = split_of(TrainConfig(Path(), tmp_path / name, seed=seed), 60)
+        assert sorted([*train.tolist(), *out.tolist()]) == list(range(60))
+        held.append(sorted(out.tolist()))
+    assert held[0] == held[1] != held[2]

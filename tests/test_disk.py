@@ -136,8 +136,9 @@ def test_a_full_disk_under_the_log_and_under_stdout(tmp_path: Path, capfd: pytes
     made = Set(tmp_path / "set")
     made.write()
     command = [sys.executable, "-m", "opustomo", "check", str(made.star)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100, env=buffered)
     assert done.returncode == 2
     assert done.stderr == "opustomo check: error: disk full; free space or choose another folder with -o\n"
 

@@ -16,8 +16,7 @@ from opustomo.compat.legacy_files import load_poses
 from opustomo.config import InputOptions
 from opustomo.data.mrc import read_volume, write_volume
 from opustomo.data.readers import read_particles
-from opustomo.simulate.dataset import Preset, make_plan, simulate
-from small_set import EPOCHS, PARTICLES, PIXEL, SmallSet, given_cache, hurry, tensors, train
+from small_set import EPOCHS, PARTICLES, PIXEL, SmallSet, given_cache, hurry, make_set, tensors, train
 
 JUNK = (3, 4, 20)
 
@@ -33,11 +32,7 @@ def codes_of(run: Path) -> NDArray[np.float32]:
 @pytest.fixture(scope="module")
 def other_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
     """Particles of the same two states that the runs have never seen."""
-    folder = tmp_path_factory.mktemp("other") / "set"
-    preset = Preset(n=PARTICLES, states=(0, 1), box=24, pixel_size=PIXEL, snr=2.0, rot_err=2.0, shift_err=0.3)
-    simulate(folder, preset, 11, {})
-    plan = make_plan(preset, 11)
-    return SmallSet(folder, plan.state, plan.rotation, plan.origin)
+    return make_set(tmp_path_factory.mktemp("other") / "set", 11)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +151,8 @@ def test_another_session_in_its_own_grey_values_and_what_is_no_molecule(
 def test_another_box_or_pixel_size_is_refused(
     box: int, pixel: float, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simulate(tmp_path / "set", Preset(n=2, states=(0, 1), box=box, pixel_size=pixel), 1, {})
-    assert encode(finished_run, tmp_path / "set" / "particles.star", tmp_path / "more") == 2
+    other = make_set(tmp_path / "set", n=2, box=box, pixel_size=pixel)
+    assert encode(finished_run, other.star, tmp_path / "more") == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert f"box {box} of {pixel:g} A where" in said[-1] and "24 of 15 A" in said[-1]
 

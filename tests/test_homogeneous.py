@@ -16,9 +16,8 @@ from opustomo.config import InputOptions
 from opustomo.data.mrc import read_volume
 from opustomo.data.readers import read_particles
 from opustomo.physics.volume import fourier_shell_correlation
-from opustomo.simulate.dataset import Preset, make_plan, simulate
 from opustomo.stored import read_config
-from small_set import PIXEL, SmallSet, hurry, tensors
+from small_set import SmallSet, hurry, make_set, tensors
 
 COUNT = 60
 
@@ -27,10 +26,7 @@ COUNT = 60
 def poor_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
     """One state, noisy, at poses so wrong (6 degrees, 0.8 pixels) that the average is blurred."""
     folder = tmp_path_factory.mktemp("poor") / "set"
-    preset = Preset(n=COUNT, states=(0,), box=24, pixel_size=PIXEL, snr=0.5, rot_err=6.0, shift_err=0.8)
-    simulate(folder, preset, 5, {})
-    plan = make_plan(preset, 5)
-    return SmallSet(folder, plan.state, plan.rotation, plan.origin)
+    return make_set(folder, 5, n=COUNT, states=(0,), snr=0.5, rot_err=6.0, shift_err=0.8)
 
 
 def line(of: SmallSet, to: Path, *options: str) -> list[str]:
@@ -129,6 +125,7 @@ def test_the_folder_is_a_run_without_codes(
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("drawn")
 def test_poses_go_back_and_the_report_shows_the_map(poor_set: SmallSet, fixed: Path, tmp_path: Path) -> None:
     assert cli.main(["select", str(poor_set.star), "--run", str(fixed), "--corrected", "-o", str(tmp_path)]) == 0
     back = read_particles(tmp_path / "pre0.star", InputOptions(datadir=poor_set.folder))

@@ -112,6 +112,7 @@ def test_a_code_of_one_dimension_is_drawn_as_a_histogram(
     np.testing.assert_allclose(still, np.tile(run.codes.mean(0), (10, 1)), atol=1e-5)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_histogram_stacks_every_particle_once() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from jaxtyping import TypeCheckError
+from beartype.roar import BeartypeCallHintParamViolation
 
 import opustomo
 from opustomo.physics.geometry import euler_to_matrix
@@ -169,5 +169,5 @@ def test_physics_has_no_files_no_classes_but_the_grid_and_no_device_literals() -
 
 def test_physics_is_type_checked_while_it_is_tested() -> None:
     """The import hook of conftest is alive: a list is not a tensor."""
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(BeartypeCallHintParamViolation):
         euler_to_matrix([0.0, 0.0, 0.0])  # type: ignore[arg-type]

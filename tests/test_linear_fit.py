@@ -28,8 +28,7 @@ from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker
 from opustomo.reconstruct import Rows
-from opustomo.simulate.dataset import Preset, make_plan, simulate
-from small_set import PARTICLES, PIXEL, MemoryRows, SmallSet, gaussians
+from small_set import PARTICLES, PIXEL, MemoryRows, SmallSet, gaussians, make_set
 
 TRAIN, HELD = torch.arange(54), torch.arange(54, PARTICLES)
 EVERY = torch.arange(PARTICLES)
@@ -117,10 +116,7 @@ def test_corrected_poses_are_nearer_to_the_truth(
 
 def test_rounds_mend_poses_that_one_step_cannot(tmp_path: Path) -> None:
     """5 degrees and 0.8 pixels: the derivatives at the poses given are no longer those where the particle is."""
-    preset = Preset(n=PARTICLES, states=(0, 1), box=24, pixel_size=PIXEL, snr=2.0, rot_err=5.0, shift_err=0.8)
-    simulate(tmp_path / "set", preset, 3, {})
-    plan = make_plan(preset, 3)
-    truth = SmallSet(tmp_path / "set", plan.state, plan.rotation, plan.origin)
+    truth = make_set(tmp_path / "set", rot_err=5.0, shift_err=0.8)
     inputs = read_inputs(truth.star, InputOptions(), GridOptions(mask=truth.mask, downfrac=0.7))
     make_rows = RowMaker(inputs, None, InputOptions(), 1)
     after = []
@@ -284,7 +280,7 @@ def test_noise_is_estimated_once(inputs: Inputs, tmp_path: Path, disk: bool, mon
 @pytest.mark.parametrize("held", [0, 1])
 def test_three_particles_are_enough(inputs: Inputs, held: int) -> None:
     few = replace(inputs, particles=inputs.particles.subset(np.arange(3)))
-    plan = Plan(torch.arange(held, 3), torch.arange(held), estpose=True, seed=0, use_held=held > 0)
+    plan = Plan(torch.arange(held, 3), torch.arange(held), estpose=True, seed=0, iterations=3, use_held=held > 0)
     maker = RowMaker(few, None, InputOptions(), 1)
     _, _, result = fit_linear(few.particles, maker, few.grid, few.mask, plan)
     assert result.codes.centre().shape == (3, result.model.size) and result.model.size >= 1
@@ -297,13 +293,12 @@ def test_one_particle_is_not_enough(inputs: Inputs, make_rows: RowMaker) -> None
         fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
 
 
-def test_held_out_particles_may_take_part_once_all_is_chosen(inputs: Inputs, make_rows: RowMaker) -> None:
+def test_held_out_particles_may_take_part_once_all_is_chosen(
+    inputs: Inputs, make_rows: RowMaker, as_given: Fitted
+) -> None:
     """The same choices, and then the particles held out are explained better than where they stay unseen."""
-    results = []
-    for use_held in (False, True):
-        plan = Plan(TRAIN, HELD, estpose=False, seed=0, limit=1, use_held=use_held)
-        results.append(fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)[2])
-    without, together = results
+    plan = Plan(TRAIN, HELD, estpose=False, seed=0, limit=1, use_held=True)
+    without, together = as_given[2], fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)[2]
     assert together.trail == without.trail
     assert len(together.mixture.share) == len(without.mixture.share)
     assert float((together.codes.evidence - without.codes.evidence)[HELD].mean()) > 0.1
@@ -344,7 +339,7 @@ def test_held_out_particles_are_not_seen(inputs: Inputs, make_rows: RowMaker) ->
     """Their data may be anything: model and mixture of the others are what they were."""
     results = []
     for factor in (1.0, 0.9):
-        plan = Plan(TRAIN, HELD, estpose=False, seed=0, components=1)
+        plan = Plan(TRAIN, HELD, estpose=False, seed=0, components=1, iterations=3)
 
         def made(particles: Particles, factor: float = factor) -> Rows:
             rows = make_rows(particles)

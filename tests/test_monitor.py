@@ -5,23 +5,12 @@ import itertools
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from opustomo import cli, monitor
 from opustomo.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def quiet_logger() -> Iterator[None]:
-    """Every test starts and ends without handlers: open log files would outlive their folder."""
-    yield
-    logger = logging.getLogger("opustomo")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def test_log_goes_to_stderr_and_dated_to_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ class Known(NamedTuple):
     def grid(self) -> Grid:
         return make_grid(self.particles.box, self.particles.pixel_size, 0.75, mask_extent(self.mask))
 
-    def noise(self, sample: int = 192) -> Noise:
+    def noise(self, sample: int) -> Noise:
         grid, mask = self.grid(), working_mask(self.mask, self.grid())
         return estimate_noise(self.particles, grid, mask, contrast="auto", normalisation="auto", sample=sample)
 
@@ -62,7 +62,7 @@ def summed(noisy_phantom: Path) -> tuple[Known, Noise]:
     mask = torch.from_numpy(read_volume(noisy_phantom / "mask.mrc")[0])
     particles = read_particles(noisy_phantom / "particles.star", InputOptions())
     known = Known(particles, truth["present"], torch.stack(density), mask)
-    return known, known.noise()
+    return known, known.noise(64)
 
 
 def averaged(folder: Path, transfer: Transfer, count: int = 200, noise: float = 25.0) -> Known:
@@ -105,6 +105,12 @@ def averaged(folder: Path, transfer: Transfer, count: int = 200, noise: float = 
 def averaged_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Transfer], Known]:
     """``averaged``, each kind made once."""
     return cache(lambda transfer: averaged(tmp_path_factory.mktemp(transfer), transfer))
+
+
+@pytest.fixture(scope="module")
+def noise_of(averaged_of: Callable[[Transfer], Known]) -> Callable[[Transfer], Noise]:
+    """Noise of each kind, estimated once from 48 particles."""
+    return cache(lambda transfer: averaged_of(transfer).noise(48))
 
 
 def calibration(known: Known, noise: Noise, directions: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -164,9 +170,10 @@ def test_noise_power_is_that_of_one_tilt_image(summed: tuple[Known, Noise], nois
 
 
 @pytest.mark.slow
-def test_nats_of_averaged_tilts(averaged_of: Callable[[Transfer], Known]) -> None:
-    known = averaged_of("tilts")
-    noise = known.noise(128)
+def test_nats_of_averaged_tilts(
+    averaged_of: Callable[[Transfer], Known], noise_of: Callable[[Transfer], Noise]
+) -> None:
+    known, noise = averaged_of("tilts"), noise_of("tilts")
     assert noise.mean_normalised
     assert noise.contrast == 1.0
     assert_calibrated(known, noise)
@@ -174,10 +181,11 @@ def test_nats_of_averaged_tilts(averaged_of: Callable[[Transfer], Known]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["ctf_volume", "weight_volume"])
-def test_nats_with_transfer_volumes(averaged_of: Callable[[Transfer], Known], transfer: Transfer) -> None:
+def test_nats_with_transfer_volumes(
+    averaged_of: Callable[[Transfer], Known], noise_of: Callable[[Transfer], Noise], transfer: Transfer
+) -> None:
     """Measured over 1,300 particles, variance and mean: CTF volumes 1.03 and 0.95, weight volumes 0.99 and 0.96."""
-    known = averaged_of(transfer)
-    noise = known.noise()
+    known, noise = averaged_of(transfer), noise_of(transfer)
     assert noise.contrast == 1.0
     assert_calibrated(known, noise)
 
@@ -199,9 +207,11 @@ def test_signal_is_not_counted_as_noise(phantom: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(averaged_of: Callable[[Transfer], Known]) -> None:
-    known = averaged_of("ctf_volume")
-    grid, mask, noise = known.grid(), working_mask(known.mask, known.grid()), known.noise(48)
+def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(
+    averaged_of: Callable[[Transfer], Known], noise_of: Callable[[Transfer], Noise]
+) -> None:
+    known, noise = averaged_of("ctf_volume"), noise_of("ctf_volume")
+    grid, mask = known.grid(), working_mask(known.mask, known.grid())
     wrong = replace(noise, power=3 * noise.power)
     mended = calibrate(known.particles, grid, mask, wrong, sample_rows(200, 48).tolist())
     assert mended.calibration == pytest.approx(1 / 3, rel=0.1)
@@ -212,11 +222,14 @@ def test_wrong_noise_of_transfer_volumes_is_put_right_by_the_data(averaged_of: C
 @pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["ctf_volume", "tilts"])
 def test_scale_and_sign_of_the_files_do_not_matter(
-    averaged_of: Callable[[Transfer], Known], transfer: Transfer, monkeypatch: pytest.MonkeyPatch
+    averaged_of: Callable[[Transfer], Known],
+    noise_of: Callable[[Transfer], Noise],
+    transfer: Transfer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Data times -2: protein is found to be dark, the noise four times as strong, and B = h y / s is half as large."""
     known = averaged_of(transfer)
-    plain = known.noise(48)
+    plain = noise_of(transfer)
     numerator, weight = observe(known.particles, 3, known.grid(), plain)
     monkeypatch.setattr(observe_module, "read_volume", lambda path: (-2 * read_volume(path)[0], 7.5))
     scaled = known.noise(48)

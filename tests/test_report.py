@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> FakeRun:
     rng = np.random.default_rng(1)
     (made.path / "analyze.3").mkdir()
     save_pickle(made.path / "analyze.3" / "umap.pkl", rng.normal(size=(240, 2)).astype(np.float32))
-    rows = "\n".join(f"tomo/<TS>{i % 4}.tomostar p{i}.mrc" for i in range(240))
+    rows = "\n".join(f"tomo/<TS>$x_{{${i % 4}.tomostar p{i}.mrc" for i in range(240))
     made.star.write_text(f"data_\n\nloop_\n_rlnMicrographName\n_rlnImageName\n{rows}\n")
     made.config = {"grid": {"mask": "my mask.mrc"}, "note": "<script>alert(1)</script>", "lr": 5e-4}
     (made.path / "metrics.csv").write_text(METRICS)
@@ -58,6 +58,7 @@ class _Page(HTMLParser):
                 self.alts.append(value or "")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_report_is_self_contained_and_complete(run: FakeRun) -> None:
     latents.analyze(run, clusters=3, skip_umap=True)
     (run.path / "evaluation.json").write_text(json.dumps({"composition": {"auc": 0.98765}, "fsc": [0.0] * 30}))

@@ -64,7 +64,7 @@ def test_linear_stage_and_classes_of_both(written: tuple[Set, dict[str, Path]], 
 def test_check_says_what_the_images_are(
     written: tuple[Set, dict[str, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, words in (("set", "RELION 5: 60 particles"), ("flat", "tilt images: 60 particles")):
+    for name, words in (("set", f"RELION 5: {COUNT} particles"), ("flat", f"tilt images: {COUNT} particles")):
         assert run("check", written[1][name], "--json", "--sample", 20) == 0
         report = json.loads(capsys.readouterr().out)
         found = {(one["topic"], one["found"]) for one in report["findings"]}

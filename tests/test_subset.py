@@ -14,13 +14,14 @@ from opustomo import checkpoint, cli
 from opustomo.analysis.quality import evaluate
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import InputOptions
+from opustomo.data.cache import open_cache
 from opustomo.data.export import write_subset
 from opustomo.data.readers import read_particles
 from opustomo.data.readers.source import read_source
 from opustomo.data.star import read_star
 from small_set import EPOCHS, SMALL, SmallSet, copy_run, hurry, tensors
 
-QUICK = (*SMALL, "-n", "1", "--no-estpose", "--no-cache")
+QUICK = (*SMALL, "-n", "1", "--no-estpose")
 
 
 def train(star: Path, mask: Path, run: Path, *options: str) -> Path:
@@ -40,7 +41,8 @@ def rows() -> NDArray[np.int64]:
 def by_rows(small_set: SmallSet, rows: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     np.savetxt(folder / "rows.txt", rows, fmt="%d")
-    return train(small_set.star, small_set.mask, folder / "run", "--ind", str(folder / "rows.txt"))
+    where = ["--ind", str(folder / "rows.txt"), "--cache", str(folder / "cache")]
+    return train(small_set.star, small_set.mask, folder / "run", *where)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -55,8 +57,12 @@ def test_text_pickle_and_star_of_the_same_rows_give_the_same_run(
 ) -> None:
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows.tolist()))
     write_subset(read_source(small_set.star), rows, tmp_path / "some.star")
-    pickled = train(small_set.star, small_set.mask, tmp_path / "pickled", "--ind", str(tmp_path / "rows.pkl"))
-    written = train(tmp_path / "some.star", small_set.mask, tmp_path / "written", "--datadir", str(small_set.folder))
+    cache = by_rows.parent / "cache"
+    marked, of_others = open_cache(cache).fingerprint, ["--cache", str(cache)]
+    rows_too, there = ["--ind", str(tmp_path / "rows.pkl")], ["--datadir", str(small_set.folder)]
+    pickled = train(small_set.star, small_set.mask, tmp_path / "pickled", *rows_too, *of_others)
+    written = train(tmp_path / "some.star", small_set.mask, tmp_path / "written", *there, *of_others)
+    assert open_cache(cache).fingerprint == marked  # the same images, poses and tilts
     assert_same_run(by_rows, pickled)
     assert_same_run(by_rows, written)
 

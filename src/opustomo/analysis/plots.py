@@ -278,7 +278,8 @@ def tomogram_fractions(labels: Array, tomogram: Array, k: int, most: int = 40) -
     for c, colour in enumerate(class_colours(k)):
         axes.barh(np.arange(len(shown)), share[:, c], left=left, color=colour, height=0.8, label=str(c))
         left += share[:, c]
-    axes.set_yticks(np.arange(len(shown)), [f"{Path(names[i]).name} ({counts[i]})" for i in shown], fontsize=7)
+    labels_of = [f"{Path(names[i]).name} ({counts[i]})" for i in shown]
+    axes.set_yticks(np.arange(len(shown)), labels_of, fontsize=7, parse_math=False)  # names may hold $
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     return fig
