@@ -78,8 +78,8 @@ def _source(run: Run, config: VolumesConfig) -> Path:
         path, fix = folder / f"pc{config.pc}" / "z_pc.txt", f"{fix} --pcs {config.pc}"
     if not path.is_file():
         # fewer distinct codes than classes make fewer classes than were asked for
-        present = sorted(int(p.parent.name[6:]) for p in folder.glob("kmeans*/centers.txt")) if config.kmeans else []
-        there = f", or give --kmeans {' or '.join(map(str, present))}" if present else ""
+        made = sorted(found.parent.name for found in folder.glob("kmeans*/centers.txt")) if config.kmeans else []
+        there = f"; there are {', '.join(made)}" if made else ""
         raise UserError(f"{path}: not there; make it with `{fix}`{there}")
     return path
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo.data.atomic import exclusive, is_leftover, remove_leftovers, write_text
+from opustomo.data.atomic import LOCK, exclusive, is_leftover, remove_leftovers, write_text
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe, observe_all
 from opustomo.data.particles import Particles
@@ -369,7 +369,7 @@ def rows_without_disk(
 def is_free(folder: Path) -> bool:
     """Whether a cache may be made in a folder: it is absent, empty or one already."""
     names = {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
-    return not names - {CTF_PACK, ".lock"} or not names.isdisjoint({_MANIFEST, _NOISE})
+    return not names - {CTF_PACK, LOCK} or not names.isdisjoint({_MANIFEST, _NOISE})
 
 
 def _mark_finished(folder: Path, finished: bool) -> None:
