@@ -6,6 +6,7 @@ import csv
 import shutil
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,11 @@ import torch
 from opustomo import cli
 from opustomo.analysis.data_maps import open_rows
 from opustomo.checkpoint import open_run
+from opustomo.data.cache import open_cache
 from opustomo.data.mrc import read_volume
 from opustomo.data.star import read_star
 from small_set import SmallSet, hurry, train_line
+from stack_writers import two_states_set
 from star_sets import put_loop, put_volume
 
 COUNT = 12
@@ -142,3 +145,19 @@ def test_check_goes_over_them(given: SmallSet, capsys: pytest.CaptureFixture[str
         and "1 of 10 read are empty" in shown
         and "1 of 10 read have NaN" in shown
     )
+
+
+def test_stacks_of_tilt_images(tmp_path: Path) -> None:
+    """A stack that is missing and one without a single picture; the others as if these were not there."""
+    star = two_states_set(6, 5.0, box=16, step=40.0).write_set(tmp_path / "set")
+    stacks = sorted((tmp_path / "set").rglob("*.mrcs"))
+    with mrcfile.open(stacks[3], "r+") as mrc:
+        mrc.data[:] = 2.0
+    stacks[1].unlink()
+    assert cli.main(["cache", str(star), "-o", str(tmp_path / "out"), "--damaged", "skip", "--workers", "1"]) == 0
+    found = table_of(tmp_path / "out")
+    assert [(Path(row["file"]).name, row["reason"].split(": ")[-1][:9]) for row in found] == [
+        (stacks[1].name, "no such v"),
+        (stacks[3].name, "every ima"),
+    ]
+    assert len(open_cache(tmp_path / "out")) == 6
