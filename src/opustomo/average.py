@@ -37,7 +37,7 @@ from opustomo.physics.fourier import (
 )
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centre_pad, cosine_edge, fourier_shell_correlation
-from opustomo.preparation import prepare_process
+from opustomo.preparation import name_damaged, prepare_process
 
 log = logging.getLogger("opustomo")
 
@@ -136,6 +136,7 @@ def main(config: AverageConfig) -> int:
         log.warning("the contrast is a guess: if protein is dark in average.png, give --contrast with the other colour")
     everyone = torch.ones(1, len(particles))
     [numerator], [weight] = half_totals(particles, grid, noise, everyone, half_sets(particles), config.workers)
+    name_damaged(particles, config.output)
     halves, full, fsc = half_maps(numerator, weight, size, mask)
     if config.mask is None:
         mask = propose_mask(full, grid)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,15 @@ from opustomo.interruption import on_signal, stop_at_once
 
 
 class Verb(NamedTuple):
-    """Where a verb lives: its module, the config dataclass of its ``main``, and the example under its help."""
+    """Where a verb lives: its module, the config dataclass of its ``main``, and the example under its help.
+
+    waits: for another process that writes into the same folder (others refuse, see ``monitor.RunLog``, or wait within).
+    """
 
     module: str
     config: str
     example: str
+    waits: bool = False
 
 
 VERBS = {
@@ -61,15 +66,19 @@ VERBS = {
         "analysis.selection",
         "SelectConfig",
         "opustomo select particles.star --run run -o selected --kmeans 16 --classes 0 3 5",
+        waits=True,
     ),
     "export": Verb(
         "analysis.export",
         "ExportConfig",
         "opustomo export run -o classes --kmeans 16\n"
         "  opustomo export run -o warp --kmeans 16 --corrected --format warp --coords-angpix 10",
+        waits=True,
     ),
     "evaluate": Verb("analysis.quality", "EvaluateConfig", "opustomo evaluate run --truth simulated"),
-    "simulate": Verb("simulate.dataset", "SimulateConfig", "opustomo simulate -o simulated --preset two-state"),
+    "simulate": Verb(
+        "simulate.dataset", "SimulateConfig", "opustomo simulate -o simulated --preset two-state", waits=True
+    ),
     "report": Verb("analysis.report", "ReportConfig", "opustomo report run"),
     "demo": Verb("demo", "DemoConfig", "opustomo demo -o demo"),
 }
@@ -195,6 +204,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
 
 def call(verb: str, config: Any, given: frozenset[str]) -> int:
     """Import the verb's module and run its ``main``; train is also told which options were typed."""
+    from opustomo.data.atomic import exclusive
+
     # a lost connection is told in one line; torch's own C++ adds pages (read when it is imported)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output: Path | None = getattr(config, "output", None)
@@ -205,7 +216,8 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
 
         setup_log(None, getattr(config, "verbose", False))
     function = importlib.import_module(f"opustomo.{VERBS[verb].module}").main
-    status = _train(function, config, given) if verb == "train" else int(function(config) or 0)
+    with exclusive(config.output) if VERBS[verb].waits else nullcontext():
+        status = _train(function, config, given) if verb == "train" else int(function(config) or 0)
     if status == 0:
         end_log(f"opustomo {verb}: done")
     return status

@@ -37,6 +37,8 @@ class InputOptions:
     """How tilts were combined in the subtomograms: summed, averaged over covering tilts, or detected."""
     format: Literal["auto", "relion3", "relion4", "relion5", "series"] = "auto"
     """Dialect, if not the one recognised: subtomograms, pseudo-subtomograms, stacks, or one row per tilt image."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """Subtomograms that cannot be used (missing, cut off, NaN, one grey value, no tilt): stop, or go on without."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from opustomo.objective import residual_density
 from opustomo.physics.fourier import band_frequencies, band_multiplicity, from_band, irfft3
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
-from opustomo.preparation import RowMaker, prepare_process, tell
+from opustomo.preparation import RowMaker, name_damaged, prepare_process, tell
 from opustomo.reconstruct import Rows
 from opustomo.start import Context, Start, context_of, device_of, stored_linear
 
@@ -124,6 +124,7 @@ def main(config: EncodeConfig) -> int:
     make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
     make_rows.noise = noise_in_units_of(model, inputs, config)
     start = _in_model(run, model, inputs, make_rows)
+    name_damaged(inputs.particles, config.output)
     _name_unusual(run, start.linear)
     if run.kind == "network":
         context = context_of(start, np.zeros(len(start.rows), np.int64), device)
@@ -219,7 +220,7 @@ def _in_model(run: checkpoint.Run, model: LinearModel, inputs: Inputs, make_rows
     evidence, centre, spread = found.posterior.evidence, usual[0][EVIDENCE], usual[1][EVIDENCE]
     # below 0 an empty box explains a particle better; at a low signal-to-noise ratio that happens to good ones too
     typical = (evidence >= (centre - 2.0 * spread).clamp(max=0.0)) & (evidence <= centre + OUTLIER_LIMIT * spread)
-    typical &= brightness <= 1.0
+    typical &= (brightness <= 1.0) & torch.from_numpy(particles.usable)
     mixture = Mixture(**run.weights["mixture"])
     linear = linear_result(model, found.posterior, mixture, rows, grid, [], typical, brightness, usual)
     assert make_rows.noise is not None

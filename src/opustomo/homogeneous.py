@@ -27,7 +27,7 @@ from opustomo.errors import UserError
 from opustomo.linear_fit import Plan, pose_error, settle
 from opustomo.monitor import setup_log
 from opustomo.physics.volume import centre_crop, centre_pad
-from opustomo.preparation import RowMaker, prepare_process, tell
+from opustomo.preparation import RowMaker, name_damaged, prepare_process, tell
 from opustomo.resume import spelt_option, typed_options
 from opustomo.start import save_config, select_inputs
 
@@ -35,8 +35,8 @@ log = logging.getLogger("opustomo")
 
 USED = frozenset(
     {
-        "star", "output", "datadir", "angpix", "box", "relion31", "contrast", "normalisation", "mask", "downfrac",
-        "poses", "ind", "encode_mode", "estpose", "no_cache", "workers", "verbose",
+        "star", "output", "datadir", "angpix", "box", "relion31", "contrast", "normalisation", "damaged", "mask",
+        "downfrac", "poses", "ind", "encode_mode", "estpose", "no_cache", "workers", "verbose",
     }
 )  # fmt: skip
 
@@ -58,6 +58,7 @@ def main(config: TrainConfig, given: frozenset[str] | None) -> int:
     tell(len(particles), inputs.grid, noise)
     half = half_sets(particles)
     particles, typical = _corrected(config, inputs, noise, half) if config.estpose else (particles, np.ones(len(half)))
+    name_damaged(particles, config.output)
     whole = inputs.grid._replace(crop=size)
     share = torch.from_numpy(typical).float()[None]
     [numerator], [weight] = half_totals(particles, whole, noise, share, half, config.workers)

@@ -50,6 +50,7 @@ from opustomo.reconstruct import Rows
 log = logging.getLogger("opustomo")
 
 OUTLIER_LIMIT = 8.0  # robust standard deviations of the evidence above its median
+FEW = 4  # particles: of fewer nobody can say which is the strange one
 MOST_OUTLIERS = 0.1  # more than this fraction is a class, not outliers
 HELD_OUT = 0.1  # fraction of particles that choose the number of components
 MAX_COMPONENTS = 12
@@ -154,11 +155,13 @@ def settle(
 ) -> Settled:
     """Which particles take part, how many components, which poses.  Arguments and errors as for ``fit_linear``."""
     if len(plan.train) < 2:
-        raise UserError(
-            f"{len(plan.train)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac"
-        )
+        raise _too_few(particles, plan.train)
     rows = make_rows(particles)
-    typical = typical_particles(rows, plan.train, grid, mask)
+    usable = torch.from_numpy(particles.usable)
+    able = plan.train[usable[plan.train]]
+    if len(able) < 2:
+        raise _too_few(particles, able)
+    typical = typical_particles(rows, able, grid, mask, usable)
     brightness = torch.zeros(len(rows))
     while True:
         train, fitted, probe = _parts(plan, typical)
@@ -168,7 +171,7 @@ def settle(
         if not strange.any() or strange.sum() > MOST_OUTLIERS * typical.sum():
             break
         typical = typical & ~strange
-    _name_outliers(typical)
+    _name_outliers(typical | ~usable)
     if plan.estpose:
         given = particles
 
@@ -184,13 +187,20 @@ def settle(
     return Settled(particles, rows, found, train, fitted, probe, typical, brightness)
 
 
+def _too_few(particles: Particles, able: Tensor) -> UserError:
+    return UserError(
+        f"{particles.source}: {len(able)} particle(s) to fit: at least 2 are needed; add particles or lower --valfrac"
+    )
+
+
 def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses."""
     train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
     some, probe = _some(train, SAMPLE, plan.seed), _some(held, SAMPLE // 4, plan.seed)
     # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
     probe = probe if len(held) else some[:: round(1 / HELD_OUT)]
-    return train, some if len(held) or plan.components else some[~torch.isin(some, probe)], probe
+    fitted = some if len(held) or plan.components else some[~torch.isin(some, probe)]
+    return train, fitted if len(fitted) > 1 else some, probe
 
 
 def _some(rows: Tensor, count: int, seed: int) -> Tensor:
@@ -283,17 +293,22 @@ def usual_range(values: Tensor) -> tuple[Tensor, Tensor]:
     return centre, (1.4826 * (values - centre).abs().median(0).values).clamp(min=1e-6)
 
 
-def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor) -> Tensor:
+def typical_particles(rows: Rows, index: Tensor, grid: Grid, mask: Tensor, usable: Tensor | None = None) -> Tensor:
     """Which particles may take part in fits, (P,) bool: all but those that the average explains far too well.
 
     A bright object (gold, ice, an edge) can outweigh a hundred particles and take a component for itself.  It shows
     in the evidence under the average of the particles at ``index``: robust distance above the median.
+    usable: (P,) bool, the others are left out (None: all are).
     """
     everyone = torch.arange(len(rows))
     evidence = infer(average(rows, index, grid, mask), rows, everyone, grid).evidence
-    centre = evidence.median()
-    spread = 1.4826 * (evidence - centre).abs().median().clamp(min=1.0)
-    return evidence <= centre + OUTLIER_LIMIT * spread
+    usable = torch.ones(len(rows), dtype=torch.bool) if usable is None else usable
+    known = evidence[usable]
+    if len(known) < FEW:
+        return usable
+    centre = known.median()
+    spread = 1.4826 * (known - centre).abs().median().clamp(min=1.0)
+    return usable & (evidence <= centre + OUTLIER_LIMIT * spread)
 
 
 def change_over_average(model: LinearModel, code: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.mixture import CodeMoments, Mixture, Statistics
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
-from opustomo.preparation import RowMaker, make_split, prepare_process
+from opustomo.preparation import RowMaker, make_split, name_damaged, prepare_process
 from opustomo.reconstruct import Rows, reconstruct, shell_snr, totals
 
 log = logging.getLogger("opustomo")
@@ -57,6 +57,7 @@ def main(config: LinearConfig) -> int:
         train, held, config.estpose, config.seed, config.components, iterations=config.iterations, use_held=True
     )
     particles, rows, result = fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
+    name_damaged(particles, config.output)
     assert make_rows.noise is not None
     _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result)
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
@@ -186,7 +187,8 @@ def write_results(
     plots.save(plots.montage(torch.stack(shown).numpy(), titles), folder / "components.png")
     if model.size and result.typical.any():
         typical = result.typical.numpy()
-        _write_clusters(folder, code.numpy(), typical, rows, grid, mask, min(clusters, int(typical.sum())), seed)
+        distinct = len(np.unique(code.numpy()[typical], axis=0))
+        _write_clusters(folder, code.numpy(), typical, rows, grid, mask, min(clusters, distinct), seed)
     if not result.typical.all():
         save_pickle(folder / "typical.pkl", torch.nonzero(result.typical)[:, 0].numpy())
         log.info("to go on without the outliers: opustomo train ... --ind %s", folder / "typical.pkl")

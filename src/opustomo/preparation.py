@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
+import io
 import logging
 import os
 from collections.abc import Iterable
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
+from opustomo.data.atomic import write_text
 from opustomo.data.cache import Cache, OnTheFly, Row, prepare_cache, rows_without_disk
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
@@ -118,6 +121,25 @@ def tell(count: int, grid: Grid, noise: Noise) -> None:
         )
 
 
+def name_damaged(particles: Particles, folder: Path) -> None:
+    """A warning about the particles that were found not to be usable, and ``folder``/damaged.csv with all of them."""
+    bad, faults = np.flatnonzero(~particles.usable), particles.faults or {}
+    path = folder / "damaged.csv"
+    if len(bad) == 0:
+        path.unlink(missing_ok=True)
+        return
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["row", "file", "reason"])
+    table.writerows((i + 1, particles.image_files[i], faults[particles.names[i]]) for i in bad)
+    write_text(path, buffer.getvalue())
+    first = ", ".join(str(i + 1) for i in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    log.warning(
+        "%d of %d particles cannot be used (rows %s): left out of the fits, their codes say nothing; reasons: %s",
+        len(bad), len(particles), first, path,
+    )  # fmt: skip
+
+
 def _bar(items: Iterable[Row], total: int) -> Iterable[Row]:
     return progress(items, total, "cache")
 
@@ -127,4 +149,5 @@ def main(config: CacheConfig) -> int:
     prepare_process(config.workers)
     inputs = read_inputs(config.star, config.input, config.grid, cache=config.output)
     RowMaker(inputs, config.output, config.input, config.workers)(inputs.particles)
+    name_damaged(inputs.particles, config.output)
     return 0

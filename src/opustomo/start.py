@@ -46,7 +46,7 @@ from opustomo.physics.fourier import from_band, irfft3, radial, resize_spectrum,
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
-from opustomo.preparation import RowMaker, make_split
+from opustomo.preparation import RowMaker, make_split, name_damaged
 from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
 from opustomo.resume import LEARNED, Continuation
 
@@ -261,6 +261,7 @@ def start_from_linear(
         write_results(results, linear, rows, grid, mask, 4, config.seed)
         assert make_rows.noise is not None
         keep(results, linear, rows, make_rows.noise)
+    name_damaged(particles, config.output)
     return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, make_rows.place, linear)
 
 

@@ -119,7 +119,11 @@ def write_full_volumes(
 def _full_inputs(run: Run) -> Inputs:
     """The run's particles at its last poses and its mask, at the subtomograms' own sampling."""
     mask, datadir, ind = (option(run.config, name) for name in ("mask", "datadir", "ind"))
-    options = InputOptions(Path(datadir) if datadir else None, format=run.config.get("format") or "auto")
+    options = InputOptions(
+        Path(datadir) if datadir else None,
+        format=run.config.get("format") or "auto",
+        damaged=run.config.get("damaged") or "stop",
+    )
     inputs = read_inputs(run.star, options, GridOptions(Path(mask) if mask else None, downfrac=1.0))
     particles = inputs.particles
     if ind:

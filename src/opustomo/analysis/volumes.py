@@ -77,7 +77,10 @@ def _source(run: Run, config: VolumesConfig) -> Path:
     else:
         path, fix = folder / f"pc{config.pc}" / "z_pc.txt", f"{fix} --pcs {config.pc}"
     if not path.is_file():
-        raise UserError(f"{path}: not there; make it with `{fix}`")
+        # fewer distinct codes than classes make fewer classes than were asked for
+        made = sorted(found.parent.name for found in folder.glob("kmeans*/centers.txt")) if config.kmeans else []
+        there = f"; there are {', '.join(made)}" if made else ""
+        raise UserError(f"{path}: not there; make it with `{fix}`{there}")
     return path
 
 

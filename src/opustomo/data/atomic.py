@@ -22,6 +22,7 @@ from opustomo.errors import UserError, printable
 
 log = logging.getLogger("opustomo")
 
+LOCK = ".lock"  # in a folder that is held
 MOMENT = 0.2  # seconds: ``is_held`` takes a lock for less
 
 
@@ -97,7 +98,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Leaves no lock file, nor a folder that is still empty.
     """
-    path = folder / ".lock"
+    path = folder / LOCK
     handle = _wait_for(path)
     try:
         yield

@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo.data.atomic import exclusive, is_leftover, remove_leftovers, write_text
+from opustomo.data.atomic import LOCK, exclusive, is_leftover, remove_leftovers, write_text
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe, observe_all
 from opustomo.data.particles import Particles
@@ -36,6 +36,7 @@ from opustomo.physics.grid import Grid
 
 FORMAT = 3
 HELD_SHARE = 0.1  # of the free memory
+NOTHING = 1e-30  # scale of a row of zeros
 CTF_PACK = "ctf.npy"  # kept in the folder by the reader of CTF STARs
 _MANIFEST, _NOISE = "cache.json", "noise.npz"
 _FINISHED = "finished"  # in the manifest: every row was written and has reached the disk
@@ -56,8 +57,10 @@ def fingerprint(particles: Particles, grid: Grid, mark: str, options: tuple[str,
     """
     digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], mark, options)).encode())
     for path in (*particles.image_files, *dict.fromkeys(particles.ctf_files)):
-        status = path.stat()
-        digest.update(os.fsencode(path) + f"{status.st_size}{status.st_mtime_ns}".encode())
+        digest.update(os.fsencode(path))
+        with nullcontext() if particles.faults is None else suppress(FileNotFoundError):
+            status = path.stat()
+            digest.update(f"{status.st_size}{status.st_mtime_ns}".encode())
     digest.update(str(particles.premultiplied).encode())
     geometry = (particles.tilts, particles.tilt_offsets, particles.slices, particles.tilt_shifts)
     # made of sines and cosines, whose last bits depend on the processor, too; + 0.0: no negative zero
@@ -132,6 +135,10 @@ class Cache:
         """Rows not written yet."""
         return np.flatnonzero(self._checksum[:, 0] != 1)
 
+    def silent(self) -> list[int]:
+        """Rows without any weight: of particles that could not be used."""
+        return np.flatnonzero(self._scale[:, 1] <= NOTHING).tolist()
+
     def missing(self) -> np.ndarray:
         """Rows not written yet or damaged: those whose bytes do not have the stored checksum.  Reads every row."""
         return np.array([i for i in range(len(self)) if not self._intact(i)], np.int64)
@@ -149,7 +156,7 @@ class Cache:
         """Store row i (numerator (C, C, C), weight (n,)) with its checksum, the checksum last."""
         self._checksum[i] = (0, 0)
         for which, (rows, values) in enumerate(((self._numerator, numerator), (self._weight, weight))):
-            scale = max(float(values.abs().max()), 1e-30)
+            scale = max(float(values.abs().max()), NOTHING)
             rows[i] = (values.flatten() / scale).half().numpy()
             self._scale[i, which] = scale
         self._checksum[i] = (1, self._sum(i))
@@ -339,6 +346,9 @@ def _prepare(
     if len(missing) or not finished:
         _fill(cache, particles, missing, workers, progress)
         _mark_finished(folder, True)
+    for i in cache.silent():  # why a row says nothing is known where it was made now
+        if particles.usable[i]:
+            observe(particles, i, grid, noise)
     return cache
 
 
@@ -359,7 +369,7 @@ def rows_without_disk(
 def is_free(folder: Path) -> bool:
     """Whether a cache may be made in a folder: it is absent, empty or one already."""
     names = {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
-    return not names - {CTF_PACK, ".lock"} or not names.isdisjoint({_MANIFEST, _NOISE})
+    return not names - {CTF_PACK, LOCK} or not names.isdisjoint({_MANIFEST, _NOISE})
 
 
 def _mark_finished(folder: Path, finished: bool) -> None:

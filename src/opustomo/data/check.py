@@ -148,6 +148,7 @@ def _next_step(config: CheckConfig, report: Report) -> str:
         "contrast": config.input.contrast if config.input.contrast != "auto" else None,
         "format": config.input.format if config.input.format != "auto" else None,
         "normalisation": config.input.normalisation if config.input.normalisation != "auto" else None,
+        "damaged": config.input.damaged if config.input.damaged != "stop" else None,
         "mask": mask,
         "downfrac": config.grid.downfrac if config.grid.downfrac != GridOptions().downfrac else None,
     }

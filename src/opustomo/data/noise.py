@@ -15,7 +15,16 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from opustomo.data.observe import Noise, is_covered, observe_all, read_band, sample_rows, tilt_rows, transfer_band
+from opustomo.data.observe import (
+    Noise,
+    is_covered,
+    observe_all,
+    read_band,
+    sample_rows,
+    sound,
+    tilt_rows,
+    transfer_band,
+)
 from opustomo.data.particles import Particles
 from opustomo.data.stacks import read_stack, stack_power
 from opustomo.physics.fourier import (
@@ -35,6 +44,7 @@ from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates
 SAMPLE = 192  # particles looked at
 # a shell is never taken to be free of noise: one that holds almost no power would get an enormous weight
 MOST_EXPLAINED = 0.95
+LEAST_NOISE = 1e-6  # of the largest noise power
 CONTRAST_DEVIATIONS = 4.0
 RADIAL_BANDS = 5  # of the calibration of transfer volumes
 
@@ -46,7 +56,8 @@ def _prefers_mean(particles: Particles, rows: Iterable[int], grid: Grid) -> bool
     power = torch.zeros(2, size // 2 + 1)
     log_m = 0.0
     for i in rows:
-        y2 = read_band(particles.image_files[i], grid).abs().square()
+        with particles.looking_at(i):
+            y2 = read_band(particles.image_files[i], grid).abs().square()
         _, m = insert_tilts(size, tilt_rows(particles, i), grid.extent)
         seen = (m > 0.05).float()
         count += shell_sum(seen, size)
@@ -110,7 +121,7 @@ def estimate_noise(
     mask: (C, C, C) on the working grid.  The consensus that the sample itself supports is subtracted, so that
     signal is not counted as noise.  contrast: auto, white or black; normalisation: auto, sum or mean.
     """
-    size, rows = grid.working_box, sample_rows(len(particles), sample).tolist()
+    size, rows = grid.working_box, sound(particles, sample_rows(len(particles), sample).tolist(), grid)
     by_tilts = particles.transfer == "tilts"
     few = rows[:: max(1, len(rows) // 32)]
     volumes = by_tilts and not particles.stacks
@@ -131,8 +142,9 @@ def estimate_noise(
         level = radial(curve, size)
     else:
         level = _smooth(power, size) / _smooth(coverage, size).clamp(min=1e-6) * radial(1.0 - explained, size)
-    # noise-free data (tests, simulations) must not divide by zero
-    level = level.clamp(min=max(1e-12 * float(level.max()), 1e-30))
+    # noise-free data (tests, simulations) must not divide by zero, and rows are kept at half precision: weights that
+    # differ by more than it holds would lose those of the strongest noise
+    level = level.clamp(min=max(LEAST_NOISE * float(level.max()), 1e-30))
     if contrast == "auto":
         sign, sure = _contrast_sign(volume, weight, level, mask, grid)
     else:

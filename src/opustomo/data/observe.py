@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opustomo.data.mrc import LARGEST, read_volume
-from opustomo.data.particles import Particles
+from opustomo.data.particles import Particles, refuse_most
 from opustomo.data.readers import read_transfer_volume
 from opustomo.data.stacks import observe_stack, read_stack
 from opustomo.errors import UserError
@@ -136,7 +136,40 @@ def _weight_band(particles: Particles, i: int, grid: Grid, noise: Noise, matrix:
 
 
 def observe(particles: Particles, i: int, grid: Grid, noise: Noise, crop: int | None = None) -> tuple[Tensor, Tensor]:
-    """Numerator (C, C, C) and weight (n,) of particle i in the consensus frame (METHOD section 4)."""
+    """Numerator (C, C, C) and weight (n,) of particle i in the consensus frame (METHOD section 4).
+
+    Zeros, which say nothing, for a particle that cannot be used, with ``--damaged skip``.
+    """
+    with particles.looking_at(i):
+        return _observe(particles, i, grid, noise, crop)
+    return torch.zeros((crop or grid.crop,) * 3), torch.zeros(len(noise.power))
+
+
+def sound(particles: Particles, rows: Sequence[int], grid: Grid) -> list[int]:
+    """Those of ``rows`` that can be used, which are read for it; all with ``--damaged stop``.
+
+    UserError where most cannot.
+    """
+    if particles.faults is None:
+        return list(rows)
+    good = []
+    for i in rows:
+        with particles.looking_at(i):
+            if particles.stacks:
+                read_stack(particles, i, grid)
+            else:
+                read_band(particles.image_files[i], grid)
+                _ = (
+                    tilt_rows(particles, i)
+                    if particles.transfer == "tilts"
+                    else transfer_band(particles.ctf_files[i], grid)
+                )
+            good.append(i)
+    refuse_most(len(rows) - len(good), len(rows), particles.source, particles.faults)
+    return good
+
+
+def _observe(particles: Particles, i: int, grid: Grid, noise: Noise, crop: int | None) -> tuple[Tensor, Tensor]:
     matrix, origin = _pose(particles, i, grid)
     if particles.stacks:
         stack = read_stack(particles, i, grid)

@@ -6,12 +6,16 @@ dialect it was read from.  Readers make it; nothing else names a STAR column.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from opustomo.errors import UserError
 
 if TYPE_CHECKING:
     from opustomo.data.star import StarFile
@@ -65,6 +69,8 @@ class Particles:
     slices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (rows of tilts,) or (0,)
     tilt_shifts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))  # (rows of tilts, 2) or (0, 2)
     notes: tuple[str, ...] = ()  # what the reader decided and how it knows, for check and the log
+    # --damaged skip: why particles, by name, cannot be used, as far as they were looked at; None: such a one stops
+    faults: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.image_files)
@@ -73,6 +79,24 @@ class Particles:
     def stacks(self) -> bool:
         """Whether the particles are stacks of tilt images."""
         return len(self.slices) > 0
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """(P,) particles of which no fault is known."""
+        return np.array([name not in (self.faults or {}) for name in self.names], bool)
+
+    @contextmanager
+    def looking_at(self, i: int) -> Iterator[None]:
+        """A UserError in the block says that particle i cannot be used: noted, or raised where that is to stop."""
+        try:
+            yield
+        except UserError as error:
+            if self.faults is None:
+                raise UserError(
+                    f"{error} (row {i + 1} of {len(self)}); --damaged skip goes on without such particles, --ind of "
+                    "train leaves rows out"
+                ) from None
+            self.faults[self.names[i]] = str(error)
 
     def tilt_index(self, i: int) -> NDArray[np.int64]:
         """(T_i,) rows of ``tilts`` of particle i; excluded tilts (scale 0) are left out."""
@@ -108,3 +132,10 @@ class Particles:
             slices=self.slices[rows] if self.stacks else self.slices,
             tilt_shifts=self.tilt_shifts[rows] if self.stacks else self.tilt_shifts,
         )
+
+
+def refuse_most(count: int, looked_at: int, star: Path, faults: dict[str, str] | None) -> None:
+    """UserError where more than half of the particles looked at cannot be used: that is a mistake, no accident."""
+    if 2 * count > looked_at:
+        first = next(iter((faults or {}).values()), "")
+        raise UserError(f"{star}: {count} of {looked_at} particles looked at cannot be used, too many to skip: {first}")

@@ -6,6 +6,7 @@ not look at; both would make an array of any size that a few bytes claim.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -44,7 +45,10 @@ def read_tensors(path: Path, fix: str = "write it again") -> Any:
     with reading(path, fix), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's thoughts about a damaged file, which is refused in one line
         _inspect(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # torch tells how to run what is in it
+            raise ValueError("it holds more than tensors and plain values") from None
         size = path.stat().st_size
         if any(tensor.nbytes > size for tensor in _tensors(payload)):
             raise ValueError("a tensor larger than the file")

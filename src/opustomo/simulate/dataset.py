@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from opustomo.config import SimulateConfig
 from opustomo.data import write_relion5 as relion5
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import LOCK, write_text
 from opustomo.data.mrc import write_stack, write_volume
 from opustomo.data.tensors import save_arrays
 from opustomo.data.write_relion30 import write_ctf, write_particles
@@ -223,7 +223,8 @@ def clear_folder(output: Path) -> None:
     """Make the folder, or empty it of an earlier simulated set; UserError if it holds anything else."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another output folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / "sim.json").exists():
+    present = {path.name for path in output.iterdir()} - {LOCK} if output.is_dir() else set()
+    if present and "sim.json" not in present:
         raise UserError(f"{output}: is not empty and not a simulated set (no sim.json); give another output folder")
     written = ("particles.star", "labels.npz", "mask.mrc", "gt/state*.mrc", "subtomo/p[0-9]*", "stacks/*.star")
     for pattern in (*written, "stacks/p[0-9]*.mrcs"):

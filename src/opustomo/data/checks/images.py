@@ -16,7 +16,7 @@ from opustomo.data.mrc import read_slices, read_volume
 from opustomo.data.particles import Particles
 
 OUTLIER = 5.0  # median absolute deviations, as standard deviations of a normal distribution
-_REMOVE = "extract it again or remove its row: reading stops at such a box"
+_REMOVE = "extract it again or remove its row: reading stops at such a box (not with --damaged skip)"
 
 
 class Greys(NamedTuple):

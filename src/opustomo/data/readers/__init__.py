@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo.config import InputOptions
-from opustomo.data.particles import Normalisation, Particles
+from opustomo.data.mrc import header_of
+from opustomo.data.particles import Normalisation, Particles, refuse_most
 from opustomo.data.readers import optimisation_set, relion, sampling, series
 from opustomo.data.readers.ctf_volume import read_transfer_volume
 from opustomo.data.readers.files import Locator
@@ -40,19 +41,26 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
     dialect, note = _dialect(source, options)
     locator = Locator(table.path, options.datadir)
     named = series.stack_names(source) if source.format == "series" else [str(n) for n in relion.image_names(table)]
-    images = locator.require(named, "stacks" if stacks else "subtomograms")
+    faults: dict[str, str] | None = None if options.damaged == "stop" else {}
+    names = relion.identities(table)
+    images = locator.require(named, "stacks" if stacks else "subtomograms", most=faults is not None)
+    if faults is not None:
+        faults |= _unreadable(images, names)
+    good = [path for path, name in zip(images, names, strict=True) if name not in (faults or ())]
+    refuse_most(len(images) - len(good), len(images), star, faults)
     notes = [note]
     if locator.outside_datadir(images):
         notes.append(f"--datadir {options.datadir} was not needed: the particles are in {images[0].parent}")
-    box, box_note = sampling.box_size(images, star, relion.image_size(table), options, stacks)
-    pixel_size, pixel_note = sampling.pixel_size(images, star, relion.pixel_size(table), options)
+    box, box_note = sampling.box_size(good, star, relion.image_size(table), options, stacks)
+    pixel_size, pixel_note = sampling.pixel_size(good, star, relion.pixel_size(table), options)
     notes += [box_note, pixel_note]
-    fields = _of_tilt_images if stacks else partial(_of_subtomograms, pack=pack)
+    fields = partial(_of_tilt_images, good=good) if stacks else partial(_of_subtomograms, locator=locator, pack=pack)
     return Particles(
         source=star.absolute(),
         dialect=dialect,
         star=table,
-        names=relion.identities(table),
+        names=names,
+        faults=faults,
         image_files=images,
         coordinates=relion.coordinates(table),
         tomogram=relion.tomograms(table),
@@ -67,13 +75,13 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
 
 def _of_subtomograms(
     source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str],
-    pack: Path | None,
+    locator: Locator, pack: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Poses, transfer functions and notes of 3-D subtomograms, as fields of ``Particles``."""
     table = source.table
     euler = relion.eulers(table)
     origin, origin_note = relion.origins(table, pixel_size)
-    transfer = find_transfer(table, images, Locator(table.path, options.datadir), box, pack)
+    transfer = find_transfer(table, images, locator, box, pack)
     if transfer.transfer == "tilts" and relion.premultiplied(table):
         raise UserError(
             f"{table.path}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it "
@@ -86,8 +94,9 @@ def _of_subtomograms(
 
 
 def _of_tilt_images(
-    source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str]
-) -> dict[str, Any]:
+    source: Source, images: tuple[Path, ...], box: int, pixel_size: float, options: InputOptions, notes: list[str],
+    good: list[Path],
+) -> dict[str, Any]:  # fmt: skip
     """The same of stacks of tilt images."""
     if options.normalisation != "auto":
         raise UserError(
@@ -97,10 +106,21 @@ def _of_tilt_images(
     if source.format == "series":
         found = series.read_series(source, pixel_size)
     else:
-        found = optimisation_set.read_tilt_series(source, images, pixel_size, options.datadir)
+        found = optimisation_set.read_tilt_series(source, images, pixel_size, options.datadir, good)
     kind = "CTF-premultiplied" if relion.premultiplied(source.table) else "not CTF-premultiplied"
     notes = [*notes, *found.notes, f"the images are {kind}"]
     return found._asdict() | {"transfer": "tilts", "ctf_files": (), "notes": tuple(notes)}
+
+
+def _unreadable(images: tuple[Path, ...], names: NDArray[np.object_]) -> dict[str, str]:
+    """Why the files of some particles cannot be read, by the particle's name: from all headers, as ``check`` does."""
+    faults = {}
+    for path, name in zip(images, names, strict=True):
+        try:
+            header_of(path)
+        except UserError as error:
+            faults[name] = str(error)
+    return faults
 
 
 def poses_of(source: Source, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -48,8 +48,9 @@ Packed = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 def read_tilts(
-    files: Sequence[str], names: Sequence[str], microscope: Mapping[str, float], pack: Path | None = None
-) -> Packed:
+    files: Sequence[str], names: Sequence[str], microscope: Mapping[str, float], pack: Path | None = None,
+    absent: frozenset[int] | None = None,
+) -> Packed:  # fmt: skip
     """Tilts of P particles, packed: rows (T, 13) of TILT_COLUMNS and offsets (P + 1,).
 
     files, names: P CTF STARs (one shared by many particles is parsed once) and particle names for messages.
@@ -57,22 +58,25 @@ def read_tilts(
     no such column.  B-factors become >= 0 (RELION's script writes +4 x dose, Warp 1 -4 x dose; both damp).
     pack: a file that keeps the result; while every CTF STAR has the path, size and time of change it had then, the rows
     are mapped from there (read-only) and no CTF STAR is opened.
-    UserError: damaged file, column missing, every tilt of a particle excluded (scale 0).
+    absent: particles that get no tilts, their files are not opened (``--damaged skip``; None: that of ``stop``).
+    UserError: damaged file, column missing, every tilt of a particle excluded (scale 0; unless they are skipped).
     """
-    pack = pack if len(set(files)) >= PACK_FROM else None
-    mark = _mark(files, microscope) if pack is not None else np.zeros(0, np.uint8)
+    opened = [path for i, path in enumerate(files) if i not in (absent or ())]
+    pack = pack if len(set(opened)) >= PACK_FROM else None
+    mark = _mark(opened, microscope) if pack is not None else np.zeros(0, np.uint8)
     if pack is not None and (stored := _unpack(pack, mark)) is not None:
         return stored
     known: dict[str, NDArray[np.float64]] = {}
-    for path, name in zip(files, names, strict=True):
-        if path not in known:
+    nothing = np.zeros((0, len(TILT_COLUMNS)))
+    for i, (path, name) in enumerate(zip(files, names, strict=True)):
+        if path not in known and i not in (absent or ()):
             known[path] = _tilts(Path(path), microscope)
-            if not known[path][:, SCALE].any():
+            if absent is None and not known[path][:, SCALE].any():
                 raise UserError(
                     f"{path}: all {len(known[path])} tilts of particle {name} are excluded (rlnCtfScalefactor 0); "
                     "remove the particle from the STAR file or restore some tilts"
                 )
-    tables = [known[path] for path in files]
+    tables = [known.get(path, nothing) for path in files]
     offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
     tilts = np.concatenate(tables)
     if pack is not None:

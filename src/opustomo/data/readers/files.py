@@ -21,17 +21,30 @@ class Locator:
     def __init__(self, star: Path, datadir: Path | None) -> None:
         self.star = star
         self.datadir = datadir
+        self.absent: frozenset[int] | None = None  # particles (``most``) whose files are not asked for any more
         self._listings: dict[str, frozenset[str]] = {}
         if datadir is not None and not datadir.is_dir():
             raise UserError(f"--datadir {datadir}: no such folder; give the folder in front of the names in {star}")
 
     def find(self, names: Names) -> list[str] | None:
         """Absolute paths of all ``names`` (same order) in the first place that has all of them, None if none has."""
-        return next((paths for paths in self._places(names) if all(map(self.exists, paths))), None)
+        return next((paths for paths in self._places(names) if self.all_exist(paths)), None)
 
-    def require(self, names: Names, what: str) -> tuple[Path, ...]:
-        """As find, but UserError naming the first missing file, how many, the folders tried and a fix."""
+    def all_exist(self, paths: Sequence[str]) -> bool:
+        """Whether all are there, but for those of absent particles."""
+        return all(self.exists(path) or i in (self.absent or ()) for i, path in enumerate(paths))
+
+    def require(self, names: Names, what: str, *, most: bool = False) -> tuple[Path, ...]:
+        """As find, but UserError naming the first missing file, how many, the folders tried and a fix.
+
+        most: half of them will do; the others are ``absent`` from then on.
+        """
         found = self.find(names)
+        if most:
+            self.absent = frozenset()
+        if found is None and most and 2 * self.present(names) >= len(names):
+            found = max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))
+            self.absent = frozenset(i for i, path in enumerate(found) if not self.exists(path))
         if found is None:
             raise UserError(self._explain(names, what))
         return tuple(map(Path, found))

@@ -45,9 +45,12 @@ class _Series(NamedTuple):
     warp: bool  # whether WarpTools wrote it
 
 
-def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None) -> TiltImages:
+def read_tilt_series(
+    source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None, readable: Sequence[Path]
+) -> TiltImages:
     """Poses and tilts of P particles, whose stacks ``images`` have pixels of ``pixel_size`` Angstrom.
 
+    readable: those of ``images`` that can be looked into.
     UserError: no tomograms file, tomogram not in it, frames that do not fit, columns missing.
     """
     star = source.table
@@ -67,7 +70,7 @@ def read_tilt_series(source: Source, images: Sequence[Path], pixel_size: float, 
         table[:, 3:5] += (one.hand * along[visible])[:, None]
         tables.append(table)
     offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
-    whole = _holds_all(star, images, frames, series)
+    whole = _holds_all(star, images, frames, series, set(readable))
     slices = np.concatenate([visible if whole else np.arange(len(visible)) for visible in frames])
     counts = np.diff(offsets)
     tilts = (
@@ -140,13 +143,20 @@ def _visible(star: StarFile, series: list[_Series]) -> list[NDArray[np.int64]]:
     return frames
 
 
-def _holds_all(star: StarFile, images: Sequence[Path], frames: list[NDArray[np.int64]], series: list[_Series]) -> bool:
+def _holds_all(
+    star: StarFile,
+    images: Sequence[Path],
+    frames: list[NDArray[np.int64]],
+    series: list[_Series],
+    readable: set[Path],
+) -> bool:
     """Whether stacks hold the images that are not visible, too: those of WarpTools do, those of RELION do not.
 
     A few stacks are looked at.  UserError where they hold yet another number.
     """
     kinds = []
-    some = [i for i, one in enumerate(series) if len(frames[i]) < len(one.table)] or list(range(len(series)))
+    good = [i for i, path in enumerate(images) if path in readable]
+    some = [i for i in good if len(frames[i]) < len(series[i].table)] or good
     for i in some[:: max(1, len(some) // _LOOKED_AT)]:
         held, all_frames, visible = header_of(images[i]).shape[0], len(series[i].table), len(frames[i])
         if held not in (all_frames, visible):

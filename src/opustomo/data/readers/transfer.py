@@ -44,7 +44,7 @@ def find_transfer(
     names = _ctf_names(star)
     stars = _find_stars(names, images, locator)
     if stars is not None:
-        return _from_stars(star, stars, pack)
+        return _from_stars(star, stars, locator.absent, pack)
     if names is None:
         raise UserError(
             f"{star.path}: particle without CTF: there is no column _rlnCtfImage and no *_ctf.star beside the "
@@ -53,7 +53,9 @@ def find_transfer(
     star_names = [_star_name(name) for name in names]
     if locator.present(star_names) > locator.present(names):
         locator.require(star_names, "CTF STAR files")
-    return _from_volumes(star, locator.require(names, "CTF volumes"), box)
+    files = locator.require(names, "CTF volumes")
+    first = next(path for i, path in enumerate(files) if i not in (locator.absent or ()))
+    return _from_volumes(star, files, box, first)
 
 
 def _ctf_names(star: StarFile) -> list[str] | None:
@@ -79,20 +81,22 @@ def _find_stars(names: list[str] | None, images: Sequence[Path], locator: Locato
         if found is not None:
             return found
     beside = [os.path.splitext(image)[0] + "_ctf.star" for image in images]  # noqa: PTH122
-    return beside if all(map(locator.exists, beside)) else None
+    return beside if locator.all_exist(beside) else None
 
 
-def _from_stars(star: StarFile, files: Sequence[str], pack: Path | None) -> TransferFunctions:
-    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), pack)
-    counts = np.diff(offsets)
+def _from_stars(
+    star: StarFile, files: Sequence[str], absent: frozenset[int] | None, pack: Path | None
+) -> TransferFunctions:
+    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), pack, absent)
+    counts = np.delete(np.diff(offsets), sorted(absent or ()))
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     note = f"CTF from {len(set(files))} CTF STAR files, {span} tilts per particle"
     return TransferFunctions("tilts", (), tilts, offsets, note)
 
 
-def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int) -> TransferFunctions:
+def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int, first: Path) -> TransferFunctions:
     kind: Transfer = "weight_volume" if relion.premultiplied(star) else "ctf_volume"
-    layout = half_fourier(read_volume(files[0])[0], box, files[0])[1]
+    layout = half_fourier(read_volume(first)[0], box, first)[1]
     what = "weight volumes (data are CTF-premultiplied)" if kind == "weight_volume" else "CTF volumes"
     note = f"CTF from {len(set(files))} {what}: {layout}"
     return TransferFunctions(kind, files, np.zeros((0, len(TILT_COLUMNS))), np.zeros(1, np.int64), note)
