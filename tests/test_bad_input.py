@@ -21,7 +21,8 @@ from star_sets import BOX, PIXEL, Set, put_loop, put_volume, tilt_columns
 
 Damage = Callable[[Set], str]
 
-COMPLETE = {"run.log", "split.pkl"}  # what a run that failed at its start may leave: whole files
+# what a run that failed at its start may leave: whole files
+COMPLETE = {"run.log", "split.pkl", "config.yaml", "config.pkl"}
 
 
 @pytest.fixture

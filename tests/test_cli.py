@@ -22,7 +22,8 @@ HEAVY = {"torch", "pandas", "sklearn", "matplotlib", "scipy", "umap", "starfile"
 # Every option of `opustomo train`: adding, removing or renaming one is an announced change.
 TRAIN_OPTIONS = [
     "STAR", "-o/--output", "--datadir", "--Apix/--angpix", "-D/--box", "--relion31", "--contrast",
-    "--normalisation", "--format", "--damaged", "-r/--mask", "--downfrac", "--poses", "--ind", "-n/--epochs", "-b/--batch",
+    "--normalisation", "--format", "--damaged", "-r/--mask", "--downfrac", "--poses", "--ind", "-n/--epochs",
+    "-b/--batch",
     "--zdim", "--encode-mode", "--lr", "--wd", "--accum-step", "--beta", "--beta-control", "--prior", "--tv",
     "--l1", "--lamb", "--bfactor", "--valfrac", "--split", "--templateres", "--width", "--encoderres",
     "--estpose/--no-estpose", "--num-gpus", "--multigpu", "--cache", "--no-cache", "--plot", "--tmp-prefix",
