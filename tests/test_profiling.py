@@ -199,7 +199,7 @@ def test_the_cost_model_reads_the_cost_of_a_row_from_the_page(cost_benchmark: Mo
     factor, power = cost_benchmark.row_law(page)
     assert 2.0 < power < 4.5
     [line] = re.findall(
-        r"^\| 64 \| \d+ \| [\d.]+ \| ([\d.]+) \|", page.split("CPU-ms per row")[1].split("<!--")[0], re.M
+        r"^\| 64 \| \d+ \| [\d.]+ \| ([\d.]+) \|", page.split("| MB per row | CPU-ms per row")[1].split("<!--")[0], re.M
     )
     assert 0.5 < factor * 64**power / (float(line) / 1e3) < 2.0
 

@@ -14,7 +14,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+<<<<<<< HEAD
 from contextlib import nullcontext
+=======
+from contextlib import suppress
+>>>>>>> 56aecfa (A full disk under stdout is one line and status 2 where Python buffers; it was 120 and two lines more)
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,15 +303,24 @@ def run(command: str, function: Callable[[], int | None], output: Path | None = 
     except KeyboardInterrupt:
         return fail(command, "interrupted", 130)
     except BrokenPipeError:
-        # The reader of a pipe left (`opustomo check ... | head`); Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_unwritten()  # the reader of a pipe left (`opustomo check ... | head`)
         return 141
     except Exception as error:
+        drop_unwritten()
         if os.environ.get("OPUSTOMO_DEBUG") == "1":
             traceback.print_exc()
         return fail(command, *explain(error, output), told=isinstance(error, ToldElsewhere))
     finally:
         close_log()
+
+
+def drop_unwritten() -> None:
+    """What stdout holds and cannot write: Python would complain again at exit, with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):  # no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: Exception, output: Path | None) -> tuple[str, int]:
