@@ -39,6 +39,8 @@ class InputOptions:
     """Dialect, if not the one recognised: subtomograms, pseudo-subtomograms, stacks, or one row per tilt image."""
     damaged: Literal["stop", "skip"] = "stop"
     """Subtomograms that cannot be used (missing, cut off, NaN, one grey value, no tilt): stop, or go on without."""
+    tilt_limit: Annotated[float | None, arg(metavar="DEG")] = None
+    """Leave out tilts that are further than this from 0 degrees (default: all are used)."""
 
 
 @dataclass(frozen=True)
