@@ -331,6 +331,10 @@ class SelectConfig:
     """K of the k-means analysis."""
     groups: Switch = False
     """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
+    axis: int = 0
+    """Along independent axis AXIS (1-based) instead: its groups, or which map of its traversal is nearest."""
+    pc: int = 0
+    """Along principal component PC (1-based) instead: which map of its traversal is nearest."""
     classes: tuple[int, ...] = ()
     """Classes to join into selected.star (default: one file per class)."""
     corrected: Switch = False
@@ -353,6 +357,10 @@ class ExportConfig:
     """K of the k-means analysis."""
     groups: Switch = False
     """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
+    axis: int = 0
+    """Along independent axis AXIS (1-based) instead: its groups, or which map of its traversal is nearest."""
+    pc: int = 0
+    """Along principal component PC (1-based) instead: which map of its traversal is nearest."""
     corrected: Switch = False
     """Poses as the run has corrected them instead of those of the STAR file."""
     format: Literal["same", "artiax", "warp", "m"] = "same"
