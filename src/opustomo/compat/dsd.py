@@ -26,7 +26,7 @@ ONLY_MODE = {"lazy_single": True, "pe_type": "vanilla", "template_type": "conv"}
 
 
 def pose_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("star", metavar="STAR", type=Path, help="RELION STAR file of the subtomograms")
+    parser.add_argument("star", metavar="STAR", type=Path, help="STAR file or optimisation set")
     parser.add_argument("-D", dest="box", type=float, required=True, help="box size; cross-checked against the data")
     parser.add_argument("--Apix", type=float, required=True, help="pixel size in A; cross-checked against the data")
     parser.add_argument("--relion31", action="store_true", help="the STAR is of RELION 3.1 or later; a cross-check")
@@ -48,16 +48,16 @@ def parse_pose_star(arguments: argparse.Namespace, given: Given) -> None:
     names = ("-D", "--Apix")
     box_and_pixel(arguments.box, arguments.Apix, names)
     options = InputOptions(arguments.datadir, arguments.Apix, int(arguments.box), arguments.relion31)
-    star, box, angpix = poses.checked_star(arguments.star, options, names)
+    source, box, angpix = poses.checked_star(arguments.star, options, names)
     if arguments.output is not None:
-        poses.write_poses(star, box, angpix, arguments.output)
+        poses.write_poses(source, box, angpix, arguments.output)
     if wants_classes:
-        poses.write_label_stars(star, arguments.labels, arguments.outdir)
+        poses.write_label_stars(source, arguments.labels, arguments.outdir)
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("star", metavar="STAR", type=Path, help="RELION STAR file of the subtomograms")
+    add("star", metavar="STAR", type=Path, help="STAR file or optimisation set")
     add("--poses", type=Path, metavar="PKL", help="pose pickle of `dsdsh prepare` (default: poses of the STAR)")
     add("-o", dest="output", type=Path, required=True, metavar="DIR", help="run folder for all results")
     add("-r", dest="mask", type=Path, metavar="MRC", help="solvent mask of the consensus map (default: a sphere)")
