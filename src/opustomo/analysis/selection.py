@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from opustomo import __version__
 from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
-from opustomo.config import ExportConfig, SelectConfig
+from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.readers.relion import identities
@@ -70,7 +70,7 @@ def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
     return Classes(star, source, labels, rows, _corrected(config.run, epoch) if config.corrected else None, epoch)
 
 
-def class_folder(config: SelectConfig | ExportConfig) -> tuple[str, str]:
+def class_folder(config: ClassChoice) -> tuple[str, str]:
     """Folder of the classes below analyze.N, and the option of ``volumes`` for their maps."""
     chosen = [name for name in ("groups", "axis", "pc") if getattr(config, name)]
     if len(chosen) > 1:
