@@ -89,6 +89,7 @@ def test_a_ctf_star_beats_the_table(tmp_path: Path) -> None:
         ({"Voltage": "-300000"}, "tilt 1: _rlnVoltage -300 is not possible; write kV, e.g. 300 (converted from Warp's"),
         ({"Scale": "0"}, "p0_ctf.csv: all 5 tilts of particle sub/p0.mrc are excluded"),
         ({"Scale": ""}, "column Scale, tilt 1: '' is not a number"),
+        ({"Scale": "1, 2"}, "p0_ctf.csv: tilt 1 has 10 values for 9 columns"),
     ],
 )
 def test_tables_that_cannot_be_used_say_why(changed: dict[str, str], words: str, tmp_path: Path) -> None:

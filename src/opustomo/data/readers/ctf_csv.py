@@ -7,10 +7,11 @@ the project's notes, where astigmatism and B-factor are converted as OPUS-TOMO c
 
 from __future__ import annotations
 
+import csv
+import math
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from opustomo.errors import UserError, reading
@@ -27,13 +28,16 @@ def read_ctf_csv(path: Path) -> dict[str, NDArray[np.float64]]:
     UserError: damaged file, column missing, value that is not a number.
     """
     with reading(path, _FIX):
-        table = pd.read_csv(path, skipinitialspace=True, dtype=str, keep_default_na=False, index_col=False)
-    table.columns = table.columns.str.strip()
-    if absent := [name for name in _COLUMNS if name not in table.columns]:
+        lines = [[word.strip() for word in row] for row in csv.reader(path.read_text(encoding="utf-8").splitlines())]
+    header, *rows = [row for row in lines if any(row)] or [[]]
+    if absent := [name for name in _COLUMNS if name not in header]:
         raise UserError(f"{path}: has no column {absent[0]}, needed for the CTF of every tilt; {_FIX}")
-    if table.empty:
+    if not rows:
         raise UserError(f"{path}: has no tilts; {_FIX}")
-    found = {name: _numbers(table[name], name, path) for name in _COLUMNS}
+    for number, row in enumerate(rows, 1):
+        if len(row) < len(header) or any(row[len(header) :]):
+            raise UserError(f"{path}: tilt {number} has {len(row)} values for {len(header)} columns; {_FIX}")
+    found = {name: _numbers([row[header.index(name)] for row in rows], name, path) for name in _COLUMNS}
     defocus, delta = -1e10 * found["Defocus"], -1e10 * found["DefocusDelta"]
     return {
         "rlnAngleTilt": found["TiltAngle"],
@@ -48,9 +52,12 @@ def read_ctf_csv(path: Path) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def _numbers(column: pd.Series[str], name: str, path: Path) -> NDArray[np.float64]:
-    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
-        raise UserError(f"{path}: column {name}, tilt {wrong[0] + 1}: {column[wrong[0]]!r} is not a number; {_FIX}")
-    return values
+def _numbers(words: list[str], name: str, path: Path) -> NDArray[np.float64]:
+    for number, word in enumerate(words, 1):
+        try:
+            good = math.isfinite(float(word))
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(f"{path}: column {name}, tilt {number}: {word!r} is not a number; {_FIX}")
+    return np.array(words, np.float64)
