@@ -32,7 +32,8 @@ TRAIN_OPTIONS = [
 ]  # fmt: skip
 LINEAR_OPTIONS = [
     "STAR", "-o/--output", "--datadir", "--Apix/--angpix", "-D/--box", "--relion31", "--contrast",
-    "--normalisation", "--format", "--damaged", "--tilt-limit", "-r/--mask", "--downfrac", "--components", "--iterations",
+    "--normalisation", "--format", "--damaged", "--tilt-limit",
+    "-r/--mask", "--downfrac", "--components", "--iterations",
     "--estpose/--no-estpose", "--clusters", "--seed", "--workers",
 ]  # fmt: skip
 
