@@ -36,6 +36,10 @@ from stack_writers import two_states_set
 from star_sets import BOX, PIXEL, Set, put_loop, relion31
 
 COUNT = 4
+CTF_CSV = b"""TiltAngle, Defocus, Voltage, Cs, Amplitude, Bfactor, Scale, DefocusDelta, AstigmatismAngle
+-40.2, -2.1e-06, 300000, 0.0027, 0.07, -1.2e-19, 0.76, -4e-08, 0.5
+0.7, -2.2e-06, 300000, 0.0027, 0.07, -2.4e-19, 1.00, -4e-08, 0.5
+"""
 LIST = b"""
 data_particles
 
@@ -102,6 +106,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "tomograms": within("other", "tomograms.star", "set.star"),
     "series": within("flat", "flat.star", "flat.star"),
     "ctf_star": lambda path: read_tilts([path], ["p"], {}),
+    "ctf_csv": lambda path: read_tilts([path.rename(path.with_suffix(".csv"))], ["p"], {}),
     "mrc": read_volume,
     "mask": mask,
     "transfer": lambda path: read_transfer_volume(path, BOX),
@@ -189,6 +194,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "particles": stars,
         "lists": [(folder / name).read_bytes() for name in ("m.star", "motl.star")] + [LIST],
         "ctf_star": [(folder / "sub" / "p0_ctf.star").read_bytes()],
+        "ctf_csv": [CTF_CSV],
         "mrc": [volume],
         "mask": [blob],
         "transfer": [even],

@@ -147,6 +147,11 @@ def test_files_of_the_axes(tmp_path: Path) -> None:
     motion = read_codes(tmp_path / "axis2" / "z_axis.txt", 4)
     assert motion.shape == (10, 4) and np.ptp(motion[:, 1]) > 2.5 and np.ptp(motion[:, 0]) < 0.3
     assert len(axes) == 2
+    np.testing.assert_array_equal(load_labels(tmp_path / "axis1" / "labels.pkl"), labels)
+    stops = load_labels(tmp_path / "axis2" / "labels.pkl")  # of the ten codes the one that is nearest along the axis
+    distance = np.abs(values[:, 1, None] - motion[:, 1])
+    assert set(stops) == set(range(10))
+    assert (distance[np.arange(N), stops] <= distance.min(1) + 0.02).all()
     run.linear = stored | {"code": values[:, 1:], "mixing": np.eye(1), "pull": likelihood.pull[:, 1:],
                            "information": likelihood.information[:, 1:, 1:]}  # fmt: skip
     write_axes(run, tmp_path)  # type: ignore[arg-type]

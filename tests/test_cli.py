@@ -22,8 +22,8 @@ HEAVY = {"torch", "pandas", "sklearn", "matplotlib", "scipy", "umap", "starfile"
 # Every option of `opustomo train`: adding, removing or renaming one is an announced change.
 TRAIN_OPTIONS = [
     "STAR", "-o/--output", "--datadir", "--Apix/--angpix", "-D/--box", "--relion31", "--contrast",
-    "--normalisation", "--format", "--damaged", "-r/--mask", "--downfrac", "--poses", "--ind", "-n/--epochs",
-    "-b/--batch",
+    "--normalisation", "--format", "--damaged", "--tilt-limit", "-r/--mask", "--downfrac", "--poses", "--ind",
+    "-n/--epochs", "-b/--batch",
     "--zdim", "--encode-mode", "--lr", "--wd", "--accum-step", "--beta", "--beta-control", "--prior", "--tv",
     "--l1", "--lamb", "--bfactor", "--valfrac", "--split", "--templateres", "--width", "--encoderres",
     "--estpose/--no-estpose", "--num-gpus", "--multigpu", "--cache", "--no-cache", "--plot", "--tmp-prefix",
@@ -32,7 +32,8 @@ TRAIN_OPTIONS = [
 ]  # fmt: skip
 LINEAR_OPTIONS = [
     "STAR", "-o/--output", "--datadir", "--Apix/--angpix", "-D/--box", "--relion31", "--contrast",
-    "--normalisation", "--format", "--damaged", "-r/--mask", "--downfrac", "--components", "--iterations",
+    "--normalisation", "--format", "--damaged", "--tilt-limit",
+    "-r/--mask", "--downfrac", "--components", "--iterations",
     "--estpose/--no-estpose", "--clusters", "--seed", "--workers",
 ]  # fmt: skip
 
@@ -146,6 +147,7 @@ def sample(option: options.Option, default: object) -> list[str]:
         "normalisation": "sum",
         "format": "series",
         "damaged": "skip",
+        "tilt_limit": "40",
         "beta": "cos",
         "encode_mode": "fixed",
         "device": "cpu",

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from fake_run import fake_run
 from opustomo.analysis import latents, plots
-from opustomo.compat.legacy_files import load_pickle, save_pickle
+from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.errors import UserError
 
 
@@ -31,7 +31,8 @@ def test_files_of_the_analysis(tmp_path: Path) -> None:
     assert result.folder == folder
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {
-        "explained_variance.png", "explained_variance.txt", "z_pca.png", "pc1/z_pc.txt", "pc2/z_pc.txt",
+        "explained_variance.png", "explained_variance.txt", "z_pca.png", "pc1/z_pc.txt", "pc1/labels.pkl",
+            "pc2/z_pc.txt", "pc2/labels.pkl",
         "kmeans3/labels.pkl", "kmeans3/centers.txt", "kmeans3/centers_ind.txt", "kmeans3/z_pca.png",
     }  # fmt: skip
     labels = load_pickle(folder / "kmeans3" / "labels.pkl")
@@ -53,6 +54,9 @@ def test_traversal_is_a_straight_line_through_the_mean_from_5th_to_95th_percenti
     assert len(line) == 10
     np.testing.assert_allclose(sorted(score[[0, -1]]), expected, rtol=1e-5)
     np.testing.assert_allclose(np.diff(score), np.diff(score)[0], rtol=1e-4)
+    stops = load_labels(tmp_path / "analyze.3" / "pc1" / "labels.pkl")
+    distance = np.abs(((codes - codes.mean(0)) @ axis)[:, None] - score)
+    assert (distance[np.arange(len(codes)), stops] <= distance.min(1) + 1e-4).all() and set(stops) >= {0, 9}
 
 
 def test_same_seed_same_classes(tmp_path: Path) -> None:

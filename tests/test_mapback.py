@@ -145,6 +145,33 @@ def test_star_files_members_and_manifest(tmp_path: Path) -> None:
     assert all((tmp_path / "out" / name).is_file() for name in manifest["files"])
 
 
+def test_classes_along_an_axis_or_a_traversal(tmp_path: Path) -> None:
+    """Each particle is of the map of ``volumes --axis`` or ``--pc`` that is nearest; the same files as of k-means."""
+    run = run_of(tmp_path, relion31(tmp_path, n=6), maps=False)
+    with pytest.raises(UserError, match=r"axis2/labels.pkl; run `opustomo analyze .*run`, see its axes.csv"):
+        main(config(run, tmp_path / "a", axis=2))
+    with pytest.raises(UserError, match=r"pc3/labels.pkl; run `opustomo analyze .*run --pcs 3`"):
+        main(config(run, tmp_path / "a", pc=3))
+    with pytest.raises(UserError, match="--groups and --axis: give one of"):
+        main(config(run, tmp_path / "a", axis=2, groups=True))
+    with pytest.raises(UserError, match="--pc -1: is counted from 1"):
+        main(config(run, tmp_path / "a", pc=-1))
+    for name, labels in (("axis2", [9, 0, 0, 4, 9, 9]), ("pc3", [1, 1, 0, 1, 1, 0])):
+        save_pickle(run / f"analyze.4/{name}/labels.pkl", np.array(labels))
+        put_volume(run / f"analyze.4/{name}/reference0.mrc", np.ones((8, 8, 8), np.float32), 4.0)
+        for label in set(labels):
+            put_volume(run / f"analyze.4/{name}/reference{label}.mrc", np.ones((8, 8, 8), np.float32), 4.0)
+        output = tmp_path / name
+        assert main(config(run, output, **{name[:-1]: int(name[-1])})) == 0
+        assert {path.name for path in output.glob("pre*.star")} == {f"pre{label}.star" for label in labels}
+        assert read_star(output / "particles.star").particles["rlnClassNumber"].tolist() == [
+            str(label + 1) for label in labels
+        ]
+        manifest = json.loads((output / "manifest.json").read_text())
+        assert manifest["classes"] == name and manifest["kmeans"] is None
+        assert (output / f"mapback/class{labels[0]}.mrc").is_file() and not list(output.glob("mapback/*.cmm"))
+
+
 @pytest.mark.parametrize("kind", ["artiax", "warp", "m"])
 def test_lists_for_other_programs(kind: str, tmp_path: Path) -> None:
     made = Set(tmp_path, n=6)

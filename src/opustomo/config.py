@@ -39,6 +39,8 @@ class InputOptions:
     """Dialect, if not the one recognised: subtomograms, pseudo-subtomograms, stacks, or one row per tilt image."""
     damaged: Literal["stop", "skip"] = "stop"
     """Subtomograms that cannot be used (missing, cut off, NaN, one grey value, no tilt): stop, or go on without."""
+    tilt_limit: Annotated[float | None, arg(metavar="DEG")] = None
+    """Leave out tilts that are further than this from 0 degrees (default: all are used)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class GridOptions:
     """Solvent mask of the consensus map (soft, 0..1, same box as the subtomograms); without one a sphere is used."""
     downfrac: float = 0.5
     """Working box as a fraction of the subtomogram's: M = 2 floor(N downfrac / 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfEpoch:
+    epoch: int = -1
+    """Epoch (0-based; -1: the latest)."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +138,8 @@ class TrainConfig:
     """Run folder: config.yaml, run.log, metrics.csv, weights.N.pkl, z.N.pkl, pose.N.pkl, previews."""
     input: InputOptions = InputOptions()
     grid: GridOptions = GridOptions()
-    poses: Annotated[Path | None, arg(metavar="PKL")] = None
-    """Pose pickle of `dsdsh prepare`; default: the poses of the STAR file."""
+    poses: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Pose pickle of `dsdsh prepare`, or a species' particles of M (.star); default: the poses of the STAR file."""
     ind: Annotated[Path | None, arg(metavar="PKL")] = None
     """Train on these row numbers only (pickle or text)."""
     epochs: Annotated[int, arg(aliases=("-n",))] = 10
@@ -244,13 +252,11 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
-class AnalyzeConfig:
+class AnalyzeConfig(OfEpoch):
     """PCA, traversals, k-means and UMAP of the codes, with pictures."""
 
     run: Run
     """Run folder of train, linear or encode."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
     pcs: int = 4
     """Principal components to sample."""
     clusters: int = 16
@@ -262,13 +268,11 @@ class AnalyzeConfig:
 
 
 @dataclass(frozen=True)
-class VolumesConfig:
+class VolumesConfig(OfEpoch):
     """Decode volumes at cluster centres, along components or at any list of codes."""
 
     run: Run
     """Run folder of train, linear or encode."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
     kmeans: int = 0
     """Decode the centres of analyze.N/kmeansK."""
     pc: int = 0
@@ -296,13 +300,11 @@ class VolumesConfig:
 
 
 @dataclass(frozen=True)
-class QualityConfig:
+class QualityConfig(OfEpoch):
     """How good every class is, from the data alone: half maps, differences and random classes of the same size."""
 
     run: Run
     """Run folder of train or linear."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
     kmeans: int = 0
     """The classes of analyze.N/kmeansK."""
     labels: Annotated[Path | None, arg(metavar="PKL")] = None
@@ -313,8 +315,24 @@ class QualityConfig:
     """Random seed of the halves and of the random classes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassChoice(OfEpoch):
+    """Which classes of a run and which poses: shared by the verbs that hand particles back."""
+
+    kmeans: int = 16
+    """K of the k-means analysis."""
+    groups: Switch = False
+    """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
+    axis: int = 0
+    """Along independent axis AXIS (1-based) instead: its groups, or which map of its traversal is nearest."""
+    pc: int = 0
+    """Along principal component PC (1-based) instead: which map of its traversal is nearest."""
+    corrected: Switch = False
+    """Poses as the run has corrected them instead of those of the STAR file."""
+
+
 @dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(ClassChoice):
     """Write the particles of one or more classes as STAR files in the dialect that came in."""
 
     star: Star
@@ -323,20 +341,12 @@ class SelectConfig:
     """Run folder."""
     output: Output
     """Output folder."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
-    kmeans: int = 16
-    """K of the k-means analysis."""
-    groups: Switch = False
-    """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
     classes: tuple[int, ...] = ()
     """Classes to join into selected.star (default: one file per class)."""
-    corrected: Switch = False
-    """Write the poses as the run has corrected them instead of those of the STAR file."""
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(ClassChoice):
     """Hand a run's classes back: STAR files as they came in or lists for other programs, and map-back scripts."""
 
     run: Run
@@ -345,14 +355,6 @@ class ExportConfig:
     """Output folder: particles.star, preI.star of each class, particles.csv, manifest.json, mapback/."""
     star: Annotated[Path | None, arg(metavar="STAR")] = None
     """The STAR file the run was made from (default: as config.yaml of the run names it)."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
-    kmeans: int = 16
-    """K of the k-means analysis."""
-    groups: Switch = False
-    """The groups along the discrete axes (analyze.N/groups) instead of k-means classes."""
-    corrected: Switch = False
-    """Poses as the run has corrected them instead of those of the STAR file."""
     format: Literal["same", "artiax", "warp", "m"] = "same"
     """STAR files in the dialect that came in, or particle lists for ArtiaX, Warp (picks) or M (species)."""
     coords_angpix: Annotated[float | None, arg(metavar="A")] = None
@@ -384,13 +386,11 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(OfEpoch):
     """One self-contained HTML page about a run."""
 
     run: Run
     """Run folder."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
     clusters: int = 0
     """K of the k-means analysis shown (0: the largest present)."""
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="HTML")] = None
@@ -424,15 +424,13 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(OfEpoch):
     """Compare a run with the truth of a simulated set: every metric of the benchmark."""
 
     run: Run
     """Run folder of train or linear."""
     truth: Path
     """Folder of the simulated set (labels.npz, gt/)."""
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
     json: Switch = False
     """Print JSON."""
 

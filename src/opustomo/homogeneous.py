@@ -35,8 +35,8 @@ log = logging.getLogger("opustomo")
 
 USED = frozenset(
     {
-        "star", "output", "datadir", "angpix", "box", "relion31", "contrast", "normalisation", "damaged", "mask",
-        "downfrac", "poses", "ind", "encode_mode", "estpose", "no_cache", "workers", "verbose",
+        "star", "output", "datadir", "angpix", "box", "relion31", "contrast", "normalisation", "format", "damaged",
+        "tilt_limit", "mask", "downfrac", "poses", "ind", "encode_mode", "estpose", "no_cache", "workers", "verbose",
     }
 )  # fmt: skip
 

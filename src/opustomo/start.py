@@ -25,6 +25,7 @@ from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
 from opustomo.data.readers import with_poses
+from opustomo.data.species import with_species
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer, pose_modes, pose_prior
 from opustomo.linear_fit import (
@@ -181,7 +182,9 @@ def select_inputs(config: TrainConfig) -> Inputs:
     """Particles with the poses and the subset that were asked for."""
     inputs = read_inputs(config.star, config.input, config.grid, config.templateres, shared_cache(config))
     particles = inputs.particles
-    if config.poses is not None:
+    if config.poses is not None and config.poses.suffix.lower() == ".star":
+        particles = with_species(particles, config.poses, config.input)
+    elif config.poses is not None:
         particles = with_poses(particles, *load_poses(config.poses))
     if config.ind is not None:
         particles = particles.subset(load_indices(config.ind, len(particles)))

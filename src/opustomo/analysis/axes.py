@@ -254,9 +254,10 @@ def group_codes(labels: NDArray[np.int64], codes: Floats, typical: NDArray[np.bo
 
 
 def write_axes(run: Run, folder: Path) -> list[Axis]:
-    """``axes.csv``, ``axes.png``, ``axisJ/z_axis.txt`` (J from 1) and, where an axis is discrete, ``groups/``.
+    """``axes.csv``, ``axes.png``, ``axisJ/`` (J from 1) and, where an axis is discrete, ``groups/``.
 
-    groups/ has labels.pkl (P,) and centers.txt, the mean code of every group.  Files and columns: docs/outputs.
+    axisJ/ has z_axis.txt and labels.pkl (P,), groups/ labels.pkl and centers.txt, the mean code of every group.
+    Files and columns: docs/outputs.
     """
     axes = axes_of(run)
     if not axes:
@@ -265,7 +266,9 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
     rows = []
     for number, axis in enumerate(axes, 1):
         name = folder / f"axis{number}" / "z_axis.txt"
-        write_text(name, as_text(_traversal(axis, codes, run.typical)))
+        along, labels = _traversal(axis, codes, run.typical)
+        write_text(name, as_text(along))
+        save_pickle(name.with_name("labels.pkl"), labels)
         certain = float((axis.probability.max(1) > 0.9).mean())
         rows.append([
             number, "groups" if axis.discrete else "continuous", len(axis.groups.share), f"{axis.advantage:.1f}",
@@ -293,10 +296,14 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
 COLUMNS = ["axis", "kind", "groups", "advantage_nats", "share", "centre", "width", "median_error", "certain"]
 
 
-def _traversal(axis: Axis, codes: Floats, typical: NDArray[np.bool_]) -> Floats:
-    """Codes along an axis: the groups' mean codes, or ten from the 5th to the 95th percentile, others at their mean."""
+def _traversal(axis: Axis, codes: Floats, typical: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.int64]]:
+    """Codes along an axis, and (P,) which of them each particle is nearest to.
+
+    The groups' mean codes, or ten from the 5th to the 95th percentile, others at their mean.
+    """
     if axis.discrete:
-        return group_codes(axis.probability.argmax(1), codes, typical)
+        labels = axis.probability.argmax(1)
+        return group_codes(labels, codes, typical), labels
     used = codes[:, : len(axis.direction)]  # further dimensions of the code stand still
     centred = used - used[typical].mean(0)
     score = centred @ axis.direction
@@ -305,7 +312,12 @@ def _traversal(axis: Axis, codes: Floats, typical: NDArray[np.bool_]) -> Floats:
     steps = np.linspace(low, high, POINTS)
     moved = np.tile(codes[typical].mean(0), (POINTS, 1))
     moved[:, : len(axis.direction)] += steps[:, None] * along
-    return moved
+    return moved, nearest(score, steps)
+
+
+def nearest(score: Floats, steps: Floats) -> NDArray[np.int64]:
+    """(P,) which of ``steps`` (n,), 0-based, each ``score`` (P,) is nearest to."""
+    return np.abs(score[:, None] - steps).argmin(1)
 
 
 def _panel(number: int, axis: Axis) -> tuple[Floats, NDArray[np.int64], Floats, str]:

@@ -105,7 +105,7 @@ def _chosen(run: Run, config: QualityConfig) -> tuple[NDArray[np.int64], Path]:
     """The classes asked for and the folder of the results."""
     if bool(config.kmeans) == bool(config.labels):
         raise UserError("quality: give either --kmeans K or --labels FILE")
-    path = config.labels or find_labels(config.run, run.epoch, config.kmeans)[0]
+    path = config.labels or find_labels(config.run, run.epoch, f"kmeans{config.kmeans}")[0]
     labels = load_labels(path)
     if len(labels) != len(run.codes):
         raise UserError(f"{path}: has {len(labels)} labels where {run.path} has {len(run.codes)} particles")

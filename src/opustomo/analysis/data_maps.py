@@ -123,6 +123,7 @@ def _full_inputs(run: Run) -> Inputs:
         Path(datadir) if datadir else None,
         format=run.config.get("format") or "auto",
         damaged=run.config.get("damaged") or "stop",
+        tilt_limit=run.config.get("tilt_limit"),
     )
     inputs = read_inputs(run.star, options, GridOptions(Path(mask) if mask else None, downfrac=1.0))
     particles = inputs.particles

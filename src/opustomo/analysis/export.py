@@ -16,7 +16,15 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from opustomo.analysis.selection import Classes, read_classes, rows_of, stored, write_classes, write_manifest
+from opustomo.analysis.selection import (
+    Classes,
+    class_folder,
+    read_classes,
+    rows_of,
+    stored,
+    write_classes,
+    write_manifest,
+)
 from opustomo.config import ExportConfig
 from opustomo.data.atomic import atomic
 from opustomo.data.export import refuse_ambiguous, write_subset
@@ -129,7 +137,7 @@ def _maps(config: ExportConfig, chosen: Classes) -> dict[int, Path]:
     """The decoded map of every class; none, with the command that makes them, where one is missing."""
     if stored(config.run).get("kind") == "map":
         return {0: config.run / "average.mrc"}
-    name, option = ("groups", "--groups") if config.groups else (f"kmeans{config.kmeans}", f"--kmeans {config.kmeans}")
+    name, option = class_folder(config)
     folder = config.run / f"analyze.{chosen.epoch}" / name
     maps = {int(label): folder / f"reference{label}.mrc" for label in np.unique(chosen.labels)}
     if all(path.is_file() for path in maps.values()):

@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from opustomo.analysis import plots
-from opustomo.analysis.axes import as_text, write_axes
+from opustomo.analysis.axes import as_text, nearest, write_axes
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
 from opustomo.data.atomic import write_text
@@ -267,7 +267,10 @@ def _stored_umap(folder: Path, particles: int) -> Floats | None:
 def _write_components(components: Components, pcs: int, folder: Path) -> None:
     write_text(folder / "explained_variance.txt", as_text(components.explained, "%.6f"))
     for pc in range(1, min(pcs, len(components.axes)) + 1):
-        write_text(folder / f"pc{pc}" / "z_pc.txt", as_text(traversal(components, pc)))
+        codes, score = traversal(components, pc), components.scores[:, pc - 1]
+        write_text(folder / f"pc{pc}" / "z_pc.txt", as_text(codes))
+        steps = (codes - components.mean) @ components.axes[pc - 1]
+        save_pickle(folder / f"pc{pc}" / "labels.pkl", nearest(score, steps))
 
 
 def _write_classes(result: Analysis, codes: Floats) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from opustomo import __version__
 from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
-from opustomo.config import ExportConfig, SelectConfig
+from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.readers.relion import identities
@@ -63,11 +63,25 @@ def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
     if values.get("kind") == "map":
         labels, epoch = np.zeros(int(values["particles"]), np.int64), 0
     else:
-        labels_file, epoch = find_labels(config.run, config.epoch, 0 if config.groups else config.kmeans)
+        labels_file, epoch = find_labels(config.run, config.epoch, class_folder(config)[0])
         labels = load_labels(labels_file)
     source = source_of(star, values)
     rows = trained_rows(config.run, source.table)
     return Classes(star, source, labels, rows, _corrected(config.run, epoch) if config.corrected else None, epoch)
+
+
+def class_folder(config: ClassChoice) -> tuple[str, str]:
+    """Folder of the classes below analyze.N, and the option of ``volumes`` for their maps."""
+    chosen = [name for name in ("groups", "axis", "pc") if getattr(config, name)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]}: give one of --kmeans, --groups, --axis and --pc")
+    if config.groups:
+        return "groups", "--groups"
+    name = chosen[0] if chosen else "kmeans"
+    number = getattr(config, name)
+    if number < 1:
+        raise UserError(f"--{name} {number}: is counted from 1")
+    return f"{name}{number}", f"--{name} {number}"
 
 
 def stored(run: Path) -> dict[str, Any]:
@@ -121,12 +135,12 @@ def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
     return rows
 
 
-def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
-    """``labels.pkl`` of a k-means analysis (0 clusters: of the groups) and its epoch (-1: the latest analysed).
+def find_labels(run: Path, epoch: int, name: str) -> tuple[Path, int]:
+    """``labels.pkl`` in analyze.N/``name`` (kmeansK, groups, axisJ, pcI) and its epoch (-1: the latest analysed).
 
     UserError when there is none.
     """
-    name, found = f"kmeans{clusters}" if clusters else "groups", {}
+    found = {}
     for path in run.glob(f"analyze.*/{name}/labels.pkl"):
         number = re.fullmatch(r"analyze\.(\d+)", path.parent.parent.name)
         if number:
@@ -136,9 +150,11 @@ def find_labels(run: Path, epoch: int, clusters: int) -> tuple[Path, int]:
     chosen = max(found, default=-1) if epoch < 0 else epoch
     if chosen not in found:
         which = f"analyze.{epoch}" if epoch >= 0 else "analyze.N"
-        command = f"opustomo analyze {run}" + (f" --clusters {clusters}" if clusters else "")
+        option = {"kmeans": "clusters", "pc": "pcs"}.get(kind := name.rstrip("0123456789"))
+        command = f"opustomo analyze {run}" + (f" --{option} {name.removeprefix(kind)}" if option else "")
         command += f" --epoch {epoch}" if epoch >= 0 else ""
-        hint = "" if clusters else ", which writes groups where an axis of axes.csv is discrete"
+        hints = {"groups": ", which writes groups where an axis of axes.csv is discrete", "axis": ", see its axes.csv"}
+        hint = hints.get(kind, "")
         raise UserError(f"{run}: has no {which}/{name}/labels.pkl; run `{command}`{hint}")
     return found[chosen], chosen
 
@@ -190,11 +206,13 @@ def write_manifest(
 ) -> None:
     """``manifest.json`` of the output folder: where its files come from; ``more`` is added."""
     values, counts = np.unique(classes.labels, return_counts=True)
+    name = class_folder(config)[0]
     manifest = {
         "source": str(classes.star.absolute()),
         "run": str(config.run.absolute()),
         "epoch": classes.epoch,
-        "kmeans": None if config.groups else config.kmeans,
+        "kmeans": config.kmeans if name.startswith("kmeans") else None,
+        "classes": name,
         "corrected_poses": config.corrected,
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "files": [str(path.relative_to(config.output)) for path in paths],

@@ -26,7 +26,7 @@ ONLY_MODE = {"lazy_single": True, "pe_type": "vanilla", "template_type": "conv"}
 
 
 def pose_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("star", metavar="STAR", type=Path, help="RELION STAR file of the subtomograms")
+    parser.add_argument("star", metavar="STAR", type=Path, help="STAR file or optimisation set")
     parser.add_argument("-D", dest="box", type=float, required=True, help="box size; cross-checked against the data")
     parser.add_argument("--Apix", type=float, required=True, help="pixel size in A; cross-checked against the data")
     parser.add_argument("--relion31", action="store_true", help="the STAR is of RELION 3.1 or later; a cross-check")
@@ -48,16 +48,16 @@ def parse_pose_star(arguments: argparse.Namespace, given: Given) -> None:
     names = ("-D", "--Apix")
     box_and_pixel(arguments.box, arguments.Apix, names)
     options = InputOptions(arguments.datadir, arguments.Apix, int(arguments.box), arguments.relion31)
-    star, box, angpix = poses.checked_star(arguments.star, options, names)
+    source, box, angpix = poses.checked_star(arguments.star, options, names)
     if arguments.output is not None:
-        poses.write_poses(star, box, angpix, arguments.output)
+        poses.write_poses(source, box, angpix, arguments.output)
     if wants_classes:
-        poses.write_label_stars(star, arguments.labels, arguments.outdir)
+        poses.write_label_stars(source, arguments.labels, arguments.outdir)
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("star", metavar="STAR", type=Path, help="RELION STAR file of the subtomograms")
+    add("star", metavar="STAR", type=Path, help="STAR file or optimisation set")
     add("--poses", type=Path, metavar="PKL", help="pose pickle of `dsdsh prepare` (default: poses of the STAR)")
     add("-o", dest="output", type=Path, required=True, metavar="DIR", help="run folder for all results")
     add("-r", dest="mask", type=Path, metavar="MRC", help="solvent mask of the consensus map (default: a sphere)")
@@ -65,6 +65,10 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--angpix", type=float, metavar="A", help="pixel size of the subtomograms; cross-checked against the data")
     add("--relion31", action="store_true", help="the STAR is of RELION 3.1 or later; a cross-check")
     add("--ind", type=Path, metavar="PKL", help="train on these row numbers only")
+    add("--warp", action="store_true", help="the CTFs are tables (CSV) of Warp; a cross-check")
+    add("--tilt-range", type=float, metavar="DEG", help="use tilts up to this angle, and half of --tilt-step beyond")
+    add("--tilt-step", type=float, metavar="DEG", help="angle between tilts; for --tilt-range alone, angles are read")
+    add("--tilt-limit", type=float, metavar="DEG", help="use tilts up to this angle only (default: all)")
     sign = parser.add_mutually_exclusive_group()
     sign.add_argument(
         "--uninvert-data", dest="contrast", action="store_const", const="white", default="auto",
@@ -151,8 +155,43 @@ def train_config(arguments: argparse.Namespace, given: Given) -> tuple[TrainConf
         note("dsd train_tomo", f"{alone} without {other}: one GPU, and -b {arguments.batch} in all for a step")
     if arguments.log_interval is None:
         values = values | {"log_interval": PLOT_INTERVAL if arguments.plot else NATIVE.log_interval}
-    fields = given - {*ONLY_MODE, "zaffinedim"}
+    if arguments.warp:
+        require_tables(arguments.star, arguments.datadir)
+    fields = given - {*ONLY_MODE, "zaffinedim", "warp", "tilt_range", "tilt_step"}
+    limit = tilt_limit(arguments)
+    if limit is not None:
+        values, fields = values | {"tilt_limit": limit}, fields | {"tilt_limit"}
     return to_config(TrainConfig, values), fields
+
+
+def tilt_limit(arguments: argparse.Namespace) -> float | None:
+    """The largest tilt to use: the narrower of ``--tilt-limit`` and ``--tilt-range`` with half a step to spare.
+
+    OPUS-TOMO laid tilts on a grid of that range and step, each on the grid's nearest; here the real angles are used.
+    """
+    if arguments.tilt_range is None:
+        if arguments.tilt_step is not None:
+            note("dsd train_tomo", f"--tilt-step {arguments.tilt_step:g}: the angles are read from the CTF files")
+        return arguments.tilt_limit
+    reach = min(90.0, arguments.tilt_range + (arguments.tilt_step or 0.0) / 2)
+    return reach if arguments.tilt_limit is None else min(reach, arguments.tilt_limit)
+
+
+def require_tables(star: Path, datadir: Path | None) -> None:
+    """UserError where the CTFs of the subtomograms would not be read from tables of Warp."""
+    from opustomo.data.readers import relion, transfer
+    from opustomo.data.readers.files import Locator
+    from opustomo.data.readers.source import read_source
+
+    table = read_source(star, datadir=datadir).table
+    if relion.has_stacks(table) or relion.has_series(table):
+        raise UserError(f"--warp: {star} has tilt images, not subtomograms; leave --warp out")
+    locator = Locator(table.path, datadir)
+    images = locator.require([str(name) for name in relion.image_names(table)], "subtomograms")
+    found = transfer.find_tables(table, images, locator)
+    if found is None or found[1] != ".csv":
+        other = "no CTF tables (.csv in place of the ending in rlnCtfImage)" if found is None else "CTF STAR files"
+        raise UserError(f"--warp: {star} has {other}; export with --output_ctf_csv, or leave --warp out")
 
 
 def volume_arguments(parser: argparse.ArgumentParser) -> None:

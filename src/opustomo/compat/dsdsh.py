@@ -21,7 +21,7 @@ STAR_NAMES = ("BOX", "APIX")
 
 
 def star_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("star", metavar="STAR", type=Path, help="RELION STAR file of all subtomograms")
+    parser.add_argument("star", metavar="STAR", type=Path, help="STAR file or optimisation set of all particles")
     parser.add_argument("box", metavar="BOX", type=float, help="box size; cross-checked against the data")
     parser.add_argument("angpix", metavar="APIX", type=float, help="pixel size in A; cross-checked against the data")
     parser.add_argument("--relion31", action="store_true", help="the STAR is of RELION 3.1 or later; a cross-check")
@@ -66,8 +66,8 @@ def prepare(arguments: argparse.Namespace, given: Given) -> None:
     """Write the pose pickle beside the STAR file."""
     from opustomo.compat import poses
 
-    star, box, angpix = poses.checked_star(arguments.star, input_options(arguments), STAR_NAMES)
-    poses.write_poses(star, box, angpix, arguments.star.with_name(f"{arguments.star.stem}_pose_euler.pkl"))
+    source, box, angpix = poses.checked_star(arguments.star, input_options(arguments), STAR_NAMES)
+    poses.write_poses(source, box, angpix, arguments.star.with_name(f"{arguments.star.stem}_pose_euler.pkl"))
 
 
 def analyze_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +131,8 @@ def parse_pose(arguments: argparse.Namespace, given: Given) -> None:
     labels = folder / "labels.pkl"
     if not labels.is_file():
         raise not_analysed(arguments, labels, 4, arguments.clusters)
-    star, _, _ = poses.checked_star(arguments.star, options, STAR_NAMES)
-    poses.write_label_stars(star, labels, folder, arguments.run)
+    source, _, _ = poses.checked_star(arguments.star, options, STAR_NAMES)
+    poses.write_label_stars(source, labels, folder, arguments.run)
 
 
 COMMANDS = {

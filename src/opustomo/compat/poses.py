@@ -13,36 +13,37 @@ import torch
 from opustomo.analysis.selection import trained_rows, write_classes
 from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
-from opustomo.data.readers import relion, sampling
+from opustomo.data.readers import poses_of, relion, sampling, series
 from opustomo.data.readers.files import Locator
-from opustomo.data.readers.source import read_source
-from opustomo.data.star import StarFile, read_star
+from opustomo.data.readers.source import Source, read_source
+from opustomo.data.star import StarFile
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix
+from opustomo.physics.geometry import matrix_to_euler
 
 
-def checked_star(star: Path, options: InputOptions, names: tuple[str, str]) -> tuple[StarFile, int, float]:
-    """The STAR file, box N and pixel size in Angstrom, after comparing them with what was given by hand.
+def checked_star(star: Path, options: InputOptions, names: tuple[str, str]) -> tuple[Source, int, float]:
+    """The particles of a STAR file or a set, box N and pixel size in Angstrom, compared with what was given by hand.
 
     ``names`` is how the command calls box and pixel size.  The files of the particles need not be at hand: then box and
     pixel size are compared with the STAR alone, and a line on stderr says so.  Raises ``UserError`` on disagreement.
     """
-    table = read_star(star)
-    dialect = relion.dialect(table)
-    if options.relion31 and dialect == "RELION 3.0":
+    source = read_source(star, datadir=options.datadir)
+    table, stacks = source.table, source.format in ("relion5", "series")
+    if options.relion31 and relion.version(table) == "RELION 3.0":
         raise UserError(f"--relion31: {star} has no data_optics table, it is RELION 3.0; leave --relion31 out")
-    found = Locator(star, options.datadir).find([str(name) for name in relion.image_names(table)])
+    named = series.stack_names(source) if source.format == "series" else list(map(str, relion.image_names(table)))
+    found = Locator(table.path, options.datadir).find(named)
     try:
         if found is None:
-            return table, *stated_sampling(table, options)
+            return source, *stated_sampling(table, options)
         images = [Path(name) for name in found]
-        box, _ = sampling.box_size(images, star, relion.image_size(table), options)
+        box, _ = sampling.box_size(images, star, relion.image_size(table), options, stacks)
         angpix, _ = sampling.pixel_size(images, star, relion.pixel_size(table), options)
     except UserError as error:
         # The checks speak of native options; here they are positional or spelt otherwise, and cannot be left out.
         text = str(error).replace(" or leave it out", "").replace("--angpix", names[1]).replace("-D ", f"{names[0]} ")
         raise UserError(text) from None
-    return table, box, angpix
+    return source, box, angpix
 
 
 def stated_sampling(table: StarFile, options: InputOptions) -> tuple[int, float]:
@@ -61,16 +62,22 @@ def stated_sampling(table: StarFile, options: InputOptions) -> tuple[int, float]
     return options.box, options.angpix
 
 
-def write_poses(star: StarFile, box: int, angpix: float, path: Path) -> None:
-    """Pose pickle: rotations (P, 3, 3) with ``x_particle = A x_consensus``, origins / N (P, 3), Euler degrees."""
-    euler = relion.eulers(star)
-    origin, _ = relion.origins(star, angpix)
-    save_poses(path, euler_to_matrix(torch.from_numpy(euler)).numpy(), origin / box, euler)
+def write_poses(source: Source, box: int, angpix: float, path: Path) -> None:
+    """Pose pickle: rotations (P, 3, 3) with ``x_particle = A x_consensus``, origins / N (P, 3), Euler degrees.
+
+    One pose for each particle, as ``train`` has it: of tilt images that in the tomogram's frame, not the file's.
+    """
+    rotation, origin = poses_of(source, angpix)
+    if source.format in ("relion5", "series"):
+        euler = matrix_to_euler(torch.from_numpy(rotation)).numpy()
+    else:
+        euler = relion.eulers(source.table)
+    save_poses(path, rotation, origin / box, euler)
     print(f"{len(euler)} poses written to {path}")
 
 
-def write_label_stars(star: StarFile, labels: Path, outdir: Path, run: Path | None = None) -> None:
+def write_label_stars(source: Source, labels: Path, outdir: Path, run: Path | None = None) -> None:
     """``outdir``/preI.star for every class I of ``labels``; ``run`` knows the rows it was trained on (``--ind``)."""
-    rows = None if run is None else trained_rows(run, star)
-    paths = write_classes(read_source(star.path), load_labels(labels), outdir, rows)
+    rows = None if run is None else trained_rows(run, source.table)
+    paths = write_classes(source, load_labels(labels), outdir, rows)
     print(f"{len(paths)} STAR files written: {paths[0]} ... {paths[-1].name}")

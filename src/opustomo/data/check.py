@@ -149,6 +149,7 @@ def _next_step(config: CheckConfig, report: Report) -> str:
         "format": config.input.format if config.input.format != "auto" else None,
         "normalisation": config.input.normalisation if config.input.normalisation != "auto" else None,
         "damaged": config.input.damaged if config.input.damaged != "stop" else None,
+        "tilt-limit": config.input.tilt_limit,
         "mask": mask,
         "downfrac": config.grid.downfrac if config.grid.downfrac != GridOptions().downfrac else None,
     }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from opustomo.config import InputOptions
 from opustomo.data.mrc import header_of
-from opustomo.data.particles import Normalisation, Particles, refuse_most
+from opustomo.data.particles import SCALE, TILT_COLUMNS, Normalisation, Particles, refuse_most
 from opustomo.data.readers import optimisation_set, relion, sampling, series
 from opustomo.data.readers.ctf_volume import read_transfer_volume
 from opustomo.data.readers.files import Locator
@@ -55,7 +55,7 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
     pixel_size, pixel_note = sampling.pixel_size(good, star, relion.pixel_size(table), options)
     notes += [box_note, pixel_note]
     fields = partial(_of_tilt_images, good=good) if stacks else partial(_of_subtomograms, locator=locator, pack=pack)
-    return Particles(
+    found = Particles(
         source=star.absolute(),
         dialect=dialect,
         star=table,
@@ -71,6 +71,29 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
         normalisation=_normalisation(options),
         **fields(source, images, box, pixel_size, options, notes),
     )
+    return found if options.tilt_limit is None else _within(found, options.tilt_limit)
+
+
+def _within(particles: Particles, limit: float) -> Particles:
+    """The same with tilts further than ``limit`` degrees from 0 excluded; UserError: tilts not known, none left."""
+    if not 0 <= limit <= 90:
+        raise UserError(f"--tilt-limit {limit:g}: give degrees, 0 to 90")
+    if particles.transfer != "tilts":
+        raise UserError(
+            f"--tilt-limit {limit:g}: the CTFs of {particles.source} are volumes, which do not tell tilts apart; leave "
+            "it out"
+        )
+    tilts = np.array(particles.tilts)
+    # an image seen from behind is the same projection
+    angle = np.rad2deg(np.arcsin(np.abs(np.sin(np.deg2rad(tilts[:, TILT_COLUMNS.index("tilt")])))))
+    beyond = (angle > limit) & (tilts[:, SCALE] != 0)
+    tilts[beyond, SCALE] = 0
+    kept = np.diff(np.append(0, np.cumsum(tilts[:, SCALE] != 0))[particles.tilt_offsets])
+    if particles.faults is None and (kept == 0).any():  # else they are told with the damaged ones
+        name = particles.names[kept.argmin()]
+        raise UserError(f"--tilt-limit {limit:g}: leaves particle {name} of {particles.source} no tilt; give more")
+    note = f"{beyond.sum()} of {len(beyond)} tilts are further than --tilt-limit {limit:g} from 0 and left out"
+    return replace(particles, tilts=tilts, notes=(*particles.notes, note))
 
 
 def _of_subtomograms(
@@ -84,8 +107,8 @@ def _of_subtomograms(
     transfer = find_transfer(table, images, locator, box, pack)
     if transfer.transfer == "tilts" and relion.premultiplied(table):
         raise UserError(
-            f"{table.path}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from per-particle CTF STAR files: it "
-            "would be applied twice; give the weight volumes in rlnCtfImage (move the CTF STAR files away), or set it "
+            f"{table.path}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from CTF files of each particle: it "
+            "would be applied twice; give the weight volumes in rlnCtfImage (move the CTF files away), or set it "
             "to 0"
         )
     fields = transfer._asdict()

@@ -1,7 +1,8 @@
 """Per-particle CTF STAR files: one row per tilt, any number of tilts per particle.
 
-Owns: the columns of these files, their conversion to ``TILT_COLUMNS``, and the one file in which they are kept packed,
-since a hundred thousand small files take far longer to parse than everything else at the start.
+Owns: the columns of these files, their conversion to ``TILT_COLUMNS``, and the one file in which they (and CTF tables
+of other programs) are kept packed, since a hundred thousand small files take far longer to parse than everything else
+at the start.
 Such files are written by RELION's ``relion_prepare_subtomograms`` and by Warp 1; the angles are RELION's (the script
 inverts the stage tilt), so that (u, v, distance) = R_t k.
 """
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from opustomo.data.atomic import atomic
 from opustomo.data.particles import SCALE, TILT_COLUMNS
+from opustomo.data.readers.ctf_csv import read_ctf_csv
 from opustomo.data.star import read_numeric_table
 from opustomo.errors import UserError
 
@@ -41,6 +43,10 @@ _COLUMNS: dict[str, float | None] = {
 _BFACTOR = TILT_COLUMNS.index("bfactor")
 
 
+class ImpossibleValue(UserError):
+    """A value without a CTF."""
+
+
 _PACK_FORMAT = 1
 PACK_FROM = 500  # files: fewer are parsed in a tenth of a second
 
@@ -53,7 +59,8 @@ def read_tilts(
 ) -> Packed:  # fmt: skip
     """Tilts of P particles, packed: rows (T, 13) of TILT_COLUMNS and offsets (P + 1,).
 
-    files, names: P CTF STARs (one shared by many particles is parsed once) and particle names for messages.
+    files, names: P CTF STARs, or CTF tables ending in .csv (one shared by many particles is parsed once), and particle
+    names for messages.
     microscope: rlnVoltage, rlnSphericalAberration, rlnAmplitudeContrast from the optics table, used when a file has
     no such column.  B-factors become >= 0 (RELION's script writes +4 x dose, Warp 1 -4 x dose; both damp).
     pack: a file that keeps the result; while every CTF STAR has the path, size and time of change it had then, the rows
@@ -73,7 +80,7 @@ def read_tilts(
             known[path] = _tilts(Path(path), microscope)
             if absent is None and not known[path][:, SCALE].any():
                 raise UserError(
-                    f"{path}: all {len(known[path])} tilts of particle {name} are excluded (rlnCtfScalefactor 0); "
+                    f"{path}: all {len(known[path])} tilts of particle {name} are excluded (scale 0); "
                     "remove the particle from the STAR file or restore some tilts"
                 )
     tables = [known.get(path, nothing) for path in files]
@@ -121,6 +128,11 @@ def _header(handle: BinaryIO) -> tuple[int, ...]:
 
 
 def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
+    if path.suffix == ".csv":
+        try:
+            return tilt_table(read_ctf_csv(path), microscope, path)
+        except ImpossibleValue as error:
+            raise UserError(f"{error} (converted from Warp's metres, volts and radians)") from None
     return tilt_table(read_numeric_table(path, "images", tuple(_COLUMNS)), microscope, path)
 
 
@@ -168,4 +180,4 @@ def _refuse_impossible(path: Path, table: NDArray[np.float64]) -> None:
         values = table[:, list(_COLUMNS).index(name)]
         wrong = np.flatnonzero(~good(values))
         if len(wrong):
-            raise UserError(f"{path}: tilt {wrong[0] + 1}: _{name} {values[wrong[0]]:g} is not possible; {hint}")
+            raise ImpossibleValue(f"{path}: tilt {wrong[0] + 1}: _{name} {values[wrong[0]]:g} is not possible; {hint}")

@@ -17,16 +17,6 @@ from opustomo.physics.geometry import euler_to_matrix
 AXES = ("X", "Y", "Z")
 
 
-def dialect(star: StarFile) -> str:
-    """ "RELION 3.1" where the file has an optics table, "RELION 3.0" else.  UserError for stacks of tilt images."""
-    if has_stacks(star) or has_series(star):
-        raise UserError(
-            f"{star.path}: its particles are stacks of 2-D tilt images, which only `opustomo` reads; use its verbs, or "
-            "export 3-D subtomograms"
-        )
-    return version(star)
-
-
 def version(star: StarFile) -> str:
     """ "RELION 3.1" where the file has an optics table, "RELION 3.0" else."""
     return "RELION 3.0" if star.optics_block is None else "RELION 3.1"

@@ -64,6 +64,11 @@ def read_source(path: Path, stated: Format | Literal["auto"] = "auto", datadir: 
         found = Locator(path, datadir).require(list(names.values()), "files of the optimisation set")
         files = dict(zip(names, found, strict=True))
         whole, tomograms = read_star(files["rlnTomoParticlesFile"]), files.get("rlnTomoTomogramsFile")
+    if any(whole.has(whole.particle_block, name) for name in ("wrpCoordinateX1", "wrpCoordinateX")):
+        raise UserError(
+            f"{whole.path}: is a species of M, which names no images; export its particles and give their STAR file "
+            f"with --poses {whole.path}, or cut boxes from tomograms with `opustomo extract`"
+        )
     kind, why = _recognise(whole)
     if stated != "auto" and stated != kind:
         kind, why = stated, f"as --format says; recognised was {kind}"

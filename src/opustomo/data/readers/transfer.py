@@ -1,4 +1,4 @@
-"""Owns: the choice of transfer function: per-particle CTF STAR, else CTF or weight volume, else an error."""
+"""Owns: the choice of transfer function: per-particle CTF STAR or table, else CTF or weight volume, else an error."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from opustomo.data.readers.files import Locator
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
 
+_TABLES = {".star": "CTF STAR files", ".csv": "CTF tables (CSV) of Warp"}
 _NO_NAME = {"", "None", "none", "null", "<NA>", "nan"}
 
 
@@ -38,21 +39,21 @@ def find_transfer(
     """Transfer functions of P particles, of which ``images`` are the subtomograms (P paths) with box ``box``.
 
     A per-particle CTF STAR (rlnCtfImage with extension .star, or ``*_ctf.star`` beside the subtomogram) wins over
-    the volume named by rlnCtfImage.  pack: see ``read_tilts``.
+    a CTF table (the same with .csv), and both over the volume named by rlnCtfImage.  pack: see ``read_tilts``.
     UserError: particle without CTF, missing files, all tilts excluded.
     """
     names = _ctf_names(star)
-    stars = _find_stars(names, images, locator)
-    if stars is not None:
-        return _from_stars(star, stars, locator.absent, pack)
+    tables = find_tables(star, images, locator)
+    if tables is not None:
+        return _from_tables(star, *tables, locator.absent, pack)
     if names is None:
         raise UserError(
             f"{star.path}: particle without CTF: there is no column _rlnCtfImage and no *_ctf.star beside the "
             f"subtomograms ({images[0]}); add the column, or write CTF STARs with relion_prepare_subtomograms"
         )
-    star_names = [_star_name(name) for name in names]
-    if locator.present(star_names) > locator.present(names):
-        locator.require(star_names, "CTF STAR files")
+    for ending, what in _TABLES.items():
+        if locator.present(_named(names, ending)) > locator.present(names):
+            locator.require(_named(names, ending), what)
     files = locator.require(names, "CTF volumes")
     first = next(path for i, path in enumerate(files) if i not in (locator.absent or ()))
     return _from_volumes(star, files, box, first)
@@ -71,26 +72,29 @@ def _ctf_names(star: StarFile) -> list[str] | None:
     return names
 
 
-def _star_name(name: str) -> str:
-    return os.path.splitext(name)[0] + ".star"  # noqa: PTH122
+def _named(names: Sequence[str], ending: str) -> list[str]:
+    return [os.path.splitext(name)[0] + ending for name in names]  # noqa: PTH122
 
 
-def _find_stars(names: list[str] | None, images: Sequence[Path], locator: Locator) -> list[str] | None:
-    if names is not None:
-        found = locator.find([_star_name(name) for name in names])
-        if found is not None:
-            return found
-    beside = [os.path.splitext(image)[0] + "_ctf.star" for image in images]  # noqa: PTH122
-    return beside if locator.all_exist(beside) else None
+def find_tables(star: StarFile, images: Sequence[Path], locator: Locator) -> tuple[list[str], str] | None:
+    """CTF STARs or CTF tables of P particles, ending in .star or .csv, of which ``images`` are the subtomograms."""
+    names = _ctf_names(star)
+    for ending in _TABLES:
+        if names is not None and (found := locator.find(_named(names, ending))) is not None:
+            return found, ending
+        beside = [os.path.splitext(image)[0] + "_ctf" + ending for image in images]  # noqa: PTH122
+        if locator.all_exist(beside):
+            return beside, ending
+    return None
 
 
-def _from_stars(
-    star: StarFile, files: Sequence[str], absent: frozenset[int] | None, pack: Path | None
+def _from_tables(
+    star: StarFile, files: Sequence[str], ending: str, absent: frozenset[int] | None, pack: Path | None
 ) -> TransferFunctions:
     tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), pack, absent)
     counts = np.delete(np.diff(offsets), sorted(absent or ()))
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    note = f"CTF from {len(set(files))} CTF STAR files, {span} tilts per particle"
+    note = f"CTF from {len(set(files))} {_TABLES[ending]}, {span} tilts per particle"
     return TransferFunctions("tilts", (), tilts, offsets, note)
 
 
