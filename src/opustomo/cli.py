@@ -14,11 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-<<<<<<< HEAD
-from contextlib import nullcontext
-=======
-from contextlib import suppress
->>>>>>> 56aecfa (A full disk under stdout is one line and status 2 where Python buffers; it was 120 and two lines more)
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
