@@ -159,7 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, given = parse_verb(argv)
     except UserError as error:
         return fail(f"opustomo {verb}", f"{error} (opustomo {verb} --help lists the options)", 2)
-    return run(f"opustomo {verb}", partial(call, verb, config, given), output_folder(config))
+    status = run(f"opustomo {verb}", partial(call, verb, config, given), output_folder(config))
+    if verb == "train" and status == 0 and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from opustomo.parallel import leave
+
+        leave(status)
+    return status
 
 
 def dispatch(argv: Sequence[str]) -> int:
