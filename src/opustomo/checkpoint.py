@@ -25,6 +25,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from opustomo import __version__
+from opustomo.bodies import BodyResult
 from opustomo.compat.legacy_files import Poses, load_poses, load_split, save_config_pickle, save_poses
 from opustomo.data.atomic import provenance, write_text
 from opustomo.data.mrc import write_volume
@@ -120,16 +121,19 @@ def save_epoch(
     code: Tensor,
     sigma: Tensor,
     poses: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    conformation: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """weights.N.pkl, z.N.pkl and pose.N.pkl of an epoch; z last, since an epoch counts from when it is there.
 
-    code, sigma: (P, zdim); poses: rotation (P, 3, 3), origin as a fraction of the box (P, 3), Euler (P, 3).
+    code, sigma: (P, zdim); poses: rotation (P, 3, 3), origin as a fraction of the box (P, 3), Euler (P, 3);
+    conformation: codes and their standard deviations (P, D), where there are bodies.
     """
     save_tensors(folder / f"weights.{epoch}.pkl", weights)
     save_poses(folder / f"pose.{epoch}.pkl", *poses)
-    save_tensors(
-        folder / f"z.{epoch}.pkl", {"mu": code.float().clone(), "sigma": sigma.float().clone(), "nn": neighbours(code)}
-    )
+    codes = {"mu": code.float().clone(), "sigma": sigma.float().clone(), "nn": neighbours(code)}
+    if conformation is not None:
+        codes |= {"multi_mu": conformation[0].float().clone(), "multi_sigma": conformation[1].float().clone()}
+    save_tensors(folder / f"z.{epoch}.pkl", codes)
 
 
 def neighbours(code: Tensor, count: int = 8) -> Tensor:
@@ -157,6 +161,14 @@ class Run:
     origin: NDArray[np.float64]  # (P, 3) pixels
     euler: NDArray[np.float64]  # (P, 3) degrees
     weights: dict[str, Any]
+    conformation: NDArray[np.float32] | None = None  # (P, D), where there are bodies
+
+    @property
+    def bodies(self) -> BodyResult:
+        """The rigid bodies of a run that has a conformation.  Raises UserError where it has none."""
+        if "bodies" not in self.weights:
+            raise UserError(f"{self.path}: has no conformation code; train with --masks to have one")
+        return BodyResult.of(self.weights["bodies"])
 
     @property
     def star(self) -> Path:
@@ -294,10 +306,11 @@ def _assemble(
     # a warm start may have changed the sizes: config.yaml tells those of the later epochs
     sizes = ("box", "pixel_size", "working_box", "crop", "templateres")
     grid = Grid(*weights.get("grid", [config[name] for name in sizes]))
-    mu, sigma, state = codes["mu"], codes.get("sigma"), weights["model"]
+    mu, sigma, multi, state = codes["mu"], codes.get("sigma"), codes.get("multi_mu"), weights["model"]
     for what, tensor, wanted in (
         ("codes", mu, (len(poses.euler), mu.shape[1])),
         ("sigma", mu if sigma is None else sigma, mu.shape),
+        ("conformation", mu if multi is None else multi, (len(mu), (mu if multi is None else multi).shape[1])),
         ("mask", state["mask"], (grid.crop,) * 3),
         ("mean", state["mean"], (grid.crop,) * 3),
         ("components", state["components"], (len(state["components"]), *(grid.crop,) * 3)),
@@ -316,6 +329,7 @@ def _assemble(
         origin=np.asarray(poses.origin, float) * grid.box,
         euler=np.asarray(poses.euler, float),
         weights=weights,
+        conformation=None if multi is None else multi.numpy(),
     )
 
 

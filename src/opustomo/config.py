@@ -1,7 +1,6 @@
 """Every option of every verb, as frozen dataclasses.
 
-Owns: names, defaults and help of the options.  The same object is the command line (via tyro), the config file
-(``config.yaml``) and the metadata of a checkpoint.  This module imports nothing heavy: ``--help`` stays fast.
+Owns: names, defaults and help of the options: command line (via tyro), ``config.yaml`` and a checkpoint's metadata.
 """
 
 from __future__ import annotations
@@ -148,6 +147,10 @@ class TrainConfig:
     """Particles per step on each GPU; where it is not given and does not fit in memory, fewer."""
     zdim: int = 12
     """Dimension of the composition code."""
+    masks: Annotated[str | None, arg(metavar="FILES|auto:N")] = None
+    """Rigid bodies that move: masks with commas between, a multi-body STAR, a pickle of prepare_multi, or N parts."""
+    zaffinedim: int = 4
+    """Dimension of the conformation code, which there is only with --masks."""
     encode_mode: Literal["grad", "fixed"] = "grad"
     """fixed: no codes and no network, one map of all particles, each half's poses corrected against its own map."""
     lr: float = 1e-3
@@ -279,6 +282,8 @@ class VolumesConfig(OfEpoch):
     """Decode the traversal of principal component number PC (1-based)."""
     axis: int = 0
     """Decode along independent axis number AXIS (1-based, as in axes.csv): its groups, or a traversal."""
+    conformation: int = 0
+    """Move the bodies along conformation number J (1-based) of a run with --masks."""
     groups: Switch = False
     """Decode the mean code of every group of particles (analyze.N/groups), where an axis is discrete."""
     zfile: Path | None = None

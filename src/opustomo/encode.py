@@ -140,6 +140,10 @@ def main(config: EncodeConfig) -> int:
 def _refuse(config: EncodeConfig, run: checkpoint.Run) -> None:
     if checkpoint.epochs_of(config.output):
         raise UserError(f"-o {config.output}: holds a run already; choose another folder")
+    if "bodies" in run.weights:
+        raise UserError(
+            f"{run.path}: has bodies (--masks), whose motions encode does not find; train all particles together"
+        )
     if missing := _NEEDED - run.weights.keys():
         raise UserError(
             f"{run.path}/weights.{run.epoch}.pkl: has no {', '.join(sorted(missing))}, it is of an earlier version; "

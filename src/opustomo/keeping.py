@@ -76,7 +76,10 @@ class Files:
             return
         output, start, epoch = self.config.output, self.start, following.epoch - 1
         poses = last_poses(start.inputs, start.linear, self.config.estpose)
-        checkpoint.save_epoch(output, epoch, self._state(learner, following, start), *codes, poses)
+        state = self._state(learner, following, start)
+        checkpoint.save_epoch(
+            output, epoch, state, *codes, poses, None if start.bodies is None else start.bodies.conformation
+        )
         for name in (WITHIN, BEFORE):
             (output / name).unlink(missing_ok=True)
         if self.config.keep > 0:
@@ -118,4 +121,5 @@ class Files:
             },
             **learner.state(course),
             **stage_state(start.inputs, start.noise, start.linear),
+            **({} if start.bodies is None else {"bodies": start.bodies.state()}),
         }  # fmt: skip

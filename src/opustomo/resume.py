@@ -18,6 +18,7 @@ import torch
 from opustomo.checkpoint import BEFORE, epochs_of, flatten, load_tensors, states_of
 from opustomo.config import GridOptions, InputOptions, TrainConfig
 from opustomo.course import Course
+from opustomo.data.bodies import absolute
 from opustomo.errors import UserError, reading
 from opustomo.stored import read_config
 
@@ -29,7 +30,7 @@ _FREE = frozenset(
 # stored unless typed, and free to change: they do not touch what is computed
 _HARMLESS = frozenset({"cache", "no_cache", "checkpoint", "checkpoint_minutes", "keep", "log_interval", "tmp_prefix"})
 # sizes of the network, and what the stored poses and codes belong to
-_FIXED = ("zdim", "templateres", "width", "encoderres", "star", "ind", "estpose")
+_FIXED = ("zdim", "masks", "zaffinedim", "templateres", "width", "encoderres", "star", "ind", "estpose")
 # what a checkpoint of train has and neither one of the linear stage nor of an earlier version
 _NEEDED = frozenset(
     {
@@ -126,7 +127,8 @@ def _first_sound(paths: list[Path], spelt: str) -> tuple[Path, dict[str, Any], l
 
 def _refuse(config: TrainConfig, stored: dict[str, Any], changed: dict[str, Any], path: Path, spelt: str) -> None:
     folder = path.parent if path.is_file() else path
-    for name in _FIXED:
+    # the stored motions of bodies are of these particles at these poses on this grid
+    for name in (*_FIXED, *(("mask", "downfrac", "poses") if stored.get("masks") else ())):
         # a run without an encoder may get one
         if name in changed and not (name == "encoderres" and stored[name] == 0):
             raise UserError(
@@ -222,6 +224,8 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 def _same(name: str, stored: Any, value: Any, folder: Path) -> bool:
     """Equal options; paths by where they lead from the current folder or, if nothing is there, from the run's own."""
+    if name == "masks" and value is not None:
+        return stored in (value, absolute(value))
     if name not in _PATHS or stored is None or value is None:
         return bool(stored == value)
     here, wanted = Path(value).resolve(), Path(stored).resolve()

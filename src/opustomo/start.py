@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from opustomo import checkpoint, parallel
+from opustomo.bodies import BodyResult
+from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_motions
 from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
 from opustomo.config import TrainConfig
+from opustomo.data.bodies import absolute
 from opustomo.data.dataset import wedge_groups
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
@@ -140,7 +143,7 @@ def with_sizes(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.templateres % 16:
         raise UserError(f"--templateres {config.templateres}: must be a multiple of 16; the nearest is "
                         f"{16 * max(1, round(config.templateres / 16))}")  # fmt: skip
-    for name in ("epochs", "batch", "zdim", "accum_step", "checkpoint", "num_gpus"):
+    for name in ("epochs", "batch", "zdim", "zaffinedim", "accum_step", "checkpoint", "num_gpus"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     for name in NOT_NEGATIVE:
@@ -216,13 +219,17 @@ def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
 
 @dataclass(frozen=True)
 class Start:
-    """Inputs at the poses of the rows, the rows, their noise model and folder (None: none), and the linear stage."""
+    """Inputs at the poses of the rows, the rows, their noise model and folder (None: none), and the linear stage.
+
+    bodies: where they are rigid bodies; ``rows`` and ``linear`` then see them at rest.
+    """
 
     inputs: Inputs
     rows: Rows
     noise: Noise
     place: Path | None
     linear: LinearResult
+    bodies: BodyResult | None = None
 
     @property
     def rotation(self) -> np.ndarray:
@@ -237,6 +244,7 @@ def start_from_linear(
     grid, mask = inputs.grid, inputs.mask
     folder, shared = (None, None) if config.no_cache else (config.output / "cache", config.cache)
     results = config.output / "linear"
+    bodies: BodyResult | None = None
     # steps read a few rows at a time: a continuation need not wait for all of them
     make_rows = RowMaker(inputs, folder, config.input, config.workers, shared, hold=continuation is None)
     if continuation is not None:
@@ -246,6 +254,9 @@ def start_from_linear(
             make_rows.noise = Noise(**stored["noise"])
         rows = make_rows(particles)
         model, mixture, typical = stored_linear(stored, grid, mask), Mixture(**stored["mixture"]), stored["typical"]
+        if "bodies" in stored:
+            bodies = BodyResult.of(stored["bodies"])
+            rows = at_rest_rows(body_files(config), bodies, rows, grid)
         assert make_rows.noise is not None
         known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
         posterior = known[0] if known else infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
@@ -257,15 +268,29 @@ def start_from_linear(
             linear = LinearResult(model, posterior, about, mixture, error, [], typical, brightness, usual, codes)
         else:
             linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
+            linear = linear if bodies is None else with_common(linear, bodies)
             keep(results, linear, rows, make_rows.noise)
     else:
         plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
+        if config.masks is not None:
+            masks = bodies_of(config.masks, linear.model.mean, mask, grid, config.seed)
+            bodies, rows, linear = fit_bodies(
+                masks, particles, rows, linear, plan, grid, mask, body_files(config), config.zaffinedim,
+                device_of(config.device),
+            )  # fmt: skip
+            write_motions(config.output / "bodies", bodies, grid)
         write_results(results, linear, rows, grid, mask, 4, config.seed)
         assert make_rows.noise is not None
         keep(results, linear, rows, make_rows.noise)
     name_damaged(particles, config.output)
-    return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, make_rows.place, linear)
+    inputs = dataclasses.replace(inputs, particles=particles)
+    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+
+
+def body_files(config: TrainConfig) -> Path | None:
+    """Folder of what the stage of bodies keeps; None with --no-cache."""
+    return None if config.no_cache else config.output / "bodies"
 
 
 def _with_stored_poses(particles: Particles, stored: dict[str, Any]) -> Particles:
@@ -371,5 +396,6 @@ def save_config(
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
     values["split"] = str(split_file.resolve()) if split_file else None
+    values["masks"] = absolute(config.masks) if config.masks else None
     values |= {"particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)

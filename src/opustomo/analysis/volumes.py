@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Volume = NDArray[np.float32]
-BATCH = 8
+BATCH, TRAVERSAL = 8, 10  # maps decoded at once; maps along a conformation
 LARGEST_BOX = 1024
 
 
@@ -37,15 +37,21 @@ def main(config: VolumesConfig) -> None:
     from opustomo.analysis.data_maps import write_data_volumes, write_full_volumes
     from opustomo.checkpoint import open_run
 
-    chosen = [name for name in ("kmeans", "pc", "axis", "groups", "zfile") if getattr(config, name)]
+    chosen = [name for name in ("kmeans", "pc", "axis", "conformation", "groups", "zfile") if getattr(config, name)]
     if len(chosen) != 1:
         raise UserError(
-            "volumes: give one of --kmeans K, --pc I, --axis J, --groups or --zfile FILE, not "
+            "volumes: give one of --kmeans K, --pc I, --axis J, --conformation J, --groups or --zfile FILE, not "
             f"{' and '.join(chosen) or 'none'}"
         )
     if Path(config.prefix).name != config.prefix:
         raise UserError(f"--prefix {config.prefix}: is a name, not a path; -o chooses the folder")
     run = open_run(config.run, config.epoch)
+    if config.conformation:
+        folder = config.output or analysis_folder(run) / f"conformation{config.conformation}"
+        moved = progress(_moved(run, config), TRAVERSAL, "volumes", "volumes")
+        written = save_volumes(moved, run.grid, folder, config.prefix, config.angpix, config.box, config.flip)
+        log.info("written: %s ... %s", written[0], written[-1].name)
+        return
     source = _source(run, config)
     codes = read_codes(source, run.codes.shape[1])
     folder = config.output or (analysis_folder(run) / source.stem if config.zfile else source.parent)
@@ -56,6 +62,22 @@ def main(config: VolumesConfig) -> None:
     elif config.from_data:
         written += write_data_volumes(run, codes, *options)
     log.info("written: %s ... %s", written[0], written[-1].name)
+
+
+def _moved(run: Run, config: VolumesConfig) -> Iterator[Volume]:
+    """The map at the mean code with its bodies moved along one conformation, 5th to 95th percentile of its code."""
+    import torch
+
+    bodies, number = run.bodies, config.conformation
+    if config.from_data or config.full:
+        raise UserError("--conformation: the data are not averaged along it; leave --from-data and --full out")
+    if not 1 <= number <= bodies.dimensions:
+        raise UserError(f"--conformation {number}: {run.path} has conformations 1 to {bodies.dimensions}")
+    density = torch.from_numpy(run.decode(run.codes.mean(0, keepdims=True)))
+    loading = bodies.model.modes(bodies.dimensions)[0][:, number - 1]
+    codes = bodies.conformation[0][:, number - 1]
+    for code in torch.linspace(float(codes.quantile(0.05)), float(codes.quantile(0.95)), TRAVERSAL):
+        yield bodies.model.bodies.move(density, (code * loading)[None])[0].numpy()
 
 
 def _source(run: Run, config: VolumesConfig) -> Path:

@@ -70,6 +70,30 @@ def prepare(arguments: argparse.Namespace, given: Given) -> None:
     poses.write_poses(source, box, angpix, arguments.star.with_name(f"{arguments.star.stem}_pose_euler.pkl"))
 
 
+def multi_arguments(parser: argparse.ArgumentParser) -> None:
+    star_arguments(parser)
+    parser.add_argument("masks", metavar="MASKS.star", type=Path, help="RELION's STAR file of multi-body masks")
+    parser.add_argument(
+        "bodies", metavar="NBODIES", type=count, help="number of bodies; cross-checked against the STAR"
+    )
+
+
+def prepare_multi(arguments: argparse.Namespace, given: Given) -> None:
+    """The pose pickle and, beside the STAR file too, the bodies of a multi-body STAR."""
+    from opustomo.compat.bodies import save_bodies
+    from opustomo.compat.poses import checked_star
+    from opustomo.data.bodies import multibody_star
+
+    bodies = multibody_star(arguments.masks)
+    if len(bodies.files) != arguments.bodies:
+        raise UserError(f"NBODIES {arguments.bodies}: {arguments.masks} names {len(bodies.files)} bodies; give that")
+    _, box, angpix = checked_star(arguments.star, input_options(arguments), STAR_NAMES)
+    path = arguments.star.with_name("mask_params.pkl")
+    save_bodies(path, bodies, box, angpix)
+    prepare(arguments, given)
+    print(f"bodies: {path}; give it to train_tomo or opustomo train with --masks")
+
+
 def analyze_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments(parser)
     parser.add_argument("pcs", metavar="NPC", type=count, help="number of principal components to traverse")
@@ -141,6 +165,12 @@ COMMANDS = {
         star_arguments,
         prepare,
         "dsdsh prepare consensus.star 236 2.1 --relion31",
+    ),
+    "prepare_multi": Command(
+        "the same with rigid bodies: mask_params.pkl for --masks",
+        multi_arguments,
+        prepare_multi,
+        "dsdsh prepare_multi consensus.star 236 2.1 masks.star 2",
     ),
     "analyze": Command(
         "PCA, k-means and UMAP of the codes into OUT/analyze.EPOCH (opustomo analyze)",

@@ -1,0 +1,389 @@
+"""Rigid bodies within a molecule: every particle's motion of its bodies, and how the set moves.
+
+Owns: the model ``V_i = move(mean + U z_i; m_i)`` with ``m_i ~ N(0, S)``, m the motions of all bodies (see
+``physics.bodies``), and its EM: Gauss-Newton steps to every particle's motion, S from the motions and their errors,
+the mean by conjugate gradients through the motions.  S has full rank and finds out by itself how few motions there are.
+What all bodies do together is a pose error; the rest, as far as the set shows it, is the conformation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opustomo.linear import LinearModel
+from opustomo.objective import differentiable_band
+from opustomo.physics.bodies import move_bodies, move_with_derivatives
+from opustomo.physics.fourier import band_multiplicity, from_band, irfft3
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import model_band, model_band_adjoint
+from opustomo.physics.volume import centre_crop, centred_coordinates
+from opustomo.reconstruct import Rows, own_precision
+
+DOF = 6  # of a body: rotation about x, y, z and shift along them
+SHRINK, TRIES = 1.0 / 3.0, 4  # of a step that makes things worse
+VALUES_AT_ONCE = 2e7  # derivatives held at a time
+STILL = 0.05  # voxels: no body is known to stand more still than this
+RIDGE = 1e-6  # of the metric: a body of a few voxels has motions that move nothing
+
+Bar = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """weights (B, C, C, C) of sum 1, joints (B, 3) in voxels from C//2, metric (6 B, 6 B): ``<m, metric m>`` is the
+    mean square displacement of the density, in square voxels, that the motion m makes (first order)."""
+
+    weights: Tensor
+    joints: Tensor
+    metric: Tensor
+
+    def __len__(self) -> int:
+        return len(self.joints)
+
+    def move(self, volume: Tensor, motion: Tensor) -> Tensor:
+        """(b or 1, C, C, C) volumes under motions (b, 6 B)."""
+        return move_bodies(volume, self.weights, self.joints, motion.unflatten(1, (-1, DOF)))
+
+    def together(self) -> Tensor:
+        """(6 B, 6): the motions of the bodies when the whole turns about voxel C//2 and shifts."""
+        x, y, z = self.joints.unbind(-1)
+        zero = torch.zeros_like(x)
+        lever = torch.stack([zero, z, -y, -z, zero, x, y, -x, zero], -1).unflatten(-1, (3, 3))  # w x c = lever w
+        eye = torch.eye(3).to(lever).expand(len(self), 3, 3)
+        rows = torch.cat([torch.cat([eye, torch.zeros_like(eye)], 2), torch.cat([lever, eye], 2)], 1)
+        return rows.flatten(0, 1)
+
+
+def with_joints(weights: Tensor, density: Tensor, relative: tuple[int, ...]) -> Bodies:
+    """Bodies whose joints are the middles of the density that they share with the body they turn against.
+
+    weights: (B, C, C, C); density: (C, C, C), its positive part counts; relative: for every body another's number, or
+    its own: all others.
+    """
+    mass, place = density.clamp(min=0), centred_coordinates(density.shape[-1], density.device)
+    other = [1 - w if r == b else weights[r] for b, (w, r) in enumerate(zip(weights, relative, strict=True))]
+    shared = torch.stack([mass * w * o for w, o in zip(weights, other, strict=True)])
+    total = shared.sum((1, 2, 3))[:, None].clamp(min=1e-12)
+    joints = torch.einsum("bzyx,zyxc->bc", shared, place) / total
+    arm = place - joints[:, None, None, None]  # (B, C, C, C, 3)
+    x, y, z = arm.unbind(-1)
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    # displacement w x arm + t at every voxel, (B, C, C, C, 3, 6)
+    rows = ((zero, z, -y, one, zero, zero), (-z, zero, x, zero, one, zero), (y, -x, zero, zero, zero, one))
+    moves = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    square = torch.einsum("bzyx,bzyxcj,bzyxck->bjk", mass * weights, moves, moves) / mass.sum().clamp(min=1e-12)
+    metric = torch.block_diag(*square)
+    return Bodies(weights, joints, metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric)).to(metric))
+
+
+@dataclass(frozen=True)
+class BodyModel:
+    """mean (C, C, C), components (K, C, C, C) of unit variance, covariance S (6 B, 6 B) of the motions.
+
+    power (M//2+1,), amplitude (C, C, C): spectrum and local amplitude of the mean's prior.
+    """
+
+    bodies: Bodies
+    mean: Tensor
+    components: Tensor
+    covariance: Tensor
+    power: Tensor
+    amplitude: Tensor
+
+    def with_linear(self, model: LinearModel) -> BodyModel:
+        """Mean, components and the mean's prior of a linear model."""
+        return replace(
+            self, mean=model.mean, components=model.components, power=model.mean_power, amplitude=model.places[0]
+        )
+
+    def to(self, device: torch.device) -> BodyModel:
+        """On a device."""
+        bodies = Bodies(*(getattr(self.bodies, f.name).to(device) for f in fields(Bodies)))
+        rest = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "bodies"}
+        return replace(self, bodies=bodies, **rest)
+
+    def common(self, motion: Tensor) -> Tensor:
+        """The pose error in motions (P, 6 B): rotation vector and shift of the molecule about voxel C//2, (P, 6).
+
+        The pose is that of the bodies that move least: of all ways to split motions into a common one and the rest this
+        has the least variance, and the two are uncorrelated (generalised least squares).
+        """
+        shared = self.bodies.together().double()
+        jitter = STILL**2 * torch.linalg.inv(self.bodies.metric.double())
+        weighted = torch.linalg.solve(self.covariance.double() + jitter, shared)
+        return motion @ torch.linalg.solve(shared.T @ weighted, weighted.T).T.to(motion)
+
+    def inner(self, motion: Tensor) -> Tensor:
+        """Motions (P, 6 B) less what all bodies do together."""
+        return motion - self.common(motion) @ self.bodies.together().T
+
+    def modes(self, count: int) -> tuple[Tensor, Tensor]:
+        """The conformation: loading (6 B, count) and root mean square displacement (count,) in voxels.
+
+        ``motion = loading y`` with y of unit variance: principal axes, in the metric of displacements, of what the
+        bodies do against each other; the largest first.
+        """
+        root = torch.linalg.cholesky(self.bodies.metric.double())
+        inner = self.inner(self.inner(self.covariance.T).T).double()
+        values, vectors = torch.linalg.eigh(root.T @ inner @ root)
+        values, vectors = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
+        size = values.sqrt()
+        loading = torch.linalg.solve_triangular(root.T, vectors * size, upper=True)
+        # the sign: most of a body turns the right-handed way about its largest axis
+        sign = torch.where(loading.gather(0, loading.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+        return (loading * sign).float(), size.float()
+
+    def projection(self, count: int) -> Tensor:
+        """(count, 6 B) that takes a motion to its code y; 0 where the set does not move."""
+        loading, size = self.modes(count)
+        weighted = loading.T @ self.bodies.metric / size.square().clamp(min=1e-12)[:, None]
+        inner = self.inner(torch.eye(len(self.covariance)).to(weighted))
+        return torch.where(size[:, None] > 0, weighted @ inner.T, 0.0)
+
+
+@dataclass(frozen=True)
+class Motions:
+    """Posterior of P particles: motion (P, 6 B), code (P, K), evidence (P,), standard deviations (P, D) of y.
+
+    The evidence is Laplace's, in nats against an empty map.  scatter (6 B, 6 B): mean covariance of the motions of the
+    particles that were looked at last.
+    """
+
+    motion: Tensor
+    code: Tensor
+    evidence: Tensor
+    spread: Tensor
+    scatter: Tensor
+
+
+@dataclass(frozen=True)
+class BodyResult:
+    """The fitted bodies: model, motions of all particles at the gains (P,) they were found with, names.
+
+    dimensions: columns of the conformation code (``--zaffinedim``).
+    """
+
+    names: tuple[str, ...]
+    model: BodyModel
+    motions: Motions
+    gain: Tensor
+    dimensions: int
+
+    @property
+    def conformation(self) -> tuple[Tensor, Tensor]:
+        """Codes y, of unit variance in the set, and their standard deviations: (P, D) each."""
+        return self.motions.motion @ self.model.projection(self.dimensions).T, self.motions.spread
+
+    @property
+    def common(self) -> Tensor:
+        """What all bodies of a particle do together, (P, 6): an error of its pose (see ``data.poses``)."""
+        return self.model.common(self.motions.motion)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        model = {f.name: getattr(self.model, f.name) for f in fields(BodyModel) if f.name != "bodies"}
+        bodies, motions = vars(self.model.bodies), vars(self.motions)
+        return {"names": list(self.names), "model": model, "bodies": dict(bodies), "motions": dict(motions),
+                "gain": self.gain, "dimensions": self.dimensions}  # fmt: skip
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> BodyResult:
+        """The inverse of ``state``."""
+        model = BodyModel(bodies=Bodies(**state["bodies"]), **state["model"])
+        motions = Motions(**state["motions"])
+        return cls(tuple(state["names"]), model, motions, state["gain"], int(state["dimensions"]))
+
+
+def at_rest(count: int, model: BodyModel, dimensions: int) -> Motions:
+    """Where every search begins."""
+    size = len(model.covariance)
+    shapes = (count, size), (count, len(model.components)), (count,), (count, dimensions), (size, size)
+    return Motions(*(torch.zeros(shape) for shape in shapes))
+
+
+# ------------------------------------------------------------------------------------------------ one particle
+
+
+def find_motions(
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor, last: Motions, steps: int, bar: Bar
+) -> Motions:
+    """``last`` with the particles at ``index`` after ``steps`` (1 or more) Gauss-Newton steps; gain (P,)."""
+    motion, code, evidence, spread = (v.clone() for v in (last.motion, last.code, last.evidence, last.spread))
+    device, size = model.mean.device, motion.shape[1]
+    scatter = torch.zeros(size, size)
+    projection = model.projection(spread.shape[1])
+    for part in bar(index.split(_batch(model, grid)), len(index)) if len(index) else ():
+        g = gain[part].to(device)
+        numerator = rows.numerator(part).to(device) * g[:, None, None, None]
+        weight = rows.weight(part).to(device) * g[:, None].square()
+        start = torch.cat([motion[part], code[part]], 1).to(device)
+        place, covariance, value = _search(model, numerator, weight, start, grid, steps)
+        moving = covariance[:, :size, :size]
+        motion[part], code[part], evidence[part] = place[:, :size].cpu(), place[:, size:].cpu(), value.cpu()
+        variance = torch.einsum("dj,bjk,dk->bd", projection, moving, projection)
+        spread[part] = variance.clamp(min=0).sqrt().cpu()
+        scatter += moving.sum(0).cpu()
+    return Motions(motion, code, evidence, spread, scatter / max(1, len(index)))
+
+
+def _batch(model: BodyModel, grid: Grid) -> int:
+    columns = 2 * len(model.covariance) + len(model.components)
+    return max(1, min(64, int(VALUES_AT_ONCE / (columns * grid.crop**3))))
+
+
+@torch.no_grad()
+def _search(
+    model: BodyModel, numerator: Tensor, weight: Tensor, start: Tensor, grid: Grid, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Motion and code (b, 6 B + K) of the largest posterior near ``start``, its covariance there, and the evidence."""
+    size, count = grid.working_box, len(model.covariance)
+    codes = torch.eye(len(model.components)).to(model.mean)
+    prior = torch.block_diag(torch.linalg.inv(model.covariance), codes)
+    weighted = weight * band_multiplicity(size, weight.device)
+
+    def volume(place: Tensor) -> Tensor:
+        return model.mean + torch.einsum("bk,kzyx->bzyx", place[:, count:], model.components)
+
+    def energy(place: Tensor) -> Tensor:
+        moved = model.bodies.move(volume(place), place[:, :count])
+        square = (model_band(moved, size).abs().square() * weighted).sum(-1)
+        overlap = (moved * numerator).sum((-3, -2, -1))
+        return 0.5 * square - overlap + 0.5 * torch.einsum("bi,ij,bj->b", place, prior, place)
+
+    place, lowest = start, energy(start)
+    for _ in range(steps):
+        pull, precision = _slope(model, numerator, weighted, volume(place), place[:, :count], size)
+        factor = torch.linalg.cholesky(precision + prior)
+        step = torch.cholesky_solve((pull - place @ prior)[..., None], factor)[..., 0]
+        reach, left = place.new_ones(len(place), 1), torch.ones(len(place), dtype=torch.bool, device=place.device)
+        for _ in range(TRIES):
+            here = place + reach * step
+            value = energy(here)
+            better = left & (value < lowest)
+            place, lowest = torch.where(better[:, None], here, place), torch.where(better, value, lowest)
+            left &= ~better
+            if not left.any():
+                break
+            reach = torch.where(left[:, None], SHRINK * reach, reach)
+    # the curvature before the last step, which was a small one
+    inverse = torch.cholesky_inverse(factor)
+    evidence = 0.5 * torch.logdet(prior) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - lowest
+    return place, inverse, evidence
+
+
+def _slope(
+    model: BodyModel, numerator: Tensor, weighted: Tensor, volume: Tensor, motion: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Derivative of the likelihood with respect to motion and code, (b, q), and its Gauss-Newton curvature."""
+    moves = motion.unflatten(1, (-1, DOF))
+    moved, columns = move_with_derivatives(volume, model.bodies.weights, model.bodies.joints, moves)
+    if len(model.components):
+        codes = [model.bodies.move(component[None], motion) for component in model.components]
+        columns = torch.cat([columns, torch.stack(codes, 1)], 1)
+    parts = torch.view_as_real(model_band(columns, size)).flatten(2)
+    heavy = parts * weighted.repeat_interleave(2, 1)[:, None]
+    explained = (heavy @ torch.view_as_real(model_band(moved, size)).flatten(1)[..., None])[..., 0]
+    pull = torch.einsum("bjzyx,bzyx->bj", columns, numerator) - explained
+    return pull, heavy @ parts.transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the set
+
+
+def refit(
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions, steps: int
+) -> BodyModel:
+    """The M-step on the particles at ``index``: covariance of the motions, and the mean by conjugate gradients."""
+    motion = found.motion[index]
+    mean = _solve_mean(model, rows, index, grid, mask, gain, found, steps)
+    return replace(model, covariance=(motion.T @ motion / len(index) + found.scatter).to(mean), mean=mean)
+
+
+def _solve_mean(
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions, steps: int
+) -> Tensor:
+    """``mean = a U`` as in ``reconstruct.solve_masked``, but with the data's weight seen through the motions."""
+    size, device = grid.working_box, model.mean.device
+    precision, mask = own_precision(model.power, grid)[0].to(device), mask.to(device)
+    reach = mask * model.amplitude
+    total: Tensor = torch.zeros_like(precision)
+    for part in index.split(256):
+        total += (rows.weight(part) * gain[part, None].square()).sum(0).to(device)
+
+    def shaped(volume: Tensor, kernel: Tensor) -> Tensor:
+        return centre_crop(irfft3(from_band(model_band(volume, size) * kernel, size)), grid.crop)
+
+    def back(seen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Gradient at 0, summed over the particles, of ``seen(particles, moved volume)``."""
+        summed = torch.zeros_like(model.mean)
+        for part in index.split(_batch(model, grid)):
+            volume = torch.zeros_like(model.mean).requires_grad_()
+            moved = model.bodies.move(volume[None], found.motion[part].to(device))
+            summed += torch.autograd.grad(seen(part, moved), volume)[0]
+        return summed
+
+    def overlap(part: Tensor, moved: Tensor, image: Tensor) -> Tensor:
+        """``<moved, W image>`` of the particles, gains squared."""
+        weight = rows.weight(part).to(device) * gain[part, None].square().to(device)
+        weighted = weight * band_multiplicity(size, device) * model_band(image, size)
+        return (differentiable_band(moved, size) * weighted.conj()).real.sum()
+
+    def data(part: Tensor, moved: Tensor) -> Tensor:
+        """What the numerators say, less what the components explain."""
+        said = (moved * rows.numerator(part).to(device) * gain[part, None, None, None].to(device)).sum()
+        if len(model.components) == 0:
+            return said
+        change = torch.einsum("bk,kzyx->bzyx", found.code[part].to(device), model.components)
+        return said - overlap(part, moved, model.bodies.move(change, found.motion[part].to(device)))
+
+    def normal(x: Tensor) -> Tensor:
+        def seen(part: Tensor, moved: Tensor) -> Tensor:
+            with torch.no_grad():
+                image = model.bodies.move((reach * x)[None], found.motion[part].to(device))
+            return overlap(part, moved, image)
+
+        return reach * back(seen) + mask * shaped(mask * x, precision)
+
+    x = torch.where(reach > 1e-3, model.mean / reach.clamp(min=1e-3), 0.0)
+    residual = reach * back(data) - normal(x)
+    inverse = 1.0 / (total + precision)
+    direction = mask * shaped(mask * residual, inverse)
+    rho = (residual * direction).sum()
+    for _ in range(steps):
+        image = normal(direction)
+        step = rho / (direction * image).sum().clamp(min=1e-30)
+        x, residual = x + step * direction, residual - step * image
+        smooth = mask * shaped(mask * residual, inverse)
+        rho, previous = (residual * smooth).sum(), rho
+        direction = smooth + (rho / previous.clamp(min=1e-30)) * direction
+    return reach * x
+
+
+def straightened(
+    model: BodyModel, numerator: Tensor, weight: Tensor, gain: Tensor, motion: Tensor, grid: Grid
+) -> Tensor:
+    """Numerators of particles whose bodies are put back, (b, C, C, C): what they say about a volume that is at rest.
+
+    With T the motion: ``T^t (B - g W T mean) + g W mean``.  Together with W they have the likelihood's exact value and
+    slope at the mean; its curvature is W's at rest, not ``T^t W T``.  numerator (b, C, C, C), weight (b, n): the data;
+    gain g: (b,); motion: (b, 6 B).
+    """
+    size = grid.working_box
+    weighted = weight * gain[:, None] * band_multiplicity(size, weight.device)
+    volume = model.mean.expand_as(numerator).clone().requires_grad_()
+    moved = model.bodies.move(volume, motion)
+    square = (differentiable_band(moved, size).abs().square() * weighted).sum()
+    slope = torch.autograd.grad((moved * numerator).sum() - 0.5 * square, volume)[0]
+    return slope + model_band_adjoint(weighted * model_band(model.mean, size), size, grid.crop)
+
+
+def first_covariance(sigma: Tensor) -> Tensor:
+    """S to begin with: independent motions; sigma (B, 2): degrees of rotation and voxels of shift per axis."""
+    each = torch.stack([sigma[:, 0] * (math.pi / 180.0), sigma[:, 1]], 1).repeat_interleave(3, 1)
+    return torch.diag(each.flatten().square())

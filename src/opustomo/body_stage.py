@@ -1,0 +1,158 @@
+"""The stage of rigid bodies: from the linear stage to every particle's motion, and the linear stage again at rest.
+
+Owns: ``--masks``.  First the motions of one density are found, then what changes besides is looked for in particles
+whose bodies are put back, then both together; what comes after (mixture, network, codes) sees the bodies at rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opustomo.bodies import (
+    DOF,
+    BodyModel,
+    BodyResult,
+    Motions,
+    at_rest,
+    find_motions,
+    first_covariance,
+    refit,
+    with_joints,
+)
+from opustomo.body_rows import StraightRows, straight_rows
+from opustomo.compat.bodies import load_bodies
+from opustomo.data.atomic import write_text
+from opustomo.data.bodies import BodyMasks, auto_count, mask_files, parts_of, read_bodies
+from opustomo.data.particles import Particles
+from opustomo.linear_fit import LinearResult, Plan, fit_linear
+from opustomo.monitor import progress
+from opustomo.physics.bodies import soft_bodies
+from opustomo.physics.grid import Grid
+from opustomo.reconstruct import Rows
+
+log = logging.getLogger("opustomo")
+
+SOFT = 8.0, 0.75  # Angstrom, but at least so many voxels: the softness of a body's edge
+SAMPLE = 4096  # particles that are enough to learn how a set moves
+ROUNDS = 4  # of EM before anything else is allowed to change
+FIRST_STEPS, STEPS, LAST_STEPS, MEAN_STEPS = 4, 1, 4, 3
+
+
+def bodies_of(asked: str, density: Tensor, mask: Tensor, grid: Grid, seed: int) -> BodyMasks:
+    """What ``--masks`` asks for; raises UserError where it cannot be had."""
+    if (count := auto_count(asked)) is not None:
+        return parts_of(density, mask, count, seed, grid)
+    path = Path(asked)
+    return read_bodies(load_bodies(path) if path.suffix.lower() == ".pkl" else mask_files(asked), grid)
+
+
+def fit_bodies(
+    masks: BodyMasks, particles: Particles, rows: Rows, linear: LinearResult, plan: Plan, grid: Grid, mask: Tensor,
+    folder: Path | None, dimensions: int, device: torch.device,
+) -> tuple[BodyResult, StraightRows, LinearResult]:  # fmt: skip
+    """Motions of all particles, rows with the bodies at rest, and the linear stage of these; arguments as before.
+
+    plan: as the linear stage was fitted; folder: for files that take time to make (None: they stay in memory).
+    """
+    usual = linear.typical
+    train, held = plan.train[usual[plan.train]], plan.held[usual[plan.held]]
+    some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(plan.seed))[:SAMPLE].sort().values]
+    others, gain = _not_in(some, len(rows)), linear.posterior.gain
+    width = max(SOFT[0] / grid.working_pixel, SOFT[1])
+    bodies = with_joints(soft_bodies(masks.distance, width), linear.model.mean * mask, masks.relative)
+    first = first_covariance(masks.sigma)
+    start = BodyModel(bodies, linear.model.mean, linear.model.components[:0], first, linear.model.mean_power,
+                      linear.model.places[0])  # fmt: skip
+    model = start.to(device)
+    found = at_rest(len(rows), model, dimensions)
+    at_poses = replace(plan, train=train, held=held, estpose=False)
+
+    def settle(model: BodyModel, found: Motions, index: Tensor, rounds: int, what: str) -> tuple[BodyModel, Motions]:
+        for number in range(rounds):
+            steps = FIRST_STEPS if not found.motion[index].any() else STEPS
+            found = find_motions(model, rows, index, grid, gain, found, steps, _bar(f"{what}, round {number + 1}"))
+            log.info("%s, round %d of %d: %.2f nats per particle; %s", what, number + 1, rounds,
+                     float(found.evidence[index].mean()), _moving(model, grid, dimensions))  # fmt: skip
+            model = refit(model, rows, index, grid, mask, gain, found, MEAN_STEPS)
+        return model, found
+
+    def rest(model: BodyModel, found: Motions) -> tuple[Motions, StraightRows, LinearResult]:
+        found = find_motions(model, rows, others, grid, gain, found, LAST_STEPS, _bar("motions of the others"))
+        found = find_motions(model, rows, some, grid, gain, found, STEPS, _bar("motions once more"))
+        straight = straight_rows(folder, model, rows, gain, found.motion, grid, _bar("bodies put back"))
+        straight.hold()
+        return found, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
+
+    model, found = settle(model, found, some, ROUNDS, "bodies")
+    found, _, changes = rest(model, found)
+    model = model.with_linear(changes.model).to(device)
+    found = replace(found, code=changes.posterior.code)
+    model, found = settle(model, found, some, 2, "bodies and components")
+    found, straight, last = rest(model, found)
+    result = BodyResult(masks.names, model.to(torch.device("cpu")), found, gain, dimensions)
+    _judge(result, linear, held if len(held) else train)
+    return result, straight, with_common(last, result)
+
+
+def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid) -> StraightRows:
+    """Rows with the bodies of a stored result at rest."""
+    bar = _bar("bodies put back")
+    return straight_rows(folder, result.model, rows, result.gain, result.motions.motion, grid, bar)
+
+
+def _not_in(index: Tensor, count: int) -> Tensor:
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[index] = False
+    return torch.nonzero(keep)[:, 0]
+
+
+def with_common(linear: LinearResult, result: BodyResult) -> LinearResult:
+    """The pose errors of a linear stage at rest, with what all bodies did together."""
+    return replace(linear, pose_error=linear.pose_error + result.common)
+
+
+def _bar(what: str) -> Callable[[Iterable[Tensor], int], Iterable[Tensor]]:
+    return lambda parts, total: progress(parts, total, what, size=len)
+
+
+def _moving(model: BodyModel, grid: Grid, dimensions: int) -> str:
+    sizes = model.modes(dimensions)[1] * grid.working_pixel
+    return "root mean square displacements " + ", ".join(f"{float(size):.2f}" for size in sizes) + " A"
+
+
+def _judge(result: BodyResult, linear: LinearResult, held: Tensor) -> None:
+    """Whether the bodies earn their place, in words."""
+    before, after = float(linear.codes.evidence[held].mean()), float(result.motions.evidence[held].mean())
+    said = "bodies: evidence of held-out particles %.2f nats, linear stage without them %.2f (%+.2f)"
+    if after > before:
+        log.info(said, after, before, after - before)
+    else:
+        log.warning(said + "; these bodies do not explain the data better: leave --masks out, or give others",
+                    after, before, after - before)  # fmt: skip
+
+
+def write_motions(folder: Path, result: BodyResult, grid: Grid) -> None:
+    """motions.csv: per particle the conformation code with its standard deviation, and what every body does.
+
+    Rotation vectors in degrees about the body's joint and shifts in Angstrom, axes of the consensus frame; without
+    what all bodies do together, which is in the poses.
+    """
+    inner = result.model.inner(result.motions.motion).unflatten(1, (-1, DOF))
+    unit = torch.tensor([180.0 / math.pi] * 3 + [grid.working_pixel] * 3)
+    numbers = torch.cat([*result.conformation, (inner * unit).flatten(1)], 1)
+    names = [f"{what}{j + 1}" for what in ("y", "sd") for j in range(result.dimensions)]
+    names += [f"{body}_{what}" for body in result.names for what in ("rx", "ry", "rz", "x", "y", "z")]
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["row", *names])
+    table.writerows([i + 1, *(f"{value:.5g}" for value in row)] for i, row in enumerate(numbers.tolist()))
+    write_text(folder / "motions.csv", buffer.getvalue())

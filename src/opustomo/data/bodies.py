@@ -1,0 +1,149 @@
+"""Rigid bodies as users give them: masks, a STAR file of RELION's multi-body refinement, or a number of parts.
+
+Owns: what is asked of body masks; what comes out is a signed distance to every body on the working grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from opustomo.data.inputs import read_mask
+from opustomo.data.star import read_star
+from opustomo.errors import UserError
+from opustomo.physics.grid import Grid
+from opustomo.physics.volume import centred_coordinates, sample_at
+
+AUTO = "auto:"
+SIGMA = (6.0, 5.0)  # degrees, Angstrom: motions looked for first, where RELION's STAR does not state them
+MOST_BODIES = 64
+OVERLAP = 0.9  # of the smaller mask: beyond it two bodies are one
+
+
+@dataclass(frozen=True)
+class BodyMasks:
+    """B bodies: signed distances (B, C, C, C) in working voxels, negative inside.
+
+    relative: the body that each turns against (its own number: all others); sigma (B, 2): first guess of the motions,
+    degrees and working voxels per axis.
+    """
+
+    names: tuple[str, ...]
+    distance: Tensor
+    relative: tuple[int, ...]
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
+class BodyFiles:
+    """Masks of B bodies, whom each turns against (numbers from 0), and first guesses (degrees, Angstrom) per axis."""
+
+    files: tuple[Path, ...]
+    relative: tuple[int, ...]
+    sigma: tuple[tuple[float, float], ...]
+
+
+def mask_files(asked: str) -> BodyFiles:
+    """``--masks``: MRC masks with commas between, or a multi-body STAR file."""
+    paths = tuple(Path(name) for name in asked.split(",") if name)
+    if len(paths) == 1 and paths[0].suffix.lower() == ".star":
+        return multibody_star(paths[0])
+    return BodyFiles(paths, tuple(range(len(paths))), (SIGMA,) * len(paths))
+
+
+def read_bodies(given: BodyFiles, grid: Grid) -> BodyMasks:
+    """The bodies on the working grid.
+
+    Raises UserError where a file is missing or does not fit, for fewer than two bodies, and for two that are one.
+    """
+    files = given.files
+    if not 2 <= len(files) <= MOST_BODIES:
+        raise UserError(
+            f"--masks: names {len(files)} mask(s) of bodies; give 2 to {MOST_BODIES}: MRC files with commas between, a "
+            f"multi-body STAR file, or {AUTO}N"
+        )
+    masks = [read_mask(path, grid.box, grid.pixel_size).numpy() > 0.5 for path in files]
+    for i, path in enumerate(files):
+        if not masks[i].any():
+            raise UserError(f"{path}: no voxel of this body is above 0.5; make the mask again")
+        for j in range(i):
+            shared = (masks[i] & masks[j]).sum() / min(masks[i].sum(), masks[j].sum())
+            if shared > OVERLAP:
+                raise UserError(f"{path}: {shared:.0%} of the smaller one lies in {files[j]}; give bodies apart")
+    to_working = grid.working_box / grid.box
+    coordinates = centred_coordinates(grid.crop) / to_working
+    distance = [sample_at(torch.from_numpy(signed_distance(mask)), coordinates) * to_working for mask in masks]
+    each = torch.tensor([[turn, shift / grid.working_pixel] for turn, shift in given.sigma])
+    return BodyMasks(tuple(path.stem for path in files), torch.stack(distance), given.relative, each)
+
+
+def signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Distance in voxels from the edge of a mask, negative inside."""
+    outside, inside = ndimage.distance_transform_edt(~mask), ndimage.distance_transform_edt(mask)
+    return (outside - inside).astype(np.float32)
+
+
+def parts_of(density: Tensor, mask: Tensor, count: int, seed: int, grid: Grid) -> BodyMasks:
+    """``auto:N``: ``count`` parts of like mass, by k-means of the places of the density (C, C, C) inside the mask."""
+    from sklearn.cluster import KMeans
+
+    mass = (density.clamp(min=0) * mask).numpy()
+    place = np.argwhere(mass > 0)
+    if not 2 <= count <= min(MOST_BODIES, len(place)):
+        raise UserError(f"--masks {AUTO}{count}: give a number of parts from 2 to {MOST_BODIES}")
+    weights = mass[tuple(place.T)]
+    fitted = KMeans(count, n_init=4, random_state=seed).fit(place, sample_weight=weights)
+    everywhere = np.argwhere(np.ones(mass.shape, bool))
+    labels = fitted.predict(everywhere.astype(place.dtype)).reshape(mass.shape)
+    distance = torch.from_numpy(np.stack([signed_distance(labels == k) for k in range(count)]))
+    sigma = torch.tensor([[SIGMA[0], SIGMA[1] / grid.working_pixel]]).repeat(count, 1)
+    return BodyMasks(tuple(f"part{k + 1}" for k in range(count)), distance, tuple(range(count)), sigma)
+
+
+def auto_count(asked: str) -> int | None:
+    """N of ``auto:N``; None for files.  Raises UserError where N is no number."""
+    if not asked.startswith(AUTO):
+        return None
+    try:
+        return int(asked.removeprefix(AUTO))
+    except ValueError:
+        raise UserError(f"--masks {asked}: {AUTO}N needs a number of parts, as in {AUTO}4") from None
+
+
+def absolute(asked: str) -> str:
+    """The same with absolute paths, so that it can be read again from elsewhere."""
+    return asked if auto_count(asked) is not None else ",".join(str(Path(name).resolve()) for name in asked.split(","))
+
+
+def multibody_star(path: Path) -> BodyFiles:
+    """RELION's body STAR: rlnBodyMaskName, rlnBodyRotateRelativeTo (from 1), rlnBodySigmaAngles, rlnBodySigmaOffset.
+
+    Masks are looked for from the current folder, as RELION does, then beside the STAR file.  Offsets are in pixels of
+    the mask in RELION and are not used: five Angstrom are looked for first.
+    """
+    star = read_star(path)
+    block = next((name for name in star.blocks if star.has(name, "rlnBodyMaskName")), None)
+    if block is None:
+        raise UserError(f"{path}: has no column rlnBodyMaskName; give the STAR file of bodies that RELION's multi-body "
+                        "refinement takes")  # fmt: skip
+    names = star.text(block, "rlnBodyMaskName", "the bodies of --masks")
+    files = [Path(str(name)) if Path(str(name)).is_file() else path.parent / str(name) for name in names]
+    relative = list(range(len(files)))
+    if star.has(block, "rlnBodyRotateRelativeTo"):
+        given = star.numbers(block, "rlnBodyRotateRelativeTo", "the bodies of --masks")
+        for row, value in enumerate(given):
+            if not (value.is_integer() and 1 <= value <= len(files)):
+                raise UserError(
+                    f"{path}: row {row + 1}: rlnBodyRotateRelativeTo {value:g} is no body; give 1 to {len(files)}"
+                )
+        relative = [int(value) - 1 for value in given]
+    sigma = [SIGMA[0]] * len(files)
+    if star.has(block, "rlnBodySigmaAngles"):
+        sigma = [float(v) or SIGMA[0] for v in star.numbers(block, "rlnBodySigmaAngles", "the bodies of --masks")]
+    return BodyFiles(tuple(files), tuple(relative), tuple((turn, SIGMA[1]) for turn in sigma))

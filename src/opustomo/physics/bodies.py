@@ -1,0 +1,111 @@
+"""Rigid bodies that move against each other: one density made of parts, each turned about its joint.
+
+Owns: the motion of a volume made of soft bodies and its derivatives.  Body b moves a point x of the volume to
+``R_b (x - c_b) + c_b + t_b``, so what is seen at x comes from ``s_b(x) = R_b^T (x - c_b - t_b) + c_b`` and
+
+    V'(x) = sum_b w_b(s_b(x)) V(s_b(x)) / sum_b w_b(s_b(x)).
+
+The weights w_b > 0 sum to 1 and move with their bodies: within a body the motion is rigid, between two the density is
+stretched and not torn, and no motion is the identity.  V' is linear in V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from opustomo.physics.fourier import fourier_resize, spectral_gradient
+from opustomo.physics.geometry import rotation_from_vector
+from opustomo.physics.volume import centred_coordinates, turned_coordinates
+
+FINER = 2  # grid on which densities are read by trilinear interpolation: on their own it costs a third near Nyquist
+LEAST = 1e-6  # sum of weights where no body is
+
+
+def soft_bodies(distance: Tensor, width: float) -> Tensor:
+    """Weights that sum to 1 everywhere, (B, C, C, C), from signed distances to the bodies (negative inside), voxels.
+
+    Half of a weight passes from one body to the next within about ``width`` voxels.
+    """
+    return torch.softmax(-distance / width, 0)
+
+
+def move_bodies(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor) -> Tensor:
+    """Volumes whose bodies have moved, (b, C, C, C); differentiable with respect to volume and motion.
+
+    volume: (b, C, C, C), or (1, C, C, C) for all alike; weights: (B, C, C, C), positive, of sum 1; joints: (B, 3)
+    voxels (x, y, z) from voxel C//2; motion: (b, B, 6) rotation vectors (radians, active, right-handed) and shifts
+    (voxels).
+    """
+    points = _sources(volume.shape[-1], joints, motion)
+    weight = _read_weights(weights[:, None], points)[:, :, 0]
+    density = _read(fourier_resize(volume, FINER * volume.shape[-1])[:, None], points, FINER)[:, :, 0]
+    return (weight * density).sum(1) / weight.sum(1).clamp(min=LEAST)
+
+
+def move_with_derivatives(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+    """``move_bodies`` and the derivatives of its result with respect to motion, (b, 6 B, C, C, C)."""
+    size = volume.shape[-1]
+    points = _sources(size, joints, motion)
+    channels = torch.cat([volume[:, None], spectral_gradient(volume).movedim(0, 1)], 1)
+    read = _read(fourier_resize(channels, FINER * size), points, FINER)
+    density, slope = read[:, :, 0], read[:, :, 1:]
+    weight = _read_weights(torch.cat([weights[:, None], _gradient(weights)], 1), points)
+    total = weight[:, :, 0].sum(1).clamp(min=LEAST)
+    moved = (weight[:, :, 0] * density).sum(1) / total
+    # of w V / sum w at the source: (w grad V + (V - V') grad w) / sum w
+    slope = slope.mul_(weight[:, :, :1]).add_((density - moved[:, None])[:, :, None] * weight[:, :, 1:])
+    turn = rotation_from_vector(motion[..., :3])
+    # the source moves by R^T (y x J d) - R^T t for a change d, t of the motion, y = x - c - t
+    slope = (turn @ slope.div_(total[:, None, None]).flatten(3)).unflatten(-1, (size,) * 3)
+    y = centred_coordinates(size, volume.device).movedim(-1, 0) - (joints + motion[..., 3:])[..., None, None, None]
+    (sx, sy, sz), (yx, yy, yz) = slope.unbind(2), y.unbind(2)
+    torque = torch.stack([sy * yz - sz * yy, sz * yx - sx * yz, sx * yy - sy * yx], 2)
+    rotation = (left_jacobian(motion[..., :3]).transpose(-1, -2) @ torque.flatten(3)).view_as(torque)
+    return moved, torch.cat([rotation, -slope], 2).flatten(1, 2)
+
+
+def left_jacobian(vector: Tensor) -> Tensor:
+    """J (..., 3, 3) with ``exp(v + d) = exp(J d) exp(v)`` to first order, for rotation vectors v (..., 3).
+
+    Source: Sola et al. 2018, A micro Lie theory, eq. 145.
+    """
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    angle = vector.norm(dim=-1).clamp(min=1e-4)[..., None, None]
+    eye = torch.eye(3, device=vector.device, dtype=vector.dtype)
+    return eye + (1 - torch.cos(angle)) / angle**2 * cross + (angle - torch.sin(angle)) / angle**3 * (cross @ cross)
+
+
+def _sources(size: int, joints: Tensor, motion: Tensor) -> Tensor:
+    """s_b(x) at every voxel: (b, B, C, C, C, 3)."""
+    back = rotation_from_vector(motion[..., :3]).transpose(-1, -2)
+    shift = joints - torch.einsum("bkij,bkj->bki", back, joints + motion[..., 3:])
+    return turned_coordinates(size, back, shift).movedim(2, -1)
+
+
+def _read(channels: Tensor, points: Tensor, finer: int, padding: str = "zeros") -> Tensor:
+    """Trilinear values of (b or 1, q, n, n, n) at points (b, B, C, C, C, 3) of a grid ``finer`` times coarser.
+
+    Returns (b, B, q, C, C, C).
+    """
+    n, shape = channels.shape[-1], points.shape[:5]
+    unit = (points * finer + n // 2) * (2.0 / (n - 1)) - 1.0
+    flat = unit.flatten(1, 2)  # (b, B C, C, C, 3): bodies one after the other along z
+    wide = channels.expand(len(points), *channels.shape[1:])
+    values = functional.grid_sample(wide, flat, align_corners=True, padding_mode=padding)
+    return values.unflatten(2, shape[1:3]).movedim(2, 1)
+
+
+def _read_weights(channels: Tensor, points: Tensor) -> Tensor:
+    """The same of every body's own (B, q, C, C, C) at its points; beyond the box the value at its border."""
+    swapped = points.movedim(1, 0)  # (B, b, C, C, C, 3)
+    values = _read(channels, swapped, 1, "border")
+    return values.movedim(0, 1)
+
+
+def _gradient(volume: Tensor) -> Tensor:
+    """Central differences per voxel of (b, n, n, n) along x, y, z: (b, 3, n, n, n)."""
+    return torch.stack(torch.gradient(volume, dim=(-1, -2, -3)), 1)

@@ -1,0 +1,341 @@
+"""Rigid bodies: the motion of a volume, its derivatives, the frame, and a set whose subunit turns."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import small_set as sets
+from opustomo import checkpoint, cli
+from opustomo.bodies import BodyModel, straightened, with_joints
+from opustomo.compat import dsdsh
+from opustomo.compat.bodies import load_bodies, save_bodies
+from opustomo.data.bodies import BodyFiles, mask_files, parts_of, read_bodies
+from opustomo.data.mrc import read_volume, write_volume
+from opustomo.errors import UserError
+from opustomo.physics.bodies import left_jacobian, move_bodies, move_with_derivatives, soft_bodies
+from opustomo.physics.fourier import band_frequencies, fourier_resize, irfft3, rfft3
+from opustomo.physics.geometry import rotation_from_vector
+from opustomo.physics.grid import Grid
+from opustomo.physics.observation import negative_log_likelihood
+from opustomo.physics.volume import centred_coordinates, rotate_volume, shell_numbers
+from opustomo.simulate.bead_model import domains, gaussian_volume, intersubunit_axis
+
+SIZE = 20
+AXES = torch.tensor([[2.0, 0.0, 1.0], [3.0, 1.0, 0.0]])  # joints
+
+
+def smooth(seed: int, size: int = SIZE) -> torch.Tensor:
+    """A density (size^3) in a sphere, band-limited to half of Nyquist."""
+    noise = torch.randn((size,) * 3, generator=torch.Generator().manual_seed(seed))
+    inside = torch.exp(-((centred_coordinates(size).norm(dim=-1) / (0.2 * size)) ** 2))
+    return irfft3(rfft3(irfft3(rfft3(noise) * (shell_numbers(size) < size / 5)) * inside))
+
+
+def halves(size: int = SIZE) -> torch.Tensor:
+    """Weights of the halves left and right of x = 2."""
+    x = centred_coordinates(size)[..., 0]
+    return soft_bodies(torch.stack([x - 2.0, 2.0 - x]), 1.0)
+
+
+def test_bodies_at_rest_are_the_volume_itself() -> None:
+    volume = smooth(0)[None]
+    assert torch.allclose(move_bodies(volume, halves(), AXES, torch.zeros(1, 2, 6)), volume, atol=1e-4)
+
+
+def test_bodies_that_move_alike_are_one_rotation() -> None:
+    volume, turn, shift = smooth(1), torch.tensor([0.2, -0.1, 0.3]), torch.tensor([0.7, -0.4, 1.1])
+    motion = torch.cat([turn, shift]).expand(1, 2, 6)
+    moved = move_bodies(volume[None], halves(), torch.zeros(2, 3), motion)[0]
+    matrix = torch.from_numpy(Rotation.from_rotvec(turn.numpy()).as_matrix()).float()
+    expected = rotate_volume(volume, matrix.T, -matrix.T @ shift)
+    assert float((moved - expected).square().sum() / expected.square().sum()) < 0.003
+
+
+def test_a_body_turns_about_its_joint_and_the_other_stands() -> None:
+    """Far from the border between the bodies each is rigid."""
+    volume, joint = smooth(2), torch.tensor([2.0, 1.0, -1.0])
+    turn = torch.tensor([0.0, 0.15, 0.1])
+    motion = torch.zeros(1, 2, 6)
+    motion[0, 1, :3] = turn
+    moved = move_bodies(volume[None], halves(), joint.expand(2, 3), motion)[0]
+    matrix = rotation_from_vector(turn)
+    turned = rotate_volume(volume, matrix.T, joint - matrix.T @ joint)
+    x = centred_coordinates(SIZE)[..., 0]
+    for side, expected in ((x < -3, volume), ((x > 6) & (x < 9), turned)):
+        assert float((moved - expected)[side].square().sum() / expected[side].square().sum()) < 0.003
+
+
+def test_density_between_bodies_is_stretched_not_torn() -> None:
+    even = torch.ones(1, SIZE, SIZE, SIZE)
+    motion = torch.zeros(1, 2, 6)
+    motion[0, 0, 3], motion[0, 1, 3] = -1.5, 1.5  # apart along x
+    moved = move_bodies(even, halves(), AXES, motion)[0]
+    assert torch.allclose(moved[4:-4, 4:-4, 4:-4], torch.ones(()), atol=1e-4)
+
+
+def test_derivatives_are_those_of_the_motion() -> None:
+    volume, weights, joints = smooth(3)[None].double(), halves().double(), AXES.double()
+    motion = 0.2 * torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    moved, slopes = move_with_derivatives(volume, weights, joints, motion)
+    assert torch.allclose(moved, move_bodies(volume, weights, joints, motion))
+    for j in range(12):
+        step = torch.zeros(12, dtype=torch.float64)
+        step[j] = 0.02 if j % 6 < 3 else 0.3
+        there, back = (move_bodies(volume, weights, joints, motion + s * step.view(1, 2, 6)) for s in (1, -1))
+        expected, found = ((there - back) / (2 * step[j]))[0].flatten(), slopes[0, j].flatten()
+        assert float((found - expected).square().sum() / expected.square().sum()) < 0.04, j
+
+
+def test_gradients_of_the_renderer_are_its_derivatives() -> None:
+    volume, weights, joints = smooth(5)[None].double(), halves().double(), AXES.double()
+    motion = (0.1 * torch.ones(1, 2, 6, dtype=torch.float64)).requires_grad_()
+    probe = smooth(6).double()
+    (gradient,) = torch.autograd.grad((move_bodies(volume, weights, joints, motion) * probe).sum(), motion)
+    expected = (move_with_derivatives(volume, weights, joints, motion.detach())[1] * probe).sum((-3, -2, -1))
+    assert torch.allclose(gradient.flatten(), expected.flatten(), atol=0.05 * float(expected.abs().max()))
+
+
+def test_left_jacobian_is_the_change_of_a_rotation() -> None:
+    vector, change = torch.tensor([0.4, -0.7, 0.2]).double(), 1e-5 * torch.tensor([1.0, 2.0, -1.5]).double()
+    there = Rotation.from_rotvec((vector + change).numpy())
+    turned = Rotation.from_rotvec((left_jacobian(vector) @ change).numpy()) * Rotation.from_rotvec(vector.numpy())
+    assert (there * turned.inv()).magnitude() < 1e-9
+
+
+def model_of(volume: torch.Tensor) -> BodyModel:
+    """Half 1 stands nearly still, half 2 turns about z and shifts."""
+    weights = halves()
+    bodies = with_joints(weights, volume.abs(), (0, 1))
+    spread = torch.tensor([0.01] * 3 + [0.1] * 3 + [0.01, 0.02, 0.3] + [0.1, 0.3, 0.1])
+    ones = torch.ones(SIZE // 2 + 1)
+    return BodyModel(
+        bodies, volume, volume[None][:0], torch.diag((10 * spread).square()), ones, torch.ones_like(volume)
+    )
+
+
+def test_metric_is_the_mean_square_displacement() -> None:
+    volume = smooth(7).abs()
+    model = model_of(volume)
+    motion = 0.02 * torch.randn(12, generator=torch.Generator().manual_seed(1))
+    place = centred_coordinates(SIZE)
+    weights, total = model.bodies.weights, 0.0
+    for b in range(2):
+        turn = Rotation.from_rotvec(motion[6 * b : 6 * b + 3].numpy()).as_matrix()
+        arm = (place - model.bodies.joints[b]).numpy()
+        moved = arm @ turn.T - arm + motion[6 * b + 3 : 6 * b + 6].numpy()
+        total += float(((weights[b] * volume).numpy() * (moved**2).sum(-1)).sum())
+    expected = total / float(volume.sum())
+    assert float(motion @ model.bodies.metric @ motion) == pytest.approx(expected, rel=0.02)
+
+
+def test_what_all_bodies_do_is_a_pose_and_the_rest_is_not() -> None:
+    model = model_of(smooth(8).abs())
+    pose = torch.tensor([[0.02, -0.01, 0.03, 0.5, -0.2, 0.1]])
+    together = pose @ model.bodies.together().T
+    assert torch.allclose(model.common(together), pose, atol=1e-4)
+    assert float(model.inner(together).abs().max()) < 1e-4
+    # displacement at a joint: w x c + t
+    c = model.bodies.joints[1]
+    assert torch.allclose(together[0, 9:], torch.linalg.cross(pose[0, :3], c) + pose[0, 3:], atol=1e-5)
+    drawn = torch.randn(4000, 12, generator=torch.Generator().manual_seed(2)) * model.covariance.diagonal().sqrt()
+    mixed = torch.corrcoef(torch.cat([model.common(drawn), model.inner(drawn)[:, 6:]], 1).T)[:6, 6:]
+    assert float(mixed.abs().max()) < 0.1
+
+
+def test_conformation_has_unit_variance_and_its_loading_is_its_inverse() -> None:
+    model = model_of(smooth(9).abs())
+    loading, size = model.modes(3)
+    code = torch.randn(50, 3, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose((code @ loading.T) @ model.projection(3).T, code, atol=1e-3)
+    drawn = torch.randn(6000, 12, generator=torch.Generator().manual_seed(4)) * model.covariance.diagonal().sqrt()
+    found = drawn @ model.projection(3).T
+    assert torch.allclose(found.std(0), torch.ones(3), atol=0.05)
+    # the largest is the turn of half 2 about z
+    assert abs(float(loading[8, 0])) / float(loading[6:9, 0].norm()) > 0.95
+    assert bool((size[:-1] >= size[1:]).all())
+
+
+def test_straightened_rows_have_value_and_slope_of_the_likelihood_at_the_mean() -> None:
+    """Against the likelihood of the moved volume, on a particle with a wedge-like weight."""
+    mean = smooth(10)
+    model = model_of(mean)
+    generator = torch.Generator().manual_seed(5)
+    k = band_frequencies(SIZE)
+    weight = (0.2 + (k[:, 2].abs() < k[:, 0].abs() + 2).float())[None]
+    motion = 0.1 * torch.randn(1, 12, generator=generator)
+    numerator, gain = torch.randn(1, SIZE, SIZE, SIZE, generator=generator), torch.tensor([1.2])
+    grid = Grid(SIZE, 10.0, SIZE, SIZE, 32)
+    rest = straightened(model, numerator, weight, gain, motion, grid)
+    for change in (smooth(11), smooth(12)):
+
+        def exact(step: float, change: torch.Tensor = change) -> float:
+            moved = model.bodies.move((mean + step * change)[None], motion)
+            return float(negative_log_likelihood(moved, 1.2 * numerator, 1.44 * weight, SIZE))
+
+        def straight(step: float, change: torch.Tensor = change) -> float:
+            volume = (mean + step * change)[None]
+            return float(negative_log_likelihood(volume, 1.2 * rest, 1.44 * weight, SIZE))
+
+        slopes = [(value(0.05) - value(-0.05)) / 0.1 for value in (exact, straight)]
+        assert slopes[0] == pytest.approx(slopes[1], rel=0.01, abs=0.02 * float(change.norm()))
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_multibody_star_is_read_and_prepare_multi_keeps_it(tmp_path: Path) -> None:
+    for i in (1, 2):
+        mask = np.zeros((24,) * 3, np.float32)
+        mask[6:18, 6:18, 4 + 8 * (i - 1) : 12 + 8 * (i - 1)] = 1.0
+        write_volume(tmp_path / f"b{i}.mrc", mask, 10.0)
+    columns = "_rlnBodyMaskName\n_rlnBodyRotateRelativeTo\n_rlnBodySigmaAngles\n_rlnBodySigmaOffset\n"
+    star = tmp_path / "bodies.star"
+    star.write_text(f"data_\n\nloop_\n{columns}b1.mrc 2 10 2\nb2.mrc 1 12 2\n")
+    found = mask_files(str(star))
+    assert [path.name for path in found.files] == ["b1.mrc", "b2.mrc"]
+    assert found.relative == (1, 0) and [turn for turn, _ in found.sigma] == [10.0, 12.0]
+    save_bodies(tmp_path / "mask_params.pkl", found, 24, 10.0)
+    assert load_bodies(tmp_path / "mask_params.pkl") == dataclasses.replace(
+        found, files=tuple(path.resolve() for path in found.files)
+    )
+    star.write_text(f"data_\n\nloop_\n{columns}b1.mrc 3 10 2\nb2.mrc 1 12 2\n")
+    with pytest.raises(UserError, match=r"row 1: rlnBodyRotateRelativeTo 3 is no body"):
+        mask_files(str(star))
+
+
+def test_bodies_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    grid = Grid(24, 10.0, 24, 24, 32)
+    mask = np.zeros((24,) * 3, np.float32)
+    mask[6:18, 6:18, 6:18] = 1.0
+    for name in ("a", "b"):
+        write_volume(tmp_path / f"{name}.mrc", mask, 10.0)
+    one = str(tmp_path / "a.mrc")
+    with pytest.raises(UserError, match="names 1 mask"):
+        read_bodies(mask_files(one), grid)
+    with pytest.raises(UserError, match="give bodies apart"):
+        read_bodies(mask_files(f"{one},{tmp_path / 'b.mrc'}"), grid)
+    with pytest.raises(UserError, match="no such mask"):
+        read_bodies(BodyFiles((tmp_path / "a.mrc", tmp_path / "c.mrc"), (0, 1), ((1, 1), (1, 1))), grid)
+
+
+def test_parts_share_the_density() -> None:
+    density = smooth(13).abs()
+    parts = parts_of(density, torch.ones_like(density), 3, 0, Grid(SIZE, 10.0, SIZE, SIZE, 32))
+    inside = parts.distance < 0
+    assert parts.distance.shape == (3, SIZE, SIZE, SIZE)
+    assert bool((inside.sum(0) == 1).all())
+    mass = (inside * density).sum((1, 2, 3)) / density.sum()
+    assert float(mass.min()) > 0.15
+
+
+# ------------------------------------------------------------------------------------------------ a set that turns
+
+
+@pytest.fixture(scope="module")
+def turning(tmp_path_factory: pytest.TempPathFactory) -> tuple[sets.SmallSet, Path, str]:
+    """70S whose 30S turns by up to 20 degrees either way, with masks of both subunits, and a run of one epoch."""
+    folder = tmp_path_factory.mktemp("turning")
+    made = sets.make_set(folder / "set", states=(1,), rotation=(-20.0, 20.0), snr=2.0, rot_err=1.0)
+    files = []
+    for name in ("50S", "30S"):
+        volume = gaussian_volume(domains()[name], 24, sets.PIXEL)
+        write_volume(folder / f"{name}.mrc", (volume > 0.1 * volume.max()).astype(np.float32), sets.PIXEL)
+        files.append(str(folder / f"{name}.mrc"))
+    assert sets.train(made, folder / "run", "-n", "1", "--masks", ",".join(files), "--encoderres", "0") == 0
+    return made, folder / "run", ",".join(files)
+
+
+@pytest.mark.slow
+def test_conformation_is_the_angle_of_every_particle(turning: tuple[sets.SmallSet, Path, str]) -> None:
+    made, folder, _ = turning
+    run = checkpoint.open_run(folder)
+    hinge = np.load(made.folder / "labels.npz")["hinge"]
+    assert run.conformation is not None and run.conformation.shape == (60, 4)
+    assert abs(np.corrcoef(run.conformation[:, 0], hinge)[0, 1]) > 0.95
+    # the composition code, such as it is, does not know of it
+    assert abs(np.corrcoef(run.codes[:, 0], hinge)[0, 1]) < 0.5
+    with (folder / "bodies" / "motions.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    turn = np.array([[float(r[f"{b}_r{a}"]) for a in "xyz"] for b in ("50S", "30S") for r in rows]).reshape(2, 60, 3)
+    relative = turn[1] - turn[0]
+    assert np.polyfit(hinge, relative @ intersubunit_axis()[1], 1)[0] == pytest.approx(1.0, abs=0.15)
+    axis = np.linalg.svd(relative - relative.mean(0))[2][0]
+    assert math.degrees(math.acos(min(1.0, abs(float(axis @ intersubunit_axis()[1]))))) < 8.0
+    assert "bodies: evidence of held-out particles" in (folder / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_with_bodies_goes_on_and_keeps_its_bodies(
+    turning: tuple[sets.SmallSet, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, folder, _ = turning
+    once = sets.copy_run(folder, tmp_path / "once", 0)
+    before = checkpoint.open_run(once)
+    assert cli.main(["train", "--resume", str(once), "-n", "2"]) == 0
+    after = checkpoint.open_run(once)
+    assert after.epoch == 1
+    assert np.array_equal(after.conformation, before.conformation)
+    assert torch.equal(after.bodies.model.mean, before.bodies.model.mean)
+    # the rows that were kept are read, not made again
+    assert len(list((once / "bodies").glob("straight.*.rows"))) == 1
+    assert sets.train(made, tmp_path / "once", "--load", "latest", "--masks", "auto:3", "-n", "3") == 2
+    assert "--masks auto:3" in capsys.readouterr().err
+    rows = next((once / "bodies").glob("straight.*.rows"))
+    content = bytearray(rows.read_bytes())
+    content[20] ^= 1
+    rows.write_bytes(content)
+    assert cli.main(["train", "--resume", str(once), "-n", "3"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_encode_says_that_it_does_not_know_bodies(
+    turning: tuple[sets.SmallSet, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, folder, _ = turning
+    assert cli.main(["encode", str(folder), str(made.star), "-o", str(tmp_path / "more")]) == 2
+    assert "has bodies" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_maps_along_the_conformation_turn_the_subunit(turning: tuple[sets.SmallSet, Path, str], tmp_path: Path) -> None:
+    """The ends of the traversal are nearer to the truth's ends than its middle is."""
+    made, folder, _ = turning
+    assert cli.main(["volumes", str(folder), "--conformation", "1", "-o", str(tmp_path / "maps")]) == 0
+    maps = [read_volume(tmp_path / "maps" / f"reference{i}.mrc")[0] for i in range(10)]
+    code = checkpoint.open_run(folder).conformation
+    assert code is not None
+    hinge = np.load(made.folder / "labels.npz")["hinge"]
+    ends = (-1, 0) if np.corrcoef(code[:, 0], hinge)[0, 1] > 0 else (0, -1)  # of the largest and the smallest angle
+    truth = [read_volume(made.folder / "gt" / f"state1_hinge{angle}.mrc")[0] for angle in ("+20.0", "-20.0")]
+    crop = maps[0].shape[0]
+    change = torch.from_numpy(truth[0] - truth[1])
+    small = fourier_resize(change, 16).numpy()
+    assert crop == 16
+    assert np.corrcoef((maps[ends[0]] - maps[ends[1]]).ravel(), small.ravel())[0, 1] > 0.7
+    assert cli.main(["volumes", str(folder), "--conformation", "5", "-o", str(tmp_path / "none")]) == 2
+
+
+def test_prepare_multi_leaves_poses_and_bodies(small_set: sets.SmallSet, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(small_set.folder, folder)
+    for i in (1, 2):
+        mask = np.zeros((24,) * 3, np.float32)
+        mask[6:18, 6:18, 4 + 8 * (i - 1) : 12 + 8 * (i - 1)] = 1.0
+        write_volume(folder / f"b{i}.mrc", mask, sets.PIXEL)
+    (folder / "masks.star").write_text("data_\n\nloop_\n_rlnBodyMaskName\nb1.mrc\nb2.mrc\n")
+    line = ["prepare_multi", str(folder / "particles.star"), "24", str(sets.PIXEL), str(folder / "masks.star")]
+    assert dsdsh.main([*line, "3"]) == 2
+    assert dsdsh.main([*line, "2"]) == 0
+    assert (folder / "particles_pose_euler.pkl").is_file()
+    found = load_bodies(folder / "mask_params.pkl")
+    assert [path.name for path in found.files] == ["b1.mrc", "b2.mrc"]
