@@ -158,7 +158,10 @@ def test_further_arguments_of_the_seed(calls: list[tuple], capsys: pytest.Captur
     assert config.verbose and config.plot and config.input.relion31 and config.input.contrast == "white"
     assert "contrast" in given and "zaffinedim" not in given
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "no conformation code is trained" in message
+    assert message.count("\n") == 1 and "without --masks there is no conformation code" in message
+    assert dsd.main(["train_tomo", "a.star", "-o", "out", "--masks", "mask_params.pkl", "--zaffinedim", "2"]) == 0
+    assert (calls[1][1].masks, calls[1][1].zaffinedim) == ("mask_params.pkl", 2)
+    assert {"masks", "zaffinedim"} <= calls[1][2]
 
 
 def test_invert_data_means_dark_protein(calls: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,8 +252,8 @@ def test_help_of_every_command_states_purpose_defaults_and_example(
 
 
 def test_commands_of_later_versions_are_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
-    assert dsdsh.main(["prepare_multi", "a.star"]) == 2
-    assert "available: prepare, analyze, eval_vol, parse_pose" in one_line(capsys)
+    assert dsdsh.main(["convert_star", "a.star"]) == 2
+    assert "available: prepare, prepare_multi, analyze, eval_vol, parse_pose" in one_line(capsys)
     assert dsdsh.main(["eval_vol", "out", "3", "dpc", "1", "2.2"]) == 2
     assert "invalid choice: 'dpc'" in one_line(capsys)
 

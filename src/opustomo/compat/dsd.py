@@ -106,7 +106,8 @@ def schedule_arguments(parser: argparse.ArgumentParser) -> None:
 def network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--zdim", type=int, default=NATIVE.zdim, help="dimension of the composition code")
-    add("--zaffinedim", type=int, default=0, help="dimension of the conformation code; needs bodies, none here")
+    add("--masks", metavar="PKL|STAR|FILES", help="rigid bodies: of prepare_multi, a multi-body STAR, or masks (a,b)")
+    add("--zaffinedim", type=int, default=NATIVE.zaffinedim, help="dimension of the conformation code; needs --masks")
     add("--downfrac", type=float, default=NATIVE_GRID.downfrac, help="working box as a fraction of the subtomogram's")
     add("--templateres", type=int, default=192, help="size of the network's volume, a multiple of 16")
     add("--encoderres", type=int, default=NATIVE.encoderres, help="size of the encoder's features (0: by --lamb)")
@@ -148,8 +149,12 @@ def train_config(arguments: argparse.Namespace, given: Given) -> tuple[TrainConf
     typed = ["--" + name.replace("_", "-") for name in ONLY_MODE if name in given]
     if typed:
         note("dsd train_tomo", f"{', '.join(typed)}: this is the only mode, nothing to choose")
-    if arguments.zaffinedim:
-        note("dsd train_tomo", f"--zaffinedim {arguments.zaffinedim}: without bodies no conformation code is trained")
+    if arguments.masks is None:
+        if "zaffinedim" in given:
+            note(
+                "dsd train_tomo", f"--zaffinedim {arguments.zaffinedim}: without --masks there is no conformation code"
+            )
+        values, given = values | {"zaffinedim": NATIVE.zaffinedim}, given - {"zaffinedim"}
     if arguments.multigpu != (arguments.num_gpus > 1):
         alone, other = ("--multigpu", "--num-gpus N") if arguments.multigpu else ("--num-gpus", "--multigpu")
         note("dsd train_tomo", f"{alone} without {other}: one GPU, and -b {arguments.batch} in all for a step")
@@ -157,7 +162,7 @@ def train_config(arguments: argparse.Namespace, given: Given) -> tuple[TrainConf
         values = values | {"log_interval": PLOT_INTERVAL if arguments.plot else NATIVE.log_interval}
     if arguments.warp:
         require_tables(arguments.star, arguments.datadir)
-    fields = given - {*ONLY_MODE, "zaffinedim", "warp", "tilt_range", "tilt_step"}
+    fields = given - {*ONLY_MODE, "warp", "tilt_range", "tilt_step"}
     limit = tilt_limit(arguments)
     if limit is not None:
         values, fields = values | {"tilt_limit": limit}, fields | {"tilt_limit"}
