@@ -297,6 +297,35 @@ def test_a_run_with_bodies_goes_on_and_keeps_its_bodies(
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--masks auto:1", "give a number of parts from 2 to 64"),
+        ("--masks auto:x", "give a number of parts from 2 to 64"),
+        ("--masks none1.mrc,none2.mrc", "none1.mrc: no such mask of a body"),
+        ("--masks auto:2 --zaffinedim 7", "2 bodies move against each other in 6 ways"),
+        ("--masks auto:2 --encode-mode fixed", "makes one map without motions"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_fitted(
+    options: str, words: str, small_set: sets.SmallSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sets.train(small_set, tmp_path / "run", *options.split()) == 2
+    said = capsys.readouterr().err
+    assert words in said and "held-out evidence" not in said
+
+
+@pytest.mark.slow
+def test_parts_of_the_density_move_as_bodies(turning: tuple[sets.SmallSet, Path, str], tmp_path: Path) -> None:
+    """auto:2, nobody having said where the subunits are."""
+    made, _, _ = turning
+    assert sets.train(made, tmp_path / "run", "-n", "1", "--masks", "auto:2", "--encoderres", "0") == 0
+    run = checkpoint.open_run(tmp_path / "run")
+    hinge = np.load(made.folder / "labels.npz")["hinge"]
+    assert run.conformation is not None
+    assert max(abs(np.corrcoef(code, hinge)[0, 1]) for code in run.conformation.T) > 0.9
+
+
 @pytest.mark.slow
 def test_encode_says_that_it_does_not_know_bodies(
     turning: tuple[sets.SmallSet, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

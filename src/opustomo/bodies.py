@@ -20,6 +20,7 @@ from opustomo.linear import LinearModel
 from opustomo.objective import differentiable_band
 from opustomo.physics.bodies import move_bodies, move_with_derivatives
 from opustomo.physics.fourier import band_multiplicity, from_band, irfft3
+from opustomo.physics.geometry import cross_matrix
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band, model_band_adjoint
 from opustomo.physics.volume import centre_crop, centred_coordinates
@@ -52,9 +53,7 @@ class Bodies:
 
     def together(self) -> Tensor:
         """(6 B, 6): the motions of the bodies when the whole turns about voxel C//2 and shifts."""
-        x, y, z = self.joints.unbind(-1)
-        zero = torch.zeros_like(x)
-        lever = torch.stack([zero, z, -y, -z, zero, x, y, -x, zero], -1).unflatten(-1, (3, 3))  # w x c = lever w
+        lever = -cross_matrix(self.joints)  # w x c = -c x w
         eye = torch.eye(3).to(lever).expand(len(self), 3, 3)
         rows = torch.cat([torch.cat([eye, torch.zeros_like(eye)], 2), torch.cat([lever, eye], 2)], 1)
         return rows.flatten(0, 1)
@@ -71,12 +70,9 @@ def with_joints(weights: Tensor, density: Tensor, relative: tuple[int, ...]) -> 
     shared = torch.stack([mass * w * o for w, o in zip(weights, other, strict=True)])
     total = shared.sum((1, 2, 3))[:, None].clamp(min=1e-12)
     joints = torch.einsum("bzyx,zyxc->bc", shared, place) / total
-    arm = place - joints[:, None, None, None]  # (B, C, C, C, 3)
-    x, y, z = arm.unbind(-1)
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    turns = -cross_matrix(place - joints[:, None, None, None])
     # displacement w x arm + t at every voxel, (B, C, C, C, 3, 6)
-    rows = ((zero, z, -y, one, zero, zero), (-z, zero, x, zero, one, zero), (y, -x, zero, zero, zero, one))
-    moves = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    moves = torch.cat([turns, torch.eye(3).to(turns).expand_as(turns)], -1)
     square = torch.einsum("bzyx,bzyxcj,bzyxck->bjk", mass * weights, moves, moves) / mass.sum().clamp(min=1e-12)
     metric = torch.block_diag(*square)
     return Bodies(weights, joints, metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric)).to(metric))

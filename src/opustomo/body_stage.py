@@ -33,6 +33,7 @@ from opustomo.compat.bodies import load_bodies
 from opustomo.data.atomic import write_text
 from opustomo.data.bodies import BodyMasks, auto_count, mask_files, parts_of, read_bodies
 from opustomo.data.particles import Particles
+from opustomo.errors import UserError
 from opustomo.linear_fit import LinearResult, Plan, fit_linear
 from opustomo.monitor import progress
 from opustomo.physics.bodies import soft_bodies
@@ -47,28 +48,39 @@ ROUNDS = 4  # of EM before anything else is allowed to change
 FIRST_STEPS, STEPS, LAST_STEPS, MEAN_STEPS = 4, 1, 4, 3
 
 
-def bodies_of(asked: str, density: Tensor, mask: Tensor, grid: Grid, seed: int) -> BodyMasks:
-    """What ``--masks`` asks for; raises UserError where it cannot be had."""
-    if (count := auto_count(asked)) is not None:
-        return parts_of(density, mask, count, seed, grid)
+def bodies_of(asked: str, grid: Grid, dimensions: int) -> BodyMasks | int:
+    """What ``--masks`` asks for, or into how many parts the density is to be divided once it is known.
+
+    Raises UserError where it cannot be had, or has fewer motions than the conformation code dimensions.
+    """
     path = Path(asked)
-    return read_bodies(load_bodies(path) if path.suffix.lower() == ".pkl" else mask_files(asked), grid)
+    found: BodyMasks | int | None = auto_count(asked)
+    if found is None:
+        found = read_bodies(load_bodies(path) if path.suffix.lower() == ".pkl" else mask_files(asked), grid)
+    count = found if isinstance(found, int) else len(found.names)
+    if dimensions > DOF * (count - 1):
+        raise UserError(
+            f"--zaffinedim {dimensions}: {count} bodies move against each other in {DOF * (count - 1)} ways at most"
+        )
+    return found
 
 
 def fit_bodies(
-    masks: BodyMasks, particles: Particles, rows: Rows, linear: LinearResult, plan: Plan, grid: Grid, mask: Tensor,
-    folder: Path | None, dimensions: int, device: torch.device,
+    asked: BodyMasks | int, particles: Particles, rows: Rows, linear: LinearResult, plan: Plan, grid: Grid,
+    mask: Tensor, folder: Path | None, dimensions: int, device: torch.device,
 ) -> tuple[BodyResult, StraightRows, LinearResult]:  # fmt: skip
     """Motions of all particles, rows with the bodies at rest, and the linear stage of these; arguments as before.
 
     plan: as the linear stage was fitted; folder: for files that take time to make (None: they stay in memory).
     """
+    density = linear.model.mean
+    masks = parts_of(density, mask, asked, plan.seed, grid) if isinstance(asked, int) else asked
     usual = linear.typical
     train, held = plan.train[usual[plan.train]], plan.held[usual[plan.held]]
     some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(plan.seed))[:SAMPLE].sort().values]
     others, gain = _not_in(some, len(rows)), linear.posterior.gain
     width = max(SOFT[0] / grid.working_pixel, SOFT[1])
-    bodies = with_joints(soft_bodies(masks.distance, width), linear.model.mean * mask, masks.relative)
+    bodies = with_joints(soft_bodies(masks.distance, width), density * mask, masks.relative)
     first = first_covariance(masks.sigma)
     start = BodyModel(bodies, linear.model.mean, linear.model.components[:0], first, linear.model.mean_power,
                       linear.model.places[0])  # fmt: skip

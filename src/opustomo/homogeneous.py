@@ -77,6 +77,10 @@ def _refuse(config: TrainConfig) -> None:
         raise UserError(
             f"--load {config.load}: --encode-mode fixed takes minutes and has nothing to continue; leave --load out"
         )
+    if config.masks is not None:
+        raise UserError(
+            f"--masks {config.masks}: --encode-mode fixed makes one map without motions; leave one of them out"
+        )
     if checkpoint.epochs_of(config.output):
         raise UserError(f"-o {config.output}: holds a run already; choose another folder")
 

@@ -271,12 +271,13 @@ def start_from_linear(
             linear = linear if bodies is None else with_common(linear, bodies)
             keep(results, linear, rows, make_rows.noise)
     else:
+        # before the hours that what comes first may take
+        asked = None if config.masks is None else bodies_of(config.masks, grid, config.zaffinedim)
         plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
         particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
-        if config.masks is not None:
-            masks = bodies_of(config.masks, linear.model.mean, mask, grid, config.seed)
+        if asked is not None:
             bodies, rows, linear = fit_bodies(
-                masks, particles, rows, linear, plan, grid, mask, body_files(config), config.zaffinedim,
+                asked, particles, rows, linear, plan, grid, mask, body_files(config), config.zaffinedim,
                 device_of(config.device),
             )  # fmt: skip
             write_motions(config.output / "bodies", bodies, grid)

@@ -68,6 +68,9 @@ def read_bodies(given: BodyFiles, grid: Grid) -> BodyMasks:
             f"--masks: names {len(files)} mask(s) of bodies; give 2 to {MOST_BODIES}: MRC files with commas between, a "
             f"multi-body STAR file, or {AUTO}N"
         )
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path}: no such mask of a body; check the names after --masks")
     masks = [read_mask(path, grid.box, grid.pixel_size).numpy() > 0.5 for path in files]
     for i, path in enumerate(files):
         if not masks[i].any():
@@ -95,8 +98,8 @@ def parts_of(density: Tensor, mask: Tensor, count: int, seed: int, grid: Grid) -
 
     mass = (density.clamp(min=0) * mask).numpy()
     place = np.argwhere(mass > 0)
-    if not 2 <= count <= min(MOST_BODIES, len(place)):
-        raise UserError(f"--masks {AUTO}{count}: give a number of parts from 2 to {MOST_BODIES}")
+    if count > len(place):
+        raise UserError(f"--masks {AUTO}{count}: the density has {len(place)} voxels; give fewer parts")
     weights = mass[tuple(place.T)]
     fitted = KMeans(count, n_init=4, random_state=seed).fit(place, sample_weight=weights)
     everywhere = np.argwhere(np.ones(mass.shape, bool))
@@ -107,13 +110,13 @@ def parts_of(density: Tensor, mask: Tensor, count: int, seed: int, grid: Grid) -
 
 
 def auto_count(asked: str) -> int | None:
-    """N of ``auto:N``; None for files.  Raises UserError where N is no number."""
+    """N of ``auto:N``; None for files.  Raises UserError where N is no number of parts."""
     if not asked.startswith(AUTO):
         return None
-    try:
-        return int(asked.removeprefix(AUTO))
-    except ValueError:
-        raise UserError(f"--masks {asked}: {AUTO}N needs a number of parts, as in {AUTO}4") from None
+    count = asked.removeprefix(AUTO)
+    if not (count.isdecimal() and 2 <= int(count) <= MOST_BODIES):
+        raise UserError(f"--masks {asked}: give a number of parts from 2 to {MOST_BODIES}, as in {AUTO}4")
+    return int(count)
 
 
 def absolute(asked: str) -> str:

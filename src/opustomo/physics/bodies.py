@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from opustomo.physics.fourier import fourier_resize, spectral_gradient
-from opustomo.physics.geometry import rotation_from_vector
+from opustomo.physics.geometry import cross_matrix, rotation_from_vector
 from opustomo.physics.volume import centred_coordinates, turned_coordinates
 
 FINER = 2  # grid on which densities are read by trilinear interpolation: on their own it costs a third near Nyquist
@@ -71,9 +71,7 @@ def left_jacobian(vector: Tensor) -> Tensor:
 
     Source: Sola et al. 2018, A micro Lie theory, eq. 145.
     """
-    x, y, z = vector.unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    cross = cross_matrix(vector)
     angle = vector.norm(dim=-1).clamp(min=1e-4)[..., None, None]
     eye = torch.eye(3, device=vector.device, dtype=vector.dtype)
     return eye + (1 - torch.cos(angle)) / angle**2 * cross + (angle - torch.sin(angle)) / angle**3 * (cross @ cross)

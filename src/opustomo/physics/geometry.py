@@ -56,10 +56,14 @@ def rotation_from_vector(vector: Tensor) -> Tensor:
 
     Differentiable at zero.
     """
+    return torch.linalg.matrix_exp(cross_matrix(vector))
+
+
+def cross_matrix(vector: Tensor) -> Tensor:
+    """The matrix (..., 3, 3) that takes x to ``vector x x``, for vectors (..., 3)."""
     x, y, z = vector.unbind(-1)
     zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
-    return torch.linalg.matrix_exp(cross)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
 
 def rotation_angle(a: Tensor, b: Tensor) -> Tensor:
