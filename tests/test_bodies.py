@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ from opustomo.physics.geometry import rotation_from_vector
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import negative_log_likelihood
 from opustomo.physics.volume import centred_coordinates, rotate_volume, shell_numbers
-from opustomo.simulate.bead_model import domains, gaussian_volume, intersubunit_axis
+from opustomo.simulate.bead_model import intersubunit_axis
 
 SIZE = 20
 AXES = torch.tensor([[2.0, 0.0, 1.0], [3.0, 1.0, 0.0]])  # joints
@@ -245,13 +246,9 @@ def turning(tmp_path_factory: pytest.TempPathFactory) -> tuple[sets.SmallSet, Pa
     """70S whose 30S turns by up to 20 degrees either way, with masks of both subunits, and a run of one epoch."""
     folder = tmp_path_factory.mktemp("turning")
     made = sets.make_set(folder / "set", states=(1,), rotation=(-20.0, 20.0), snr=2.0, rot_err=1.0)
-    files = []
-    for name in ("50S", "30S"):
-        volume = gaussian_volume(domains()[name], 24, sets.PIXEL)
-        write_volume(folder / f"{name}.mrc", (volume > 0.1 * volume.max()).astype(np.float32), sets.PIXEL)
-        files.append(str(folder / f"{name}.mrc"))
-    assert sets.train(made, folder / "run", "-n", "1", "--masks", ",".join(files), "--encoderres", "0") == 0
-    return made, folder / "run", ",".join(files)
+    masks = str(made.folder / "bodies.star")
+    assert sets.train(made, folder / "run", "-n", "1", "--masks", masks, "--encoderres", "0") == 0
+    return made, folder / "run", masks
 
 
 @pytest.mark.slow
@@ -265,7 +262,9 @@ def test_conformation_is_the_angle_of_every_particle(turning: tuple[sets.SmallSe
     assert abs(np.corrcoef(run.codes[:, 0], hinge)[0, 1]) < 0.5
     with (folder / "bodies" / "motions.csv").open() as handle:
         rows = list(csv.DictReader(handle))
-    turn = np.array([[float(r[f"{b}_r{a}"]) for a in "xyz"] for b in ("50S", "30S") for r in rows]).reshape(2, 60, 3)
+    turn = np.array(
+        [[float(r[f"{b}_r{a}"]) for a in "xyz"] for b in ("body_large", "body_small") for r in rows]
+    ).reshape(2, 60, 3)
     relative = turn[1] - turn[0]
     assert np.polyfit(hinge, relative @ intersubunit_axis()[1], 1)[0] == pytest.approx(1.0, abs=0.15)
     axis = np.linalg.svd(relative - relative.mean(0))[2][0]
@@ -327,12 +326,22 @@ def test_parts_of_the_density_move_as_bodies(turning: tuple[sets.SmallSet, Path,
 
 
 @pytest.mark.slow
-def test_encode_says_that_it_does_not_know_bodies(
-    turning: tuple[sets.SmallSet, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made, folder, _ = turning
-    assert cli.main(["encode", str(folder), str(made.star), "-o", str(tmp_path / "more")]) == 2
-    assert "has bodies" in capsys.readouterr().err
+def test_encode_finds_the_motions_of_other_particles(turning: tuple[sets.SmallSet, Path, str], tmp_path: Path) -> None:
+    _, folder, _ = turning
+    other = sets.make_set(tmp_path / "other", seed=8, states=(1,), rotation=(-20.0, 20.0), snr=2.0, rot_err=1.0)
+    line = ["encode", str(folder), str(other.star), "-o", str(tmp_path / "more"), "--workers", "1", "--device", "cpu"]
+    assert cli.main(line) == 0
+    run, before = checkpoint.open_run(tmp_path / "more"), checkpoint.open_run(folder)
+    hinge, trained = (np.load(of / "labels.npz")["hinge"] for of in (other.folder, turning[0].folder))
+    assert run.conformation is not None and before.conformation is not None
+    slope, start = np.polyfit(trained, before.conformation[:, 0], 1)
+    # in the same units: the new code tells the angle by the line of those that were trained on
+    assert np.sqrt(np.mean(((run.conformation[:, 0] - start) / slope - hinge) ** 2)) < 4.0
+    assert (tmp_path / "more" / "bodies" / "motions.csv").is_file()
+    assert cli.main(["evaluate", str(tmp_path / "more"), "--truth", str(other.folder)]) == 0
+    motion = json.loads((tmp_path / "more" / "evaluation.json").read_text())["motion"]
+    assert motion["angle_corr"] > 0.95 and motion["slope"] == pytest.approx(1.0, abs=0.15)
+    assert motion["axis_degrees"] < 8.0 and motion["axis_voxels"] < 1.0
 
 
 @pytest.mark.slow

@@ -115,6 +115,17 @@ def fit_bodies(
     return result, straight, with_common(last, result)
 
 
+def find_in_bodies(
+    known: BodyResult, rows: Rows, gain: Tensor, grid: Grid, folder: Path | None, device: torch.device
+) -> tuple[BodyResult, StraightRows]:
+    """Motions of other particles in bodies that are held, and their rows with these at rest; gain (P,)."""
+    model = known.model.to(device)
+    found, everyone = at_rest(len(rows), model, known.dimensions), torch.arange(len(rows))
+    found = find_motions(model, rows, everyone, grid, gain, found, FIRST_STEPS + LAST_STEPS, _bar("motions"))
+    straight = straight_rows(folder, model, rows, gain, found.motion, grid, _bar("bodies put back"))
+    return replace(known, motions=found, gain=gain), straight
+
+
 def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid) -> StraightRows:
     """Rows with the bodies of a stored result at rest."""
     bar = _bar("bodies put back")

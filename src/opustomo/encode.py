@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from opustomo import checkpoint, parallel
+from opustomo.body_stage import find_in_bodies, with_common, write_motions
 from opustomo.config import EncodeConfig
 from opustomo.data.cache import CTF_PACK, hash_mask
 from opustomo.data.export import fingerprint_of
@@ -123,7 +125,7 @@ def main(config: EncodeConfig) -> int:
     model = stored_linear(run.weights, run.grid, run.mask)
     make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
     make_rows.noise = noise_in_units_of(model, inputs, config)
-    start = _in_model(run, model, inputs, make_rows)
+    start = _in_model(run, model, inputs, make_rows, config.output / "bodies", device)
     name_damaged(inputs.particles, config.output)
     _name_unusual(run, start.linear)
     if run.kind == "network":
@@ -140,10 +142,6 @@ def main(config: EncodeConfig) -> int:
 def _refuse(config: EncodeConfig, run: checkpoint.Run) -> None:
     if checkpoint.epochs_of(config.output):
         raise UserError(f"-o {config.output}: holds a run already; choose another folder")
-    if "bodies" in run.weights:
-        raise UserError(
-            f"{run.path}: has bodies (--masks), whose motions encode does not find; train all particles together"
-        )
     if missing := _NEEDED - run.weights.keys():
         raise UserError(
             f"{run.path}/weights.{run.epoch}.pkl: has no {', '.join(sorted(missing))}, it is of an earlier version; "
@@ -207,10 +205,15 @@ def noise_in_units_of(model: LinearModel, inputs: Inputs, config: EncodeConfig) 
     return noise
 
 
-def _in_model(run: checkpoint.Run, model: LinearModel, inputs: Inputs, make_rows: RowMaker) -> Start:
-    """New particles in a held linear model, at poses corrected in rounds if those of the run were."""
-    grid, particles = inputs.grid, inputs.particles
-    rows = make_rows(particles)
+def _in_model(
+    run: checkpoint.Run, model: LinearModel, inputs: Inputs, make_rows: RowMaker, folder: Path, device: torch.device
+) -> Start:
+    """New particles in a held linear model, at poses corrected in rounds if those of the run were.
+
+    folder: of what is kept where the run has bodies, whose motions are then found as well.
+    """
+    grid, particles, bodies = inputs.grid, inputs.particles, None
+    rows: Rows = make_rows(particles)
 
     def again(_: Fit | None, rows: Rows) -> Fit:
         return judged(model, rows, grid, [])
@@ -219,6 +222,9 @@ def _in_model(run: checkpoint.Run, model: LinearModel, inputs: Inputs, make_rows
     if run.config["estpose"]:
         everyone = torch.arange(len(rows))
         particles, rows, found = correct_poses(particles, rows, found, make_rows, grid, everyone, again, map_held=True)
+    if "bodies" in run.weights:
+        bodies, rows = find_in_bodies(run.bodies, rows, found.posterior.gain, grid, folder, device)
+        found = again(None, rows)
     brightness = change_over_average(model, found.posterior.code)
     usual = (run.weights["usual"][0], run.weights["usual"][1])
     evidence, centre, spread = found.posterior.evidence, usual[0][EVIDENCE], usual[1][EVIDENCE]
@@ -227,8 +233,10 @@ def _in_model(run: checkpoint.Run, model: LinearModel, inputs: Inputs, make_rows
     typical &= (brightness <= 1.0) & torch.from_numpy(particles.usable)
     mixture = Mixture(**run.weights["mixture"])
     linear = linear_result(model, found.posterior, mixture, rows, grid, [], typical, brightness, usual)
+    linear = linear if bodies is None else with_common(linear, bodies)
     assert make_rows.noise is not None
-    return Start(dataclasses.replace(inputs, particles=particles), rows, make_rows.noise, make_rows.place, linear)
+    inputs = dataclasses.replace(inputs, particles=particles)
+    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
 
 
 def _name_unusual(run: checkpoint.Run, linear: LinearResult) -> None:
@@ -266,4 +274,8 @@ def _write(config: EncodeConfig, run: checkpoint.Run, start: Start, code: Tensor
     kept = {name: run.weights[name] for name in ("kind", "epoch", "model", "shape") if name in run.weights}
     weights = kept | stage_state(start.inputs, start.noise, start.linear)
     poses = last_poses(start.inputs, start.linear, bool(run.config["estpose"]), map_held=True)
-    checkpoint.save_epoch(config.output, run.epoch, weights, code, sigma, poses)
+    conformation = None
+    if start.bodies is not None:
+        weights["bodies"], conformation = start.bodies.state(), start.bodies.conformation
+        write_motions(config.output / "bodies", start.bodies, run.grid)
+    checkpoint.save_epoch(config.output, run.epoch, weights, code, sigma, poses, conformation)

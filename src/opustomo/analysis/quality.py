@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score
 
-from opustomo.analysis import score_codes, score_maps, score_poses
+from opustomo.analysis import score_codes, score_maps, score_motions, score_poses
 from opustomo.analysis.axes import axes_of, joint_groups
+from opustomo.analysis.dynamics import hinges
 from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.analysis.truth import Truth, read_truth
 from opustomo.config import EvaluateConfig
@@ -31,7 +33,8 @@ FEWEST = 10  # particles below which cross-validated scores mean nothing
 
 
 def evaluate(run: Run, truth: Path) -> dict[str, Any]:
-    """Scores by section: composition, conformation, volumes, poses, invariance, likelihood, cost, junk, linear_stage.
+    """Scores by section: composition, conformation, motion, volumes, poses, invariance, likelihood, cost, junk,
+    linear_stage.
 
     The last has the first three for what the network started from.
 
@@ -43,6 +46,7 @@ def evaluate(run: Run, truth: Path) -> dict[str, Any]:
     if len(rows) < FEWEST:
         raise UserError(f"--truth {truth}: only {len(rows)} particles to score; simulate at least {FEWEST}")
     scores = _codes_and_maps(run, known, rows)
+    scores["motion"] = _motion(run, known)
     scores["poses"] = _poses(run, known, rows)
     scores["invariance"] = score_codes.invariance(run.codes[rows], _nuisances(known, rows))
     scores |= _metrics(run)
@@ -96,6 +100,20 @@ def _conformation(run: Run, truth: Truth) -> dict[str, Any]:
         if len(rows) >= FEWEST and np.ptp(value[rows]) > 0:
             scores[name] = score_codes.conformation(score_codes.active(run.codes)[rows], value[rows])
     return scores
+
+
+def _motion(run: Run, truth: Truth) -> dict[str, Any]:
+    """Scores of the conformation of a run with bodies, over the particles that have the part that turns."""
+    if run.conformation is None or truth.hinge is None:
+        return {}
+    rows = np.flatnonzero(np.isfinite(truth.hinge.angle) & ~truth.junk)
+    if len(rows) < FEWEST or np.ptp(truth.hinge.angle[rows]) == 0:
+        return {}
+    bodies = run.bodies
+    found = hinges(bodies.model.bodies, bodies.motions.motion[torch.from_numpy(rows)])[0]
+    codes = (run.conformation[rows].astype(np.float64), run.codes[rows].astype(np.float64))
+    state = None if truth.state is None else truth.state[rows]
+    return score_motions.score(*codes, found, truth.hinge.at(rows), run.grid.working_pixel, state)
 
 
 def _poses(run: Run, truth: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:

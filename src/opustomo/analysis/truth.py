@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opustomo.analysis.score_motions import KnownHinge
 from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError
 
@@ -41,6 +42,7 @@ class Truth:
     defocus: NDArray[np.float64] | None  # (P,) Angstrom
     tilt_count: NDArray[np.float64] | None  # (P,)
     maps: tuple[TruthMap, ...]
+    hinge: KnownHinge | None = None
 
     def at(self, rows: NDArray[np.int64]) -> Truth:
         """That of some of the particles."""
@@ -53,6 +55,7 @@ class Truth:
             origin=None if self.origin is None else self.origin[rows],
             defocus=None if self.defocus is None else self.defocus[rows],
             tilt_count=None if self.tilt_count is None else self.tilt_count[rows],
+            hinge=None if self.hinge is None else self.hinge.at(rows),
         )
 
     def nearest_map(self, state: int, hinge: float) -> TruthMap | None:
@@ -83,7 +86,18 @@ def read_truth(folder: Path, particles: int) -> Truth:
         defocus=None if pose is None or pose.shape[1] < 7 else pose[:, 6],
         tilt_count=labels.get("tilt_count"),
         maps=_maps(folder / "gt"),
+        hinge=_hinge(labels, particles),
     )
+
+
+def _hinge(labels: dict[str, NDArray[Any]], particles: int) -> KnownHinge | None:
+    """hinge (P,) degrees, and hinge_axis (2, 3): direction, and a point on it in Angstrom from voxel N//2."""
+    angle, line = labels.get("hinge"), labels.get("hinge_axis")
+    if angle is None or angle.shape != (particles,):
+        return None
+    if line is None or line.shape != (2, 3):
+        return KnownHinge(angle.astype(np.float64))
+    return KnownHinge(angle.astype(np.float64), *line.astype(np.float64))
 
 
 def _coordinates(labels: dict[str, NDArray[Any]], particles: int) -> dict[str, NDArray[np.float64]]:

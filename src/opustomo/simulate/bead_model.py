@@ -56,6 +56,18 @@ def intersubunit_axis() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return (large + small) / 2, (small - large) / np.linalg.norm(small - large)
 
 
+def subunits() -> dict[str, Beads]:
+    """The two bodies that turn against each other by name, every domain in the one it moves with."""
+    parts: dict[str, list[Beads]] = {"large": [], "small": []}
+    for name, beads in domains().items():
+        parts["small" if name == MOBILE else "large"].append(beads)
+    return {body: _together(beads) for body, beads in parts.items()}
+
+
+def _together(parts: list[Beads]) -> Beads:
+    return Beads(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
 def assemble(state: int, rotation_deg: float) -> Beads:
     """The ribosome in ``state`` (index into STATES) with the 30S turned by ``rotation_deg`` degrees.
 
@@ -67,7 +79,7 @@ def assemble(state: int, rotation_deg: float) -> Beads:
     for name in STATES[state]:
         beads = domains()[name]
         parts.append(beads.moved(turn, point - turn @ point) if name == MOBILE else beads)
-    return Beads(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return _together(parts)
 
 
 def gaussian_volume(beads: Beads, box: int, pixel_size: float) -> NDArray[np.float32]:

@@ -28,7 +28,17 @@ from opustomo.data.write_relion30 import write_ctf, write_particles
 from opustomo.errors import UserError
 from opustomo.monitor import duration, progress
 from opustomo.simulate import tilt_series
-from opustomo.simulate.bead_model import MOBILE, STATE_NAMES, STATES, Beads, assemble, gaussian_volume, random_blob
+from opustomo.simulate.bead_model import (
+    MOBILE,
+    STATE_NAMES,
+    STATES,
+    Beads,
+    assemble,
+    gaussian_volume,
+    intersubunit_axis,
+    random_blob,
+    subunits,
+)
 from opustomo.simulate.tilt_series import TiltSeries
 
 log = logging.getLogger(__name__)
@@ -186,10 +196,10 @@ def truth_maps(preset: Preset) -> dict[str, NDArray[np.float32]]:
     }
 
 
-def solvent_mask(maps: list[NDArray[np.float32]], pixel_size: float) -> NDArray[np.float32]:
-    """Soft mask around the union of the maps: 10 Angstrom of margin, then a cosine edge of 20 Angstrom."""
+def solvent_mask(maps: list[NDArray[np.float32]], pixel_size: float, margin: float = 10.0) -> NDArray[np.float32]:
+    """Soft mask around the union of the maps: Angstrom of margin, then a cosine edge of 20 Angstrom."""
     union = np.max(maps, axis=0)
-    distance = ndimage.distance_transform_edt(union < 0.1 * np.percentile(union, 99)) - 10 / pixel_size
+    distance = ndimage.distance_transform_edt(union < 0.1 * np.percentile(union, 99)) - margin / pixel_size
     return (0.5 + 0.5 * np.cos(np.pi * np.clip(distance * pixel_size / 20, 0, 1))).astype(np.float32)
 
 
@@ -226,14 +236,15 @@ def clear_folder(output: Path) -> None:
     present = {path.name for path in output.iterdir()} - {LOCK} if output.is_dir() else set()
     if present and "sim.json" not in present:
         raise UserError(f"{output}: is not empty and not a simulated set (no sim.json); give another output folder")
-    written = ("particles.star", "labels.npz", "mask.mrc", "gt/state*.mrc", "subtomo/p[0-9]*", "stacks/*.star")
-    for pattern in (*written, "stacks/p[0-9]*.mrcs"):
+    tables = ("particles.star", "labels.npz", "bodies.star", "stacks/*.star")
+    images = ("mask.mrc", "body_*.mrc", "gt/state*.mrc", "subtomo/p[0-9]*", "stacks/p[0-9]*.mrcs")
+    for pattern in (*tables, *images):
         for old in output.glob(pattern):
             old.unlink()
 
 
 def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) -> None:
-    """labels.npz, gt/ and mask.mrc."""
+    """labels.npz, gt/, mask.mrc, and bodies.star where the 30S turns."""
     labels = {
         "state": plan.state,
         "hinge": plan.hinge,
@@ -244,6 +255,10 @@ def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) ->
     }
     if len(preset.states) == 2:
         labels["present"] = (plan.state == preset.states[1]).astype(np.int64)
+    if turns_of(preset):
+        point, axis = intersubunit_axis()
+        labels["hinge_axis"] = np.stack([axis, point])
+        write_bodies(output, preset)
     if preset.junk > 0:
         labels |= {"junk": (plan.junk_kind != GOOD).astype(np.int64), "junk_kind": plan.junk_kind}
     save_arrays(output / "labels.npz", **labels)
@@ -251,6 +266,24 @@ def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) ->
     for stem, volume in maps.items():
         write_volume(output / "gt" / f"{stem}.mrc", volume, preset.pixel_size)
     write_volume(output / "mask.mrc", solvent_mask(list(maps.values()), preset.pixel_size), preset.pixel_size)
+
+
+def turns_of(preset: Preset) -> bool:
+    """Whether the 30S of some particles turns."""
+    return preset.rotation[0] < preset.rotation[1] and any(MOBILE in STATES[s] for s in preset.states)
+
+
+def write_bodies(output: Path, preset: Preset) -> None:
+    """Masks of the two subunits, and the STAR file of bodies that RELION's multi-body refinement takes."""
+    names = []
+    for body, beads in subunits().items():
+        volume = gaussian_volume(beads, preset.box, preset.pixel_size)
+        names.append(f"body_{body}.mrc")
+        write_volume(output / names[-1], solvent_mask([volume], preset.pixel_size, margin=0.0), preset.pixel_size)
+    rows = "".join(f"{name} {other + 1} 10 2\n" for name, other in zip(names, (1, 0), strict=True))
+    columns = ("MaskName", "RotateRelativeTo", "SigmaAngles", "SigmaOffset")
+    head = "data_\n\nloop_\n" + "".join(f"_rlnBody{column} #{i}\n" for i, column in enumerate(columns, 1))
+    write_text(output / "bodies.star", head + rows)
 
 
 def image_names(count: int) -> list[str]:
