@@ -57,7 +57,8 @@ SETS = {
 FIGURES = {
     "motion.angle_corr": "angle",
     "motion.code_corr": "best code",
-    "motion.slope": "slope",
+    "motion.slope": "slope of the angles",
+    "motion.swept": "swept angle over the true one",
     "motion.axis_degrees": "axis (degrees)",
     "motion.axis_voxels": "axis (voxels)",
     "motion.angle_from_composition_r2": "R2 angle from composition",

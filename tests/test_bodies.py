@@ -341,6 +341,7 @@ def test_encode_finds_the_motions_of_other_particles(turning: tuple[sets.SmallSe
     assert cli.main(["evaluate", str(tmp_path / "more"), "--truth", str(other.folder)]) == 0
     motion = json.loads((tmp_path / "more" / "evaluation.json").read_text())["motion"]
     assert motion["angle_corr"] > 0.95 and motion["slope"] == pytest.approx(1.0, abs=0.15)
+    assert motion["swept"] == pytest.approx(1.0, abs=0.15)
     assert motion["axis_degrees"] < 8.0 and motion["axis_voxels"] < 1.0
 
 

@@ -44,6 +44,7 @@ class FakeRun:
     epoch: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     grid: Grid = GRID
+    conformation: None = None
     mask: torch.Tensor = field(default_factory=lambda: spherical_mask(22, 7.0, 3.0))
 
     def linear_stage(self) -> None:

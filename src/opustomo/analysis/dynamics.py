@@ -53,6 +53,17 @@ def hinges(bodies: Bodies, motion: Tensor) -> list[Hinge]:
     return sorted(found, key=lambda hinge: -hinge.displacement)
 
 
+def spread_of(hinge: Hinge, covariance: Tensor) -> float:
+    """Standard deviation in degrees of the angle in a set whose motions have this covariance (6 B, 6 B).
+
+    That of the angles found of particles is smaller: noise draws each to the mean.
+    """
+    direction = np.zeros(len(covariance))
+    direction[DOF * hinge.moving : DOF * hinge.moving + 3] = hinge.axis
+    direction[DOF * hinge.fixed : DOF * hinge.fixed + 3] = -hinge.axis
+    return math.degrees(math.sqrt(direction @ covariance.double().numpy() @ direction))
+
+
 def relative(bodies: Bodies, motion: Tensor, fixed: int, moving: int) -> tuple[Rotation, Floats]:
     """n rotations R and shifts t (n, 3), voxels: seen from ``fixed``, a point x of ``moving`` is at ``R x + t``.
 

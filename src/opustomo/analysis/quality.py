@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import score_codes, score_maps, score_motions, score_poses
 from opustomo.analysis.axes import axes_of, joint_groups
-from opustomo.analysis.dynamics import hinges
+from opustomo.analysis.dynamics import hinges, spread_of
 from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.analysis.truth import Truth, read_truth
 from opustomo.config import EvaluateConfig
@@ -111,9 +111,10 @@ def _motion(run: Run, truth: Truth) -> dict[str, Any]:
         return {}
     bodies = run.bodies
     found = hinges(bodies.model.bodies, bodies.motions.motion[torch.from_numpy(rows)])[0]
+    deviation = spread_of(found, bodies.model.covariance)
     codes = (run.conformation[rows].astype(np.float64), run.codes[rows].astype(np.float64))
     state = None if truth.state is None else truth.state[rows]
-    return score_motions.score(*codes, found, truth.hinge.at(rows), run.grid.working_pixel, state)
+    return score_motions.score(*codes, found, deviation, truth.hinge.at(rows), run.grid.working_pixel, state)
 
 
 def _poses(run: Run, truth: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:

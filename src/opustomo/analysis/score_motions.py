@@ -31,14 +31,16 @@ class KnownHinge:
 
 
 def score(
-    conformation: Floats, composition: Floats, found: Hinge, known: KnownHinge, pixel: float,
+    conformation: Floats, composition: Floats, found: Hinge, deviation: float, known: KnownHinge, pixel: float,
     state: NDArray[np.int64] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """angle_corr, code_corr, slope, axis and point errors, and R^2 of either code about what is not its matter.
+    """angle_corr, code_corr, slope, swept, axis and point errors, and R^2 of either code about what is not its matter.
 
-    conformation: (P, D), composition: (P, zdim), all of the same P particles; pixel: Angstrom of the working grid.
-    ``angle_corr`` is that of the pair of bodies that moves most, ``code_corr`` of the one code that knows most;
-    ``slope``: degrees found per degree; ``axis_degrees``, ``axis_voxels``: direction and perpendicular distance.
+    conformation: (P, D), composition: (P, zdim), all of the same P particles; deviation: standard deviation of the angle
+    in the set, degrees; pixel: Angstrom of the working grid.  ``angle_corr`` is that of the pair of bodies that moves
+    most, ``code_corr`` of the one code that knows most; ``slope``: degrees found per degree, which noise shrinks;
+    ``swept``: spread of the angles over the true one; ``axis_degrees``, ``axis_voxels``: direction and perpendicular
+    distance.
     """
     angle = known.angle
     sign = 1.0 if np.corrcoef(found.angle, angle)[0, 1] >= 0 else -1.0
@@ -47,6 +49,7 @@ def score(
         "angle_corr": abs(float(np.corrcoef(found.angle, angle)[0, 1])),
         "code_corr": float(max((abs(np.corrcoef(code, angle)[0, 1]) for code in moved.T), default=0.0)),
         "slope": float(np.polyfit(angle, sign * found.angle, 1)[0]),
+        "swept": deviation / float(angle.std()),
         "coherence": found.coherence,
     }
     if known.axis is not None:
