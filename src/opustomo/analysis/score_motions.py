@@ -37,8 +37,8 @@ def score(
     """angle_corr, code_corr, slope, swept, axis and point errors, and R^2 of either code about what is not its matter.
 
     conformation: (P, D), composition: (P, zdim), all of the same P particles; deviation: standard deviation of the
-    angle in the set, degrees; pixel: Angstrom of the working grid.  ``angle_corr`` is that of the pair of bodies that moves
-    most, ``code_corr`` of the one code that knows most; ``slope``: degrees found per degree, which noise shrinks;
+    angle in the set, degrees; pixel: Angstrom of the working grid.  ``angle_corr`` is that of the pair of bodies that
+    moves most, ``code_corr`` of the one code that knows most; ``slope``: degrees found per degree, which noise shrinks;
     ``swept``: spread of the angles over the true one; ``axis_degrees``, ``axis_voxels``: direction and perpendicular
     distance.
     """
