@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -207,3 +208,35 @@ def judge(config: MaskConfig, mask: Tensor, pixel_size: float, kept: float, data
     if float((centred**3).mean()) < 0:
         log.warning("the map's dark tail is the longer one: if protein is dark, give %s --invert",
                     "the map without" if config.invert else "the map with")  # fmt: skip
+
+
+def voxel_mask(
+    source: Path, output: Path, *, threshold: float | None, percentile: float | None, absolute: bool, largest: bool,
+    fill: bool, opening: int, closing: int, dilate: int, erode: int, edge: float, radius: float | None,
+    centre: tuple[float, ...] | None,
+) -> str:  # fmt: skip
+    """Write a mask of a map of any shape, lengths in voxels (``dsdsh create_mask``); returns a line about it.
+
+    Without smoothing; dilations and erosions come after the largest part and the holes.  radius: a sphere about
+    ``centre`` (z, y, x) instead.  UserError: a map that is none, a mask of nothing.
+    """
+    data, pixel_size = read_volume(source)
+    if radius is None and (not (np.abs(data) < LARGEST).all() or data.min() == data.max()):
+        raise UserError(f"{source}: has NaN, infinite or absurdly large voxels, or one grey value; make it again")
+    if radius is not None:
+        mask = cosine_edge(torch.from_numpy(distances(data.shape, centre)).float() - radius, edge)
+        words = f"sphere of {radius:g} voxels"
+    else:
+        recipe = Recipe(threshold, None, percentile, 0.0, largest, fill, opening, closing)
+        body = body_of(np.abs(data) if absolute else data, recipe)
+        voxels = body.voxels
+        if dilate:
+            voxels = ndimage.binary_dilation(voxels, iterations=dilate)
+        if erode:
+            voxels = ndimage.binary_erosion(voxels, iterations=erode)
+        mask, words = grown(voxels, 0.0, edge), f"threshold {body.level:.4g}, {body.parts} connected parts found"
+    if float(mask.max()) == 0:
+        raise UserError(f"{source}: the mask is empty ({words}); lower the threshold, or erode and open less")
+    write_volume(output, mask.numpy(), pixel_size or 1.0)
+    unset = "" if pixel_size else f"; the header of {source} states no pixel size, so the mask has 1 A"
+    return f"{words}: {100 * float(mask.mean()):.1f} % of the box written to {output}{unset}"
