@@ -47,7 +47,8 @@ VERBS = {
     "mask": Verb(
         "mask",
         "MaskConfig",
-        "opustomo mask average/average.mrc -o mask\n  opustomo mask average/average.mrc -o mask --sigma 3 --dilate 15 --edge 25",
+        "opustomo mask average/average.mrc -o mask\n"
+        "  opustomo mask average/average.mrc -o mask --sigma 1.5 --dilate 15 --edge 25",
         waits=True,
     ),
     "linear": Verb("linear_stage", "LinearConfig", "opustomo linear particles.star -r mask.mrc -o linear"),

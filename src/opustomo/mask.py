@@ -157,7 +157,7 @@ def read_map(config: MaskConfig) -> tuple[NDArray[np.float32], float]:
     stated = is_set(header, config.angpix)
     if not stated and config.angpix is None:
         raise UserError(f"{config.map}: its header does not state the pixel size; give it with --angpix")
-    if config.angpix is not None and (not config.angpix > 0 or stated and differ(config.angpix, header)):
+    if config.angpix is not None and (not config.angpix > 0 or (stated and differ(config.angpix, header))):
         raise UserError(f"--angpix {config.angpix:g}: the header of {config.map} says {header:g} A; leave it out")
     return (-data if config.invert else data), header if stated else float(config.angpix or 0.0)
 
@@ -171,11 +171,15 @@ def recipe_of(config: MaskConfig, pixel_size: float, size: int) -> Recipe:
         raise UserError(f"--percentile {config.percentile:g}: must be between 0 and 100")
     given = {name: getattr(config, name) for name in ("smooth", "dilate", "edge", "radius")}
     for name, value in given.items():
-        if value is not None and (value < 0 and name != "dilate" or not abs(value) < size * pixel_size):
-            raise UserError(f"--{name} {value:g}: must be a length in Angstrom inside the box ({size * pixel_size:g} A)")
+        if value is not None and ((value < 0 and name != "dilate") or not abs(value) < size * pixel_size):
+            raise UserError(
+                f"--{name} {value:g}: must be a length in Angstrom inside the box ({size * pixel_size:g} A)"
+            )
     usual = automatic(pixel_size, size)
     lengths = {k: getattr(usual, k) if value is None else value / pixel_size for k, value in given.items()}
-    return Recipe(config.threshold, config.sigma, config.percentile, largest=config.largest, fill=config.fill, **lengths)
+    return Recipe(
+        config.threshold, config.sigma, config.percentile, largest=config.largest, fill=config.fill, **lengths
+    )
 
 
 def tell_threshold(config: MaskConfig) -> str:

@@ -1,8 +1,8 @@
 """The converters and helpers that later versions of OPUS-TOMO brought (OPUS-ET), in the forms of their scripts.
 
-Owns: argument forms and file names of ``dsdsh combine_star``, ``convert_*``, ``extract_tomo_cubes``, ``create_mask`` and
-``dsd prepare_subtomos``.  What they do is in ``data`` and ``mask``.  Where a default of theirs belonged to one data set
-(a binning of 4, 7.84 A, a factor of 2.132) there is none here.
+Owns: argument forms and file names of ``dsdsh combine_star``, ``convert_*``, ``extract_tomo_cubes``, ``create_mask``
+and ``dsd prepare_subtomos``.  What they do is in ``data`` and ``mask``.  Where a default of theirs belonged to one data
+set (a binning of 4, 7.84 A, a factor of 2.132) there is none here.
 """
 
 from __future__ import annotations
@@ -222,7 +222,17 @@ def create_mask(arguments: argparse.Namespace, given: Given) -> None:
     for name in ("open", "close", "dilate", "erode", "soft_edge"):
         if not 0 <= getattr(a, name) < 1000:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name):g}: must be a number of voxels, 0 or more")
-    shaping = {"threshold", "percentile", "use_abs", "largest_component", "fill_holes", "open", "close", "dilate", "erode"}
+    shaping = {
+        "threshold",
+        "percentile",
+        "use_abs",
+        "largest_component",
+        "fill_holes",
+        "open",
+        "close",
+        "dilate",
+        "erode",
+    }
     if a.sphere_radius is None and a.sphere_center is not None:
         raise UserError("--sphere-center needs --sphere-radius")
     if a.sphere_radius is not None and (other := sorted(shaping & given)):
@@ -306,7 +316,7 @@ COMMANDS = {
         "particle lists of PyTom (XML) as one RELION 3.0 STAR: ZXZ to ZYZ angles, shifts added to coordinates",
         xml_arguments,
         convert_pytom_to_star,
-        "dsdsh convert_pytom_to_star --input-dir picked --pattern '*_ribosome.xml' --output ribosomes.star --bin-size 4",
+        "dsdsh convert_pytom_to_star --input-dir picked --pattern '*_ribo.xml' --output ribo.star --bin-size 4",
     ),
     "convert_artiax": Command(
         "particles of one tomogram as a STAR for ArtiaX, origins added to coordinates",
@@ -328,7 +338,7 @@ COMMANDS = {
         "      --tomo-id TS_026.tomostar",
     ),
     "create_mask": Command(
-        "a mask from a map, or a sphere, with lengths in voxels (opustomo mask: in Angstrom, with a picture and checks)",
+        "a mask from a map, or a sphere, lengths in voxels (opustomo mask: in Angstrom, with picture and checks)",
         mask_arguments,
         create_mask,
         "dsdsh create_mask average.mrc -o mask.mrc --percentile 97 --largest-component --dilate 3 --soft-edge 5",

@@ -22,7 +22,7 @@ from opustomo.errors import UserError
 
 _FILES = ("rlnImageName", "rlnCtfImage")
 _NAMED = ("rlnOpticsGroup", "rlnOpticsGroupName")
-_CLASSED = 4  # columns or tomograms named in a message
+_SHOWN = 4  # columns in a message
 
 
 def combine(paths: Sequence[Path], output: Path, common: bool = False) -> list[str]:
@@ -34,24 +34,29 @@ def combine(paths: Sequence[Path], output: Path, common: bool = False) -> list[s
     if output.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"{output}: is one of the files to combine; give another name")
     sources = [read_source(path) for path in paths]
-    first, lines = sources[0], []
+    first = sources[0]
+    lines: list[str] = []
     for source in sources[1:]:
         _refuse_different(first, source)
     moved = [_names_from(source, output.parent, lines) for source in sources]
     optics, tables = _optics(moved)
-    columns = list(tables[0])
+    columns = list(map(str, tables[0]))
     shared = [name for name in columns if all(name in table for table in tables)]
     for path, table in zip(paths, tables, strict=True):
-        if other := [name for name in dict.fromkeys([*columns, *table]) if name not in shared]:
-            if not common:
-                raise UserError(
-                    f"{paths[0]} and {path} do not have the same columns ({', '.join(other[:_CLASSED])}); add or remove "
-                    "them, or give --common-columns to keep those that all have"
-                )
-            lines.append(f"{path.name}: without {', '.join(name for name in table if name not in shared) or 'none'}")
+        if not common and (other := list(map(str, set(table) ^ set(columns)))):
+            raise UserError(
+                f"{paths[0]} and {path} do not have the same columns ({', '.join(sorted(other)[:_SHOWN])}); add or "
+                "remove them, or give --common-columns to keep those that all have"
+            )
+        if left := [str(name) for name in table if name not in shared]:
+            lines.append(f"{path}: without its columns {', '.join(left)}")
     joined = pd.concat([table[shared] for table in tables], ignore_index=True)
     block = first.whole.particle_block
-    blocks: dict[str, Block] = {**first.whole.blocks, **({"optics": optics} if optics is not None else {}), block: joined}
+    blocks: dict[str, Block] = {
+        **first.whole.blocks,
+        **({"optics": optics} if optics is not None else {}),
+        block: joined,
+    }
     _refuse_twice(sources, StarFile(output, blocks), paths)
     write_star(output, blocks)
     if first.optimisation is not None:
@@ -78,7 +83,7 @@ def _refuse_different(first: Source, other: Source) -> None:
     )
     for what, value in values:
         one, two = value(a), value(b)
-        if (one is None) != (two is None) or one is not None and differ(one, two):
+        if (one is None) != (two is None) or (one is not None and differ(one, two)):
             raise UserError(
                 f"{a.path} and {b.path} differ in {what} ({one} and {two}); particles of both are not read together: "
                 "extract them alike"
@@ -109,20 +114,19 @@ def _names_from(source: Source, folder: Path, lines: list[str]) -> StarFile:
     own = star.path.parent.resolve()
     if own == folder.resolve() or source.optimisation is not None:
         return star
+    there = next((name.rpartition("@")[2] for name in map(str, relion.image_names(star))), "")
+    if Path(there).is_absolute() or not (own / there).exists():
+        return star
+    base = os.path.relpath(own, folder.resolve())
     changed = {}
-    for column in _FILES:
+    for column in _FILES:  # rlnCtfImage may name volumes in whose place there are CTF STAR files
         if star.has(star.particle_block, column):
-            names = [str(name).rpartition("@") for name in star.text(star.particle_block, column, "the files")]
-            if not Path(names[0][2]).is_absolute() and (own / names[0][2]).exists():
-                base = os.path.relpath(own, folder.resolve())
-                changed[column] = [before + at + os.path.normpath(f"{base}/{name}") for before, at, name in names]
-    if "rlnCtfImage" not in changed and "rlnImageName" in changed and star.has(star.particle_block, "rlnCtfImage"):
-        # of CTF STAR files the column names volumes that need not be there
-        names = [str(name) for name in star.text(star.particle_block, "rlnCtfImage", "the files")]
-        base = os.path.relpath(own, folder.resolve())
-        changed["rlnCtfImage"] = [n if Path(n).is_absolute() else os.path.normpath(f"{base}/{n}") for n in names]
-    if changed:
-        lines.append(f"{star.path}: file names are now relative to {folder}")
+            parts = [str(name).rpartition("@") for name in star.text(star.particle_block, column, "the files")]
+            changed[column] = [
+                before + at + (name if Path(name).is_absolute() else os.path.normpath(f"{base}/{name}"))
+                for before, at, name in parts
+            ]
+    lines.append(f"{star.path}: file names are now relative to {folder}")
     return StarFile(star.path, {**star.blocks, star.particle_block: table.assign(**changed)})
 
 
@@ -135,19 +139,21 @@ def _optics(stars: Sequence[StarFile]) -> tuple[pd.DataFrame | None, list[pd.Dat
     if stars[0].optics_block is None:
         return None, tables
     groups: list[dict[str, str]] = []
-    columns, changed = list(stars[0].table("optics")), []
+    columns = list(stars[0].table("optics"))
+    changed = []
     for star, table in zip(stars, tables, strict=True):
         optics = star.table("optics")
         if set(optics) != set(columns):
-            other = ", ".join(sorted(set(optics) ^ set(columns)))
+            other = ", ".join(sorted(map(str, set(optics) ^ set(columns))))
             raise UserError(f"{stars[0].path} and {star.path} do not have the same columns in data_optics ({other}); "
                             "add or remove them")  # fmt: skip
         number = {}
-        for row in optics.to_dict("records"):
+        for record in optics.to_dict("records"):
+            row = {str(name): str(value) for name, value in record.items()}
             what = {name: value for name, value in row.items() if name not in _NAMED}
             same = [i for i, one in enumerate(groups) if {k: v for k, v in one.items() if k not in _NAMED} == what]
             if not same:
-                name = str(row.get("rlnOpticsGroupName", ""))
+                name = row.get("rlnOpticsGroupName", "")
                 taken = {one.get("rlnOpticsGroupName") for one in groups}
                 named = {"rlnOpticsGroupName": f"{name}_{len(groups) + 1}"} if name in taken else {}
                 groups.append({**row, **named, "rlnOpticsGroup": str(len(groups) + 1)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,9 @@ def rows_of_tomogram(particles: ParticleList, name: str) -> NDArray[np.int64]:
     found = next(filter(None, tiers), []) if key else []
     if len(found) != 1:
         some = ", ".join(map(str, (found or names)[:4]))
-        what = f"fits several tomograms ({some}); give the whole name" if found else f"is no tomogram of it ({some} ...)"
+        what = (
+            f"fits several tomograms ({some}); give the whole name" if found else f"is no tomogram of it ({some} ...)"
+        )
         raise UserError(f"{particles.source}: {name!r} {what}")
     return np.flatnonzero(keys == found[0])
 
@@ -60,13 +63,15 @@ def voxel_positions(particles: ParticleList, pixel_size: float | None = None) ->
         )
     if particles.unit == "angstrom":
         if pixel_size is None:
-            raise UserError(f"{particles.source}: coordinates are in Angstrom ({particles.kind}); use dsdsh convert_warp")
+            raise UserError(
+                f"{particles.source}: coordinates are in Angstrom ({particles.kind}); use dsdsh convert_warp"
+            )
         return (particles.position + particles.shift) / pixel_size
     own = particles.pixel_size
     if own is None and (particles.shift != 0).any():
         raise UserError(
-            f"{particles.source}: origins are in Angstrom, but nothing says how large the voxels of the coordinates are; "
-            "add rlnTomoTiltSeriesPixelSize to the file, or write origins in pixels with dsdsh convert_star"
+            f"{particles.source}: origins are in Angstrom, but nothing says how large the voxels of the coordinates "
+            "are; add rlnTomoTiltSeriesPixelSize to the file, or write origins in pixels with dsdsh convert_star"
         )
     scale = 1.0 if pixel_size is None or own is None else own / pixel_size
     return (particles.position + particles.shift / (own or 1.0)) * scale
@@ -122,18 +127,20 @@ def lists_to_star(
 ) -> str:
     """Lists, usually PyTom's XML, as one RELION 3.0 STAR; coordinates times ``binning``.
 
-    pixel_size: Angstrom, of those unbinned voxels (None: not written); ctf: name of each CTF file, in which {ts_name} is
-    the tomogram and {i} the row.
+    pixel_size: Angstrom, of those unbinned voxels (None: not written); ctf: name of each CTF file, in which {ts_name}
+    is the tomogram and {i} the row.
     """
     lists = [read_list(source) for source in sources]
-    joined = {
+    joined: dict[str, Any] = {
         name: np.concatenate([getattr(one, name) for one in lists])
-        for name in ("rotation", "tomogram", "score", "half", "position", "shift")
+        for name in ("rotation", "tomogram", "score", "half", "shift", "position")
     }
     position = np.concatenate([voxel_positions(one) for one in lists]) * binning
     particles = ParticleList(sources[0], lists[0].kind, unit="voxels", **joined)
     n = len(particles)
-    more = constants(n, rlnGroupNumber="1") | ({} if pixel_size is None else sampling_columns(n, pixel_size, magnification))
+    more = constants(n, rlnGroupNumber="1") | (
+        {} if pixel_size is None else sampling_columns(n, pixel_size, magnification)
+    )
     if ctf is not None:
         keys = [tomogram_key(str(name)) for name in particles.tomogram]
         more["rlnCtfImage"] = [ctf.replace("{ts_name}", key).replace("{i}", str(i)) for i, key in enumerate(keys, 1)]
@@ -167,7 +174,7 @@ def star_to_relion30(
     are the file's, else alternate rows.  UserError: stacks of tilt images, another pixel size, no row with the label.
     """
     star = read_star(source)
-    if relion.has_stacks(star) or star.optics_block is None and not star.has(star.particle_block, "rlnImageName"):
+    if relion.has_stacks(star) or (star.optics_block is None and not star.has(star.particle_block, "rlnImageName")):
         raise UserError(
             f"{source}: is no table of subtomograms (rlnImageName); give one, or convert a species of M with "
             "dsdsh convert_warp and tilt images with dsd prepare_subtomos"
@@ -241,4 +248,6 @@ def _rescaled(table: pd.DataFrame, path: Path, pixel_size: float, target: float)
             table[name] = [f"{value:.6f}" for value in values]
     stated = {name: [f"{target:.7g}"] * len(table) for name in _PIXELS if name in table}
     magnification = float(numbers.numbers("", "rlnMagnification", "scaling")[0]) if "rlnMagnification" in table else 1e4
-    return table.assign(**stated, **sampling_columns(len(table), target, magnification)).drop(columns="rlnImageSize", errors="ignore")
+    return table.assign(**stated, **sampling_columns(len(table), target, magnification)).drop(
+        columns="rlnImageSize", errors="ignore"
+    )

@@ -54,7 +54,9 @@ def extract_cubes(wanted: Cubes) -> list[str]:
     place = np.stack([star.numbers(block, name, "the places of the cubes") for name in names], 1)[rows]
     place = ROUND[wanted.rounding](place * wanted.scale - wanted.one_based)
     if not (np.abs(place) < 1e6).all():
-        raise UserError(f"{wanted.star}: column _{names[0]} or its like has values that are no voxels; see --coord-scale")
+        raise UserError(
+            f"{wanted.star}: column _{names[0]} or its like has values that are no voxels; see --coord-scale"
+        )
     volume, pixel_size = map_volume(wanted.tomogram)
     corner, size = place.astype(np.int64) - wanted.box // 2, np.array(volume.shape[::-1])
     inside = ((corner >= 0) & (corner + wanted.box <= size)).all(1)

@@ -1,8 +1,8 @@
 """Tilt images as 3-D: the numerator and the weight of every particle as RELION 4's pseudo-subtomograms.
 
-Owns: their files and STAR.  The volume is what the images say in the tomogram's frame, ``sum_t P_t^T c_t y_t / s_t``, and
-the weight volume holds ``sum_t c_t^2 / s_t`` (METHOD section 3), both by the back-projection of the cache.  s_t is the
-noise level of an image over that of the set's median image, so that grey values stay those of the images.
+Owns: their files and STAR.  The volume is what the images say in the tomogram's frame, ``sum_t P_t^T c_t y_t / s_t``,
+and the weight volume holds ``sum_t c_t^2 / s_t`` (METHOD section 3), both by the back-projection of the cache.  s_t is
+the noise level of an image over that of the set's median image, so that grey values stay those of the images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SAMPLE = 64  # particles that the median noise level is taken from
 _OF_IMAGES = (
     "rlnTomoVisibleFrames", "rlnTomoSubtomogramRot", "rlnTomoSubtomogramTilt", "rlnTomoSubtomogramPsi", "rlnDefocusU",
     "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfBfactor", "rlnCtfScalefactor", "rlnMicrographPreExposure",
-    "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnImageName", "rlnCtfImage", "rlnMagnification", "rlnDetectorPixelSize",
+    "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnImageName", "rlnCtfImage", "rlnMagnification",
+    "rlnDetectorPixelSize",
     *(f"rlnOrigin{axis}{unit}" for axis in "XYZ" for unit in ("", "Angst")),
 )  # fmt: skip
 
@@ -43,8 +44,8 @@ _OF_IMAGES = (
 def prepare(particles: Particles, source: Source, output: Path, workers: int = 0) -> Iterator[int]:
     """Write subtomograms, weights and, last, ``particles.star`` to ``output``; yields the number of each finished one.
 
-    source: the table that the particles were read from.  Of an optimisation set also ``particles_optimisation_set.star``, which names the
-    tomograms.
+    source: the table that the particles were read from.  Of an optimisation set also
+    ``particles_optimisation_set.star``, which names the tomograms.
     UserError: no tilt images, ``output`` holds a set already.
     """
     star = output / "particles.star"
