@@ -77,7 +77,7 @@ def _refuse_different(first: Source, other: Source) -> None:
         )
     values: tuple[tuple[str, Callable[[StarFile], Any]], ...] = (
         ("pixel size", lambda star: (relion.pixel_size(star) or (None,))[0]),
-        ("size of the coordinates' pixels", relion.coordinate_pixel),
+        ("size of the coordinates' pixels", _coordinate_pixel),
         ("box", relion.image_size),
         ("premultiplication with the CTF", relion.premultiplied),
     )
@@ -97,6 +97,11 @@ def _refuse_different(first: Source, other: Source) -> None:
     for name in {*a.blocks, *b.blocks} - keep:
         if not _equal(a.blocks.get(name), b.blocks.get(name)):
             raise UserError(f"{a.path} and {b.path} differ in data_{name}; make them alike, or remove that block")
+
+
+def _coordinate_pixel(star: StarFile) -> float | None:
+    placed = star.has(star.particle_block, "rlnCoordinateX")
+    return relion.coordinate_pixel(star) if placed else None
 
 
 def _equal(a: Block | None, b: Block | None) -> bool:

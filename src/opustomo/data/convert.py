@@ -54,7 +54,8 @@ def rows_of_tomogram(particles: ParticleList, name: str) -> NDArray[np.int64]:
 def voxel_positions(particles: ParticleList, pixel_size: float | None = None) -> NDArray[np.float64]:
     """(P, 3) centres in voxels of ``pixel_size`` Angstrom, x, y, z; None: the voxels that the list counts.
 
-    UserError: the list counts voxels of unknown size where another is asked for; centred coordinates.
+    Where a RELION table does not state those, they are the images' own, as ``export`` has it.  UserError: the list
+    counts voxels of unknown size and has origins in Angstrom; centred coordinates.
     """
     if particles.unit == "centred":
         raise UserError(
@@ -67,7 +68,7 @@ def voxel_positions(particles: ParticleList, pixel_size: float | None = None) ->
                 f"{particles.source}: coordinates are in Angstrom ({particles.kind}); use dsdsh convert_warp"
             )
         return (particles.position + particles.shift) / pixel_size
-    own = particles.pixel_size
+    own = particles.pixel_size or particles.image_pixel
     if own is None and (particles.shift != 0).any():
         raise UserError(
             f"{particles.source}: origins are in Angstrom, but nothing says how large the voxels of the coordinates "

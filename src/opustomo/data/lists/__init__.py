@@ -42,6 +42,7 @@ class ParticleList:
     score: NDArray[np.float64]  # (P,) NaN where unknown
     half: NDArray[np.int64]  # (P,) 1 or 2, 0 where unknown
     pixel_size: float | None = None  # Angstrom, of the voxels that position counts, where the file states it
+    image_pixel: float | None = None  # Angstrom, of the images of a RELION table
     notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:

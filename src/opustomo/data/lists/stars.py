@@ -142,6 +142,7 @@ def _relion(star: StarFile) -> dict[str, Any]:
         fields["position"] = position - relion.origins(star, 1.0)[0]
         return fields
     size = 1.0 if pixel is None else pixel[0]
+    fields["image_pixel"] = None if pixel is None else size
     shift = -relion.origins(star, size)[0] * size
     turn = relion.subtomogram_rotation(star)
     if turn is not None:
