@@ -67,9 +67,12 @@ def extract_cubes(wanted: Cubes) -> list[str]:
             f"{wanted.star}: none of {len(place)} cubes of {wanted.box} voxels lies inside {wanted.tomogram} "
             f"(x, y, z = {size}), first place {place[0]}; correct --coord-scale or --box-size, or give --pad-outside"
         )
-    cubes = [box_at(volume, corner[i], wanted.box) for i in kept]
-    for number, cube in enumerate(cubes, wanted.first):
+    cubes = []
+    for number, i in enumerate(kept, wanted.first):
+        cube = box_at(volume, corner[i], wanted.box)
         write_volume(wanted.output / f"{wanted.prefix}_{number:06d}.mrc", cube, pixel_size or 1.0)
+        if wanted.stack is not None:  # else one at a time is held
+            cubes.append(cube)
     lines = [f"{len(kept)} cubes of {len(place)} places written to {wanted.output}"]
     if left := len(place) - len(kept):
         lines.append(f"{left} are {'outside the tomogram' if wanted.pad else 'not wholly inside it (--pad-outside)'}")
