@@ -226,8 +226,8 @@ def test_what_cannot_be_joined_is_told(tmp_path: Path, capsys: Lines) -> None:
 def test_cubes_are_the_voxels_at_the_coordinates(tmp_path: Path, capsys: Lines) -> None:
     volume = np.random.default_rng(1).normal(size=(30, 34, 38)).astype(np.float32)
     put_volume(tmp_path / "t.mrc", volume, 6.0)
-    x, y, z = ["20.4", "30.8", "5.0"], ["22.6", "40", "6.0"], ["26.4", "30.2", "30.0"]
-    names = {"rlnTomoName": ["a", "a", "b"], "rlnKept": ["07", "08", "09"]}
+    x, y, z = ["5.0", "20.4", "30.8"], ["6.0", "22.6", "40"], ["30.0", "26.4", "30.2"]
+    names = {"rlnTomoName": ["b", "a", "a"], "rlnKept": ["09", "07", "08"]}
     put_loop(tmp_path / "p.star", "particles", {"rlnMyX": x, "rlnMyY": y, "rlnMyZ": z} | names)
     line = ("extract_tomo_cubes", tmp_path / "t.mrc", tmp_path / "p.star", "--box-size", 8, "-o", tmp_path / "c",
             "--coord-cols", "rlnMyX", "rlnMyY", "rlnMyZ")  # fmt: skip
@@ -242,7 +242,7 @@ def test_cubes_are_the_voxels_at_the_coordinates(tmp_path: Path, capsys: Lines) 
     assert np.array_equal(read_volume(tmp_path / "c.mrc")[0].reshape(2, 8, 8, 8), np.stack([first, second]))
     assert read_star(tmp_path / "c.star").particles["rlnKept"].tolist() == ["07", "08"]
     assert run(*line, *some, "--prefix", "padded", "--pad-outside") == 0
-    padded = read_volume(tmp_path / "c/padded_000002.mrc")[0]  # 1.5, 2, 14: from -3, -2, 10
+    padded = read_volume(tmp_path / "c/padded_000000.mrc")[0]  # 1.5, 2, 14: from -3, -2, 10
     assert (padded[:, :2] == 0).all() and (padded[:, :, :3] == 0).all()
     assert np.array_equal(padded[:, 2:, 3:], volume[10:18, :6, :5])
     assert "none of 3 cubes" in refused(capsys, *line, "--coord-scale", 50)
