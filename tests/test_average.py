@@ -13,11 +13,12 @@ import torch
 from scipy import ndimage
 
 from opustomo import cli
-from opustomo.average import half_maps, half_sets, half_totals, propose_mask, resolution
+from opustomo.average import half_maps, half_sets, half_totals, resolution
 from opustomo.config import InputOptions
 from opustomo.data.mrc import header_of, read_volume
 from opustomo.data.observe import Noise
 from opustomo.data.readers import read_particles
+from opustomo.mask import automatic, solvent_mask
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
@@ -165,16 +166,14 @@ def test_resolution_is_where_the_curve_first_falls_below() -> None:
 
 def test_proposed_mask_is_one_body_and_takes_the_largest() -> None:
     size = 32
-    grid = Grid(size, 8.0, size, size, 32)
     body = gaussians(size, np.array([[1.0, 2, 0], [-2, 0, 1]]), 3.0)
     speck = 0.9 * gaussians(size, np.array([[-10.0, -8, 4]]), 1.2)
-    mask = propose_mask(body + speck, grid).numpy()
+    mask = solvent_mask(body + speck, automatic(8.0, size)).numpy()
     assert ndimage.label(mask > 0.05)[1] == 1
     assert mask[size // 2, size // 2, size // 2] == 1.0
     assert mask[size // 2 + 4, size // 2 - 8, size // 2 - 10] == 0.0
 
 
 def test_map_of_nothing_gives_a_mask_that_can_be_used() -> None:
-    grid = Grid(16, 8.0, 16, 16, 16)
-    mask = propose_mask(torch.zeros(16, 16, 16), grid)
+    mask = solvent_mask(torch.zeros(16, 16, 16), automatic(8.0, 16))
     assert torch.isfinite(mask).all() and float(mask.max()) == 1.0

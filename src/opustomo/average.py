@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
-from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from opustomo.analysis import plots
@@ -24,6 +22,7 @@ from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe_all
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
+from opustomo.mask import automatic, solvent_mask
 from opustomo.monitor import progress, setup_log
 from opustomo.physics.fourier import (
     band_frequencies,
@@ -36,7 +35,7 @@ from opustomo.physics.fourier import (
     to_band,
 )
 from opustomo.physics.grid import Grid
-from opustomo.physics.volume import centre_pad, cosine_edge, fourier_shell_correlation
+from opustomo.physics.volume import centre_pad, fourier_shell_correlation
 from opustomo.preparation import name_damaged, prepare_process
 
 log = logging.getLogger("opustomo")
@@ -96,25 +95,6 @@ def resolution(fsc: Tensor, threshold: float, extent: float) -> float:
     return extent / max(last, 1)
 
 
-def propose_mask(volume: Tensor, grid: Grid) -> Tensor:
-    """Soft solvent mask (M, M, M) from a map: low-passed to 5 working voxels, thresholded, largest part, soft edge.
-
-    The threshold is the one that splits the smoothed map's values best in two (Otsu), inside a sphere.
-    """
-    size = volume.shape[-1]
-    smooth = ndimage.gaussian_filter(volume.numpy(), max(1.0, 12.0 / grid.working_pixel))
-    axis = np.arange(size) - size // 2
-    inside = np.sqrt(sum(g.astype(float) ** 2 for g in np.meshgrid(axis, axis, axis, indexing="ij"))) < 0.48 * size
-    level = threshold_otsu(smooth[inside])
-    labels, count = ndimage.label((smooth > level) & inside)
-    if count == 0:
-        return torch.from_numpy(inside.astype(np.float32))
-    sizes = ndimage.sum_labels(np.ones_like(labels), labels, np.arange(1, count + 1))
-    body = ndimage.binary_fill_holes(labels == 1 + int(np.argmax(sizes)))
-    distance = torch.from_numpy(ndimage.distance_transform_edt(~body)).float()
-    return cosine_edge(distance - max(2.0, 10.0 / grid.working_pixel), max(3.0, 20.0 / grid.working_pixel))
-
-
 def main(config: AverageConfig) -> int:
     """``opustomo average``.  Raises UserError rather than replace a map or a mask, which may be the user's own."""
     for name in ("average.mrc", *(["mask.mrc"] if config.mask is None else [])):
@@ -139,7 +119,7 @@ def main(config: AverageConfig) -> int:
     name_damaged(particles, config.output)
     halves, full, fsc = half_maps(numerator, weight, size, mask)
     if config.mask is None:
-        mask = propose_mask(full, grid)
+        mask = solvent_mask(full, automatic(grid.working_pixel, size))
         halves, full, fsc = half_maps(numerator, weight, size, mask)
         write_volume(config.output / "mask.mrc", fourier_resize(mask, grid.box).clamp(0, 1).numpy(), grid.pixel_size)
         log.info("proposed mask: mask.mrc, %.1f %% of the box; look at it before training", 100 * float(mask.mean()))

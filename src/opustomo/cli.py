@@ -44,6 +44,13 @@ VERBS = {
         "opustomo extract picks.star -o extracted --tomogram tomograms/*.mrc --box 64 --tilt-range -60 60",
     ),
     "average": Verb("average", "AverageConfig", "opustomo average particles.star -o average"),
+    "mask": Verb(
+        "mask",
+        "MaskConfig",
+        "opustomo mask average/average.mrc -o mask\n"
+        "  opustomo mask average/average.mrc -o mask --sigma 1.5 --dilate 15 --edge 25",
+        waits=True,
+    ),
     "linear": Verb("linear_stage", "LinearConfig", "opustomo linear particles.star -r mask.mrc -o linear"),
     "cache": Verb("preparation", "CacheConfig", "opustomo cache particles.star -r mask.mrc -o run/cache"),
     "train": Verb(
@@ -92,6 +99,7 @@ Before training
   check      look at a data set in seconds and say what will be done about every finding
   extract    subtomograms from tomograms at the places of a particle list (Dynamo, PyTom, STOPGAP, M, ...)
   average    consensus map with half maps and FSC; proposes a solvent mask
+  mask       solvent mask from a map by your own threshold, margin and edge
   linear     mean, components and the code of every particle in closed form, in about a minute
   cache      numerators and weights in the consensus frame (train makes them when missing)
 Training

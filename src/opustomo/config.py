@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
+
+from opustomo.config_data import ExtractConfig as ExtractConfig
+from opustomo.config_data import MaskConfig as MaskConfig
+from opustomo.config_data import Output as Output
+from opustomo.config_data import Switch as Switch
 
 Star = Annotated[Positional[Path], arg(metavar="STAR")]
-Output = Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
 Mask = Annotated[Path | None, arg(aliases=("-r",), metavar="MRC")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
-Switch = Annotated[bool, FlagCreatePairsOff]  # off unless typed; a bool that is on by default has a --no- twin
 
 
 @dataclass(frozen=True)
@@ -366,28 +369,6 @@ class ExportConfig(ClassChoice):
     """Pixel size that the coordinates in the STAR file count, in Angstrom (default: as it states, else its images')."""
     m_source: Annotated[Path | None, arg(metavar="SOURCE")] = None
     """M's data source (NAME.source), needed for --format m: M knows its tilt series by the hashes in it."""
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """Cut subtomograms from tomograms at the places of a particle list, for data of which nothing else is there."""
-
-    list: Annotated[Positional[Path], arg(metavar="LIST")]
-    """Particle list: .star (RELION, Warp, M, pytom-match-pick, STOPGAP, ArtiaX), Dynamo .tbl, PyTom .xml, .ndjson."""
-    output: Output
-    """Output folder: particles.star (RELION 3.1), subtomo/, wedge.mrc."""
-    tomogram: Annotated[tuple[Path, ...], arg(metavar="FILE")]
-    """Tomograms (MRC), named as in the list, or a text file with a name of the list and a tomogram in each line."""
-    box: Annotated[int, arg(aliases=("-D",), metavar="N")]
-    """Box size in voxels of the tomogram, even."""
-    tilt_range: Annotated[tuple[float, float], arg(metavar="DEG")]
-    """Lowest and highest tilt angle in degrees: what the missing wedge leaves."""
-    tilt_axis: Literal["x", "y"] = "y"
-    """Tilt axis in the tomograms."""
-    angpix: Annotated[float | None, arg(aliases=("--Apix",), metavar="A")] = None
-    """Pixel size of the tomograms in Angstrom, where their headers do not state it."""
-    coords_angpix: Annotated[float | None, arg(metavar="A")] = None
-    """Pixel size that the coordinates in the list count, in Angstrom (default: as it states, else the tomograms')."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from opustomo import cli
 from opustomo.compat.arguments import Command, Given, box_and_pixel, existing_file, note, to_config
 from opustomo.compat.arguments import main as run_command
+from opustomo.compat.helpers import PREPARE_SUBTOMOS
 from opustomo.config import GridOptions, InputOptions, TrainConfig, VolumesConfig
 from opustomo.errors import UserError
 
@@ -252,6 +253,7 @@ COMMANDS = {
         eval_vol,
         "dsd eval_vol --load run/weights.19.pkl -c run/config.pkl --zfile codes.txt --Apix 2.2 -o volumes",
     ),
+    "prepare_subtomos": PREPARE_SUBTOMOS,
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opustomo import cli
+from opustomo.compat import helpers
 from opustomo.compat.arguments import Command, Given, box_and_pixel, count, epoch_number
 from opustomo.compat.arguments import main as run_command
 from opustomo.config import AnalyzeConfig, InputOptions, VolumesConfig
@@ -190,6 +191,7 @@ COMMANDS = {
         parse_pose,
         "dsdsh parse_pose consensus.star 320 1.699 run 16 16 --relion31",
     ),
+    **helpers.COMMANDS,
 }
 
 

@@ -88,10 +88,10 @@ def write_subset(
     write_star(path, {**star.blocks, star.particle_block: table})
     if source.optimisation is not None:
         set_path = path.with_name(f"{path.stem}_optimisation_set.star")
-        write_star(set_path, _set_blocks(source.optimisation, star.path, path))
+        write_star(set_path, optimisation_blocks(source.optimisation, star.path, path))
 
 
-def _set_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block]:
+def optimisation_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block]:
     """The optimisation set with other particles, their file named as the old one was: relative to the same folder."""
     column = "rlnTomoParticlesFile"
     blocks = dict(optimisation.blocks)

@@ -9,6 +9,7 @@ import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,10 +57,8 @@ def main(config: ExtractConfig) -> int:
     names = []
     for i in np.flatnonzero(inside):
         name = f"subtomo/{tomogram_key(found[i].name)}/p{i + 1:06d}.mrc"
-        x, y, z = corner[i].astype(int)
-        n = config.box
-        volume = map_volume(found[i])[0][z : z + n, y : y + n, x : x + n]
-        write_volume(config.output / name, np.asarray(volume, np.float32), pixel_size)
+        volume = box_at(map_volume(found[i])[0], corner[i].astype(int), config.box)
+        write_volume(config.output / name, volume, pixel_size)
         names.append(name)
     write_volume(config.output / "wedge.mrc", wedge(config.box, low, high, config.tilt_axis), pixel_size)
     centre = corner + config.box // 2
@@ -77,6 +76,17 @@ def main(config: ExtractConfig) -> int:
     log.info("wrote %d subtomograms of %d voxels of %g A: %s; next: opustomo check %s", len(names), config.box,
              pixel_size, config.output / "particles.star", config.output / "particles.star")  # fmt: skip
     return 0
+
+
+def box_at(volume: NDArray[Any], corner: NDArray[np.int64], box: int) -> NDArray[np.float32]:
+    """(N, N, N) voxels of a tomogram from ``corner`` (x, y, z), which may lie outside; zeros beyond its edge."""
+    out = np.zeros((box,) * 3, np.float32)
+    low = np.clip(corner, 0, volume.shape[::-1])
+    high = np.clip(corner + box, 0, volume.shape[::-1])
+    there = tuple(slice(a, b) for a, b in zip(low[::-1], high[::-1], strict=True))
+    here = tuple(slice(a, b) for a, b in zip((low - corner)[::-1], (high - corner)[::-1], strict=True))
+    out[here] = volume[there]
+    return out
 
 
 def wedge(box: int, low: float, high: float, axis: str = "y") -> NDArray[np.float32]:

@@ -87,11 +87,16 @@ def write_volume(
 
 
 def write_stack(path: Path, images: NDArray[np.float32], pixel_size: float) -> None:
-    """Write images (n, y, x) as a stack of 2-D images, float32; pixel_size in Angstrom.  UserError: not written."""
+    """Write images (n, y, x), or volumes (n, z, y, x), as a stack, float32; pixel_size in Angstrom.
+
+    UserError: not written.
+    """
     with atomic(path) as temporary, mrcfile.new(temporary, overwrite=True) as mrc:
         mrc.set_data(np.ascontiguousarray(images, np.float32))
-        mrc.set_image_stack()
-        mrc.header.cella = _cell((1, *images.shape[1:]), pixel_size)
+        if images.ndim == 3:
+            mrc.set_image_stack()
+        depth = 1 if images.ndim == 3 else images.shape[1]
+        mrc.header.cella = _cell((depth, *images.shape[-2:]), pixel_size)
         _label(mrc)
 
 

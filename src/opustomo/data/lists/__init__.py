@@ -6,7 +6,7 @@ Owns: the one list that all of them become, and how a file is recognised.  `opus
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,10 +42,16 @@ class ParticleList:
     score: NDArray[np.float64]  # (P,) NaN where unknown
     half: NDArray[np.int64]  # (P,) 1 or 2, 0 where unknown
     pixel_size: float | None = None  # Angstrom, of the voxels that position counts, where the file states it
+    image_pixel: float | None = None  # Angstrom, of the images of a RELION table
     notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.position)
+
+    def at(self, rows: NDArray[np.int64]) -> ParticleList:
+        """Those at ``rows``."""
+        names = ("position", "rotation", "tomogram", "shift", "score", "half")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def voxels(
         self, rows: NDArray[np.int64], pixel_size: float, size: NDArray[np.int64], coordinate_pixel: float | None
@@ -61,16 +67,17 @@ class ParticleList:
         return place / pixel_size + shift + (size / 2 if self.unit == "centred" else 0)
 
 
-def read_list(path: Path) -> ParticleList:
+def read_list(path: Path, block: str | None = None, tomogram: str | None = None) -> ParticleList:
     """Read a particle list of any known program; what it is is told by the file.
 
+    block, tomogram: of a STAR file, the table and the column of tomogram names, where they are not the usual ones.
     UserError: unknown kind, columns missing, values that are not numbers, no particles.
     """
     if path.suffix.lower() in _TABLES:
         kind, reader = _TABLES[path.suffix.lower()]
         found = reader(path)
     elif path.suffix.lower() == ".star":
-        kind, found = stars.read(read_star(path))
+        kind, found = stars.read(stars.chosen(read_star(path), block, tomogram))
     else:
         raise UserError(
             f"{path}: which program wrote this list is not known; give a .star file (RELION, Warp, M, "

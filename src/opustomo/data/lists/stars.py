@@ -39,6 +39,18 @@ def read(star: StarFile) -> tuple[str, dict[str, Any]]:
     return "RELION", _relion(star)
 
 
+def chosen(star: StarFile, block: str | None, tomogram: str | None) -> StarFile:
+    """The file with the table ``block`` as that of its particles, and the column ``tomogram`` as their tomograms."""
+    if block is None and tomogram is None:
+        return star
+    name = star.particle_block if block is None else block.removeprefix("data_")
+    table = star.table(name)
+    if tomogram is not None:
+        table = table.assign(rlnTomoName=star.text(name, tomogram.removeprefix("_"), "telling tomograms apart"))
+    optics = {key: value for key, value in star.blocks.items() if key == star.optics_block}
+    return StarFile(star.path, {**optics, _STOPGAP if name == _STOPGAP else "particles": table})
+
+
 def _columns(star: StarFile, names: list[str], block: str | None = None) -> NDArray[np.float64]:
     """(P, 3)"""
     block = star.particle_block if block is None else block
@@ -130,6 +142,7 @@ def _relion(star: StarFile) -> dict[str, Any]:
         fields["position"] = position - relion.origins(star, 1.0)[0]
         return fields
     size = 1.0 if pixel is None else pixel[0]
+    fields["image_pixel"] = None if pixel is None else size
     shift = -relion.origins(star, size)[0] * size
     turn = relion.subtomogram_rotation(star)
     if turn is not None:

@@ -1,11 +1,11 @@
-"""Particle lists for other programs: Warp, M, ArtiaX.
+"""Particle lists for other programs: Warp, M, ArtiaX, RELION.
 
 Owns: their columns, and M's way of naming tomograms: by the hash in its data source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
@@ -20,7 +20,7 @@ from opustomo.data.star import write_star
 from opustomo.errors import UserError, reading
 from opustomo.physics.geometry import matrix_to_euler
 
-Kind = Literal["artiax", "warp", "m"]
+Kind = Literal["artiax", "warp", "m", "relion"]
 
 
 def read_sources(path: Path) -> dict[str, tuple[str, str]]:
@@ -45,25 +45,28 @@ def write_list(
     kind: Kind,
     places: Places,
     half: NDArray[np.int64],
-    classes: NDArray[np.int64],
-    sources: Mapping[str, tuple[str, str]],
+    classes: NDArray[np.int64] | None = None,
+    sources: Mapping[str, tuple[str, str]] | None = None,
+    more: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write P particles; half (P,): 0 where unknown; classes (P,): 0-based; sources: for M, of ``read_sources``.
 
-    Coordinates of Warp and ArtiaX are voxels of ``places.pixel_size``, those of M Angstrom; refined shifts are in them.
+    more: further columns.  Coordinates of Warp, ArtiaX and RELION are voxels of ``places.pixel_size``, those of M
+    Angstrom; refined shifts are in them.
     UserError: a tomogram that M's data source does not have.
     """
     angles = matrix_to_euler(torch.from_numpy(places.rotation)).numpy()
     prefix, number, unit = ("wrp", "1", 1.0) if kind == "m" else ("rln", "", places.pixel_size)
     columns: dict[str, object] = {}
     keys = [tomogram_key(str(name)) for name in places.tomogram]
-    if kind == "artiax":
-        columns["rlnTomoName"] = list(places.tomogram)
+    if kind in ("artiax", "relion"):
+        columns["rlnTomoName" if kind == "artiax" else "rlnMicrographName"] = list(places.tomogram)
     columns |= _floats([f"{prefix}Coordinate{axis}{number}" for axis in "XYZ"], places.centre / unit)
-    if kind == "artiax":
+    if kind in ("artiax", "relion"):
         columns |= _floats([f"rlnOrigin{axis}" for axis in "XYZ"], np.zeros_like(places.centre))
     columns |= _floats([f"{prefix}Angle{angle}{number}" for angle in ("Rot", "Tilt", "Psi")], angles)
     if kind == "m":
+        sources = sources or {}
         if missing := [key for key in keys if key not in sources]:
             raise UserError(
                 f"--m-source: has no tilt series {missing[0]} (it has {', '.join(list(sources)[:3])} ...); give the "
@@ -79,7 +82,9 @@ def write_list(
             columns["rlnMicrographName"] = [f"{key}.tomostar" for key in keys]
         if (half > 0).any():
             columns["rlnRandomSubset"] = [str(value) for value in half]
-        columns["rlnClassNumber"] = [str(value + 1) for value in classes]
+        if classes is not None:
+            columns["rlnClassNumber"] = [str(value + 1) for value in classes]
+    columns |= dict(more or {})
     write_star(path, {"particles" if kind == "artiax" else "": pd.DataFrame(columns)})
 
 
