@@ -138,3 +138,18 @@ def test_create_mask_makes_spheres(tmp_path: Path, capsys: pytest.CaptureFixture
     line = ["create_mask", str(tmp_path / "map.mrc"), "-o", str(tmp_path / "x.mrc"), "--sphere-radius", "8"]
     assert dsdsh.main([*line, "--dilate", "2"]) == 2
     assert "--dilate does not act on a sphere" in capsys.readouterr().err
+
+
+def test_create_mask_takes_dark_density_and_closes_at_the_edge_of_the_box(tmp_path: Path) -> None:
+    volume = np.zeros((N, N, N), np.float32)
+    volume[:8, 10:20, 10:20], volume[20:30, 10:20, 10:20], volume[23:26, 10:20, 10:20] = 1, -1, 0
+    put_volume(tmp_path / "map.mrc", volume, PIXEL)
+    line = ["create_mask", str(tmp_path / "map.mrc"), "-o", str(tmp_path / "m.mrc"), "--threshold", "0.5", "--use-abs"]
+    assert dsdsh.main([*line, "--close", "2"]) == 0
+    mask = read_volume(tmp_path / "m.mrc")[0]
+    expected = np.abs(volume)
+    # the gap is three voxels wide and closed but near its rim, where it is open to the side
+    inner = (slice(None), slice(12, 18), slice(12, 18))
+    expected[23:26] = expected[21]
+    assert np.array_equal(mask[inner], expected[inner])
+    assert mask[0, 14, 14] == 1
