@@ -31,6 +31,7 @@ from opustomo.analysis.class_halves import (
     independent_voxels,
 )
 from opustomo.analysis.data_maps import open_rows
+from opustomo.analysis.difference import write_difference
 from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probability
 from opustomo.analysis.score_maps import resolution
 from opustomo.analysis.selection import find_labels, source_of
@@ -96,6 +97,9 @@ def main(config: QualityConfig) -> None:
 
     run = open_run(config.run, config.epoch)
     labels, folder = _chosen(run, config)
+    if config.difference:
+        write_difference(run, labels, config.difference, folder, config.false_rate, config.seed)
+        return
     for row in write_quality(run, labels, folder, config.seed):
         log.info("%s", in_words(row))
     log.info("written: %s", folder / "quality.csv")
