@@ -66,7 +66,11 @@ VERBS = {
     "movie": Verb(
         "analysis.movie", "MovieConfig", "opustomo movie run --pc 1\n  opustomo movie run/analyze.19/pc1 --level 0.02"
     ),
-    "quality": Verb("analysis.class_quality", "QualityConfig", "opustomo quality run --kmeans 16\n  opustomo quality run --kmeans 16 --difference 3 5"),
+    "quality": Verb(
+        "analysis.class_quality",
+        "QualityConfig",
+        "opustomo quality run --kmeans 16\n  opustomo quality run --kmeans 16 --difference 3 5",
+    ),
     "select": Verb(
         "analysis.selection",
         "SelectConfig",

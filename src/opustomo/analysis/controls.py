@@ -109,7 +109,8 @@ def write_tomograms(run: Run, labels: NDArray[np.integer], folder: Path) -> None
     chi = ((table - expected) ** 2 / np.maximum(expected, 1e-12)).sum(1)
     rows = [[name, int(line.sum()), *line.tolist(), f"{value:.2f}"]
             for name, line, value in zip(shown, table, chi, strict=True)]  # fmt: skip
-    write_text(folder / "tomograms.csv", _csv(["tomogram", "particles", *(f"class{c}" for c in range(count)), "chi2"], rows))
+    header = ["tomogram", "particles", *(f"class{c}" for c in range(count)), "chi2"]
+    write_text(folder / "tomograms.csv", _csv(header, rows))
     plots.save(plots.tomogram_fractions(np.asarray(labels), names, count), folder / "tomograms.png")
 
 

@@ -96,7 +96,8 @@ def write_full_volumes(
 
     Poses are the run's last ones; particles are weighted as in ``write_data_volumes``; halves are the file's random
     subsets, or alternate rows.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the map is
-    filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being the control.
+    filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being
+    the control.
     """
     inputs = _full_inputs(run)
     particles, size = inputs.particles, inputs.grid.working_box

@@ -75,8 +75,8 @@ def difference(
     """The masked difference map of two disjoint sets of particles and its significance.
 
     first, second: (P,) members; mask: (C, C, C).  With a = n_A / (n_A + n_B) and V the average of both, the right side
-    of the solve is ``(1 - a) sum_A (B - W V) - a sum_B (B - W V)`` and its system ``(1 - a)^2 W_A + a^2 W_B``: where all
-    particles are alike its expectation is zero, whatever V and its prior are, and otherwise the system times A - B.
+    of the solve is ``(1 - a) sum_A (B - W V) - a sum_B (B - W V)`` and its system ``(1 - a)^2 W_A + a^2 W_B``: where
+    all particles are alike its expectation is zero, whatever V and its prior are, else the system times A - B.
 
     Null distribution: the same from the same particles with A and B dealt out anew.  Its standard deviation at each
     voxel is theirs, its tails are those of Student's t with as many degrees of freedom.  The mask of significant
@@ -131,7 +131,7 @@ def write_difference(
             raise UserError(f"--difference: class {number} has {int(side.sum())} particles (classes are 0 to "
                             f"{int(labels.max())}); {FEWEST} are needed")  # fmt: skip
     grid, name = run.grid, f"difference{classes[0]}-{classes[1]}"
-    found = difference(open_rows(run), *sides, run.mask, grid, false_rate, seed=seed)
+    found = difference(open_rows(run), sides[0], sides[1], run.mask, grid, false_rate, seed=seed)
     place = (grid.working_pixel, origin_of(grid, grid.working_pixel, grid.crop))
     for kind, values in (("", found.density), ("_z", found.z), ("_mask", found.significant.astype(np.float32))):
         write_volume(folder / f"{name}{kind}.mrc", values, *place)
@@ -150,7 +150,7 @@ def write_difference(
 
 
 def picture(found: Difference, title: str) -> Figure:
-    """Slices of z through the middle of what is significant, outlined, and its surfaces: more (purple), less (orange)."""
+    """Slices of z through the middle of what is significant, outlined, and surfaces: more (purple), less (orange)."""
     fig = Figure(figsize=(9.0, 3.2), layout="constrained")
     reach = max(4.0, 0.8 * found.largest)
     score = np.abs(found.z) * (found.significant if found.significant.any() else 1)

@@ -30,7 +30,8 @@ def _density(fig: Figure, axes: Axes, xy: Array) -> None:
     edges = [np.linspace(*_padded(*np.percentile(column, [0.2, 99.8])), 129) for column in np.asarray(xy).T]
     counts = np.histogram2d(xy[:, 0], xy[:, 1], edges)[0].T
     # half of Scott's rule in two dimensions, which is for one group; in cells
-    width = [0.5 * float(np.std(c)) * len(xy) ** (-1 / 6) / float(e[1] - e[0]) for c, e in zip(xy.T, edges, strict=True)]
+    rule = 0.5 * len(xy) ** (-1 / 6)
+    width = [rule * float(np.std(c)) / float(e[1] - e[0]) for c, e in zip(xy.T, edges, strict=True)]
     smooth = ndimage.gaussian_filter(counts, width[::-1], mode="constant")
     smooth /= max(float(smooth.sum()), 1e-30)
     falling = np.sort(smooth.ravel())[::-1]

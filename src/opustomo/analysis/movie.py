@@ -39,8 +39,10 @@ BLUE = (0.35, 0.6, 0.85)
 
 def main(config: MovieConfig) -> None:
     """Verb ``movie``."""
-    if not 0 < config.rate <= RATE or not 64 <= config.size <= 2048:
-        raise UserError(f"--rate {config.rate:g} --size {config.size}: give 0 to {RATE} maps a second, 64 to 2048 pixels")
+    if not 1 <= config.rate <= RATE or not 64 <= config.size <= 2048:
+        raise UserError(
+            f"--rate {config.rate:g} --size {config.size}: give 1 to {RATE} maps a second, 64 to 2048 pixels"
+        )
     if Path(config.prefix).name != config.prefix:
         raise UserError(f"--prefix {config.prefix}: is a name, not a path; -o chooses the folder")
     source = _folder(config)
@@ -57,7 +59,7 @@ def _folder(config: MovieConfig) -> Path:
     chosen = any(getattr(config, name) for name in CHOICES)
     if not chosen:
         if (config.source / "config.yaml").is_file():
-            raise UserError(f"{config.source}: is a run: say which maps, e.g. --pc 1 or --kmeans 16, or give their folder")
+            raise UserError(f"{config.source}: is a run: say which maps, e.g. --pc 1, or give their folder")
         if not config.source.is_dir():
             raise UserError(f"{config.source}: no such folder; give the folder of the maps, or a run with --pc I")
         return config.source
@@ -76,8 +78,10 @@ def series(folder: Path, prefix: str) -> list[Path]:
     named = [(re.fullmatch(re.escape(prefix) + r"(\d+)\.mrc", path.name), path) for path in folder.iterdir()]
     found = [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
     if len(found) < 2:
-        raise UserError(f"{folder}: has {len(found)} maps {prefix}0.mrc, {prefix}1.mrc, ...; a movie needs two or more: "
-                        "make them with `opustomo volumes`, or name them with --prefix")  # fmt: skip
+        raise UserError(
+            f"{folder}: has {len(found)} maps {prefix}0.mrc, {prefix}1.mrc, ...; a movie needs two or more: make them "
+            "with `opustomo volumes`, or name them with --prefix"
+        )
     return found
 
 
@@ -87,8 +91,10 @@ def read_series(paths: Sequence[Path]) -> tuple[Volumes, float]:
     first, pixel = read[0]
     for path, (volume, size) in zip(paths, read, strict=True):
         if volume.shape != first.shape or abs(size - pixel) > 1e-4 * pixel or len(set(volume.shape)) > 1:
-            raise UserError(f"{path}: {volume.shape} voxels of {size:g} Angstrom where {paths[0].name} has {first.shape} of "
-                            f"{pixel:g}; a movie needs cubes of one size: make all with one `opustomo volumes`")  # fmt: skip
+            raise UserError(
+                f"{path}: {volume.shape} voxels of {size:g} Angstrom where {paths[0].name} has {first.shape} of "
+                f"{pixel:g}; a movie needs cubes of one size: make all with one `opustomo volumes`"
+            )
         if not np.isfinite(volume).all():
             raise UserError(f"{path}: has values that are not finite; make it again with `opustomo volumes`")
     return np.stack([np.asarray(volume, np.float32) for volume, _ in read]), pixel
@@ -125,9 +131,7 @@ def write_movie(
     return [*written, script, plots.save(picture, stem.with_name(stem.name + ".png"))]
 
 
-def draw_frames(
-    volumes: Volumes, titles: Sequence[str], pixel: float, level: float, reach: float, size: int
-) -> Frames:
+def draw_frames(volumes: Volumes, titles: Sequence[str], pixel: float, level: float, reach: float, size: int) -> Frames:
     """One frame (h, w, 3) for each map, h and w even: front and side of the surface ``level``, slices, a scale bar.
 
     ``reach``: voxels from the centre that the views show, which are ``size`` pixels wide.
@@ -177,8 +181,9 @@ def write_gif(frames: Frames, order: Sequence[int], path: Path, rate: float) -> 
     palette = Image.fromarray(frames[:, ::step, ::step].reshape(-1, w // step + (w % step > 0), 3)).quantize(256)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first, *rest = [images[i] for i in order]
+    options = {"duration": round(1000 / rate), "loop": 0, "optimize": False}
     with atomic(path) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / rate), loop=0, optimize=False)
+        first.save(temporary, "GIF", save_all=True, append_images=rest, **options)
     return path
 
 
@@ -186,7 +191,9 @@ def write_mp4(frames: Frames, order: Sequence[int], path: Path, rate: float) -> 
     """``frames`` (n, h, w, 3) in ``order`` as H.264; [] and a line of the log where imageio-ffmpeg is not installed."""
     try:
         import imageio_ffmpeg
-    except ImportError:
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):  # without the package, or without the program that its wheel brings
         log.warning("no MP4: imageio-ffmpeg is not installed; `pip install imageio-ffmpeg` brings it")
         return []
     hold = max(1, round(RATE / rate))

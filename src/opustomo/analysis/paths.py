@@ -72,15 +72,16 @@ def along(corners: Floats, points: int) -> Floats:
 def path_name(choice: MapChoice) -> str:
     """Folder of a way below analyze.N."""
     kind, ends = ("path", choice.path) if choice.path else ("between", choice.between)
-    return (f"kmeans{choice.kmeans}_" if choice.kmeans else "") + kind + "-".join(map(str, ends))
+    points = f"_{choice.points}points" if choice.points != MapChoice.points else ""
+    return (f"kmeans{choice.kmeans}_" if choice.kmeans else "") + kind + "-".join(map(str, ends)) + points
 
 
 def write_path(run: Run, choice: MapChoice, folder: Path) -> Path:
     """Write what ``--path`` or ``--between`` asks for below ``folder`` (analyze.N); the path of its z_path.txt.
 
-    ``pathA-B/`` or ``betweenA-B/``, with ``kmeansK_`` in front where A and B are classes: z_path.txt, the codes;
-    z_path_rows.txt, the particles passed; z_path.png.  UserError: no such class or particle, fewer than two ends,
-    fewer than two points, codes that stand still.
+    ``pathA-B/`` or ``betweenA-B/``, with ``kmeansK_`` in front where A and B are classes and ``_Npoints`` behind where
+    --points is given: z_path.txt, the codes; z_path_rows.txt, the particles passed; z_path.png.  UserError: no such
+    class or particle, fewer than two ends, fewer than two points, codes that stand still.
     """
     kind, given = ("path", choice.path) if choice.path else ("between", choice.between)
     name = f"--{kind} {' '.join(map(str, given))}"

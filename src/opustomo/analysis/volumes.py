@@ -73,8 +73,8 @@ def check_choice(config: MapChoice, verb: str) -> None:
         return
     if len(chosen) != 1:
         raise UserError(
-            f"{verb}: give one of --kmeans K, --pc I, --axis J, --conformation J, --groups, --zfile FILE, --path A B or "
-            f"--between A B (--kmeans with either of the last two), not {' and '.join(chosen) or 'none'}"
+            f"{verb}: give one of --kmeans K, --pc I, --axis J, --conformation J, --groups, --zfile FILE, --path A B "
+            f"or --between A B (--kmeans with either of the last two), not {' and '.join(chosen) or 'none'}"
         )
 
 
@@ -84,10 +84,14 @@ def _sampling(run: Run, config: VolumesConfig) -> tuple[float | None, int]:
         raise UserError("--original is the subtomograms' own box and pixel size; leave --box and --angpix out")
     finest = 2 * (run.grid.pixel_size if config.full else run.grid.working_pixel)
     if config.lowpass and not config.lowpass > finest:
-        raise UserError(f"--lowpass {config.lowpass:g}: the maps end at {finest:.4g} Angstrom; give more, or leave it out")
+        raise UserError(
+            f"--lowpass {config.lowpass:g}: the maps end at {finest:.4g} Angstrom; give more or leave it out"
+        )
     if not math.isfinite(config.sharpen) or config.sharpen / finest**2 > 80:
-        raise UserError(f"--sharpen {config.sharpen:g}: amplitudes at {finest:.4g} Angstrom would grow by exp(20); give a "
-                        "smaller B-factor in square Angstrom")  # fmt: skip
+        raise UserError(
+            f"--sharpen {config.sharpen:g}: amplitudes at {finest:.4g} Angstrom would grow by exp(20) or more; give a "
+            "smaller B-factor in square Angstrom"
+        )
     if config.fsc_weight and config.conformation:
         raise UserError("--fsc-weight: there are no half maps along a --conformation; give --lowpass")
     return (run.grid.pixel_size, run.grid.box) if config.original else (config.angpix, config.box)
