@@ -94,15 +94,15 @@ def difference(
     average, power = mean_volume(weights[0], numerators[0], mask, grid)
     band = model_band(average, grid.working_box)
     system, precision = weights[1][:, None, None], own_precision(DIFFERENT * power, grid)
-    solved = []
+    inside, density, solved = mask.numpy() > INSIDE, np.zeros(0, np.float32), []
     pairs = zip(weights[2:], numerators[2:], strict=True)
     for weight, numerator in progress(pairs, len(signs), "difference and permutations", "maps"):
         seen = centre_crop(irfft3(from_band(weight * band, grid.working_box)), grid.crop)
         right = (numerator - seen)[None]
-        solved.append(solve_masked(system, right, precision, mask, grid, torch.zeros_like(right), STEPS)[0])
-    maps = torch.stack(solved).double().numpy()
-    inside = mask.numpy() > INSIDE
-    values = maps[:, inside]
+        volume = solve_masked(system, right, precision, mask, grid, torch.zeros_like(right), STEPS)[0].numpy()
+        density = density if solved else volume
+        solved.append(volume[inside])  # the rest would take most of the memory
+    values = np.stack(solved).astype(np.float64)
     square = np.square(values)
     # each map in standard deviations of all the others, the permutations alike: their maxima are exchangeable
     z = values / np.sqrt(np.maximum(square.sum(0) - square, 1e-30) / permutations)
@@ -111,7 +111,7 @@ def difference(
     score, significant = np.zeros(inside.shape, np.float32), np.zeros(inside.shape, bool)
     score[inside], significant[inside] = z[0], found
     largest = np.abs(z).max(1)
-    return Difference(maps[0].astype(np.float32), score, significant, float(largest[0]), largest[1:], len(found))
+    return Difference(density.astype(np.float32), score, significant, float(largest[0]), largest[1:], len(found))
 
 
 def write_difference(
