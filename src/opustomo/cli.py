@@ -66,9 +66,18 @@ VERBS = {
     "volumes": Verb(
         "analysis.volumes",
         "VolumesConfig",
-        "opustomo volumes run --kmeans 16 --angpix 4\n  opustomo volumes run --pc 1",
+        "opustomo volumes run --kmeans 16 --angpix 4\n"
+        "  opustomo volumes run --pc 1\n"
+        "  opustomo volumes run --kmeans 16 --path 0 5 12",
     ),
-    "quality": Verb("analysis.class_quality", "QualityConfig", "opustomo quality run --kmeans 16"),
+    "movie": Verb(
+        "analysis.movie", "MovieConfig", "opustomo movie run --pc 1\n  opustomo movie run/analyze.19/pc1 --level 0.02"
+    ),
+    "quality": Verb(
+        "analysis.class_quality",
+        "QualityConfig",
+        "opustomo quality run --kmeans 16\n  opustomo quality run --kmeans 16 --difference 3 5",
+    ),
     "select": Verb(
         "analysis.selection",
         "SelectConfig",
@@ -109,6 +118,7 @@ Training
 After training
   analyze    PCA, k-means and UMAP of the codes
   volumes    density maps at cluster centres, along components or at any list of codes
+  movie      GIF, MP4 and a ChimeraX script of a series of maps, at one contour level
   quality    how good every class is, from half maps of the data, against random classes of its size
   select     STAR files of chosen classes, in the dialect that came in
   export     all classes as STAR files or lists for Warp, M and ArtiaX, with ChimeraX scripts that put them back

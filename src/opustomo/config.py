@@ -11,6 +11,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from opustomo.config_analysis import AnalyzeConfig as AnalyzeConfig
+from opustomo.config_analysis import MapChoice as MapChoice
+from opustomo.config_analysis import MovieConfig as MovieConfig
+from opustomo.config_analysis import OfEpoch as OfEpoch
+from opustomo.config_analysis import QualityConfig as QualityConfig
+from opustomo.config_analysis import Run as Run
+from opustomo.config_analysis import VolumesConfig as VolumesConfig
 from opustomo.config_data import ExtractConfig as ExtractConfig
 from opustomo.config_data import MaskConfig as MaskConfig
 from opustomo.config_data import Output as Output
@@ -18,7 +25,6 @@ from opustomo.config_data import Switch as Switch
 
 Star = Annotated[Positional[Path], arg(metavar="STAR")]
 Mask = Annotated[Path | None, arg(aliases=("-r",), metavar="MRC")]
-Run = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,6 @@ class GridOptions:
     """Solvent mask of the consensus map (soft, 0..1, same box as the subtomograms); without one a sphere is used."""
     downfrac: float = 0.5
     """Working box as a fraction of the subtomogram's: M = 2 floor(N downfrac / 2)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfEpoch:
-    epoch: int = -1
-    """Epoch (0-based; -1: the latest)."""
 
 
 @dataclass(frozen=True)
@@ -255,72 +255,6 @@ class EncodeConfig:
     """Threads, not processes (0: all cores)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-
-
-@dataclass(frozen=True)
-class AnalyzeConfig(OfEpoch):
-    """PCA, traversals, k-means and UMAP of the codes, with pictures."""
-
-    run: Run
-    """Run folder of train, linear or encode."""
-    pcs: int = 4
-    """Principal components to sample."""
-    clusters: int = 16
-    """K of k-means."""
-    skip_umap: Switch = False
-    """Skip the UMAP embedding (a stored umap.pkl is read)."""
-    seed: int = 0
-    """Random seed."""
-
-
-@dataclass(frozen=True)
-class VolumesConfig(OfEpoch):
-    """Decode volumes at cluster centres, along components or at any list of codes."""
-
-    run: Run
-    """Run folder of train, linear or encode."""
-    kmeans: int = 0
-    """Decode the centres of analyze.N/kmeansK."""
-    pc: int = 0
-    """Decode the traversal of principal component number PC (1-based)."""
-    axis: int = 0
-    """Decode along independent axis number AXIS (1-based, as in axes.csv): its groups, or a traversal."""
-    conformation: int = 0
-    """Move the bodies along conformation number J (1-based) of a run with --masks."""
-    groups: Switch = False
-    """Decode the mean code of every group of particles (analyze.N/groups), where an axis is discrete."""
-    zfile: Path | None = None
-    """Decode every row of this text file of codes."""
-    output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
-    """Output folder (default: the folder of that analysis)."""
-    prefix: str = "reference"
-    """Volumes are named PREFIX0.mrc, PREFIX1.mrc, ..."""
-    angpix: Annotated[float | None, arg(aliases=("--Apix",))] = None
-    """Pixel size of the written volumes (default: the working pixel size)."""
-    box: int = 0
-    """Pad to this box size at the written pixel size (0: the mask's crop)."""
-    flip: Switch = False
-    """Mirror the volumes along z (other hand)."""
-    from_data: Switch = False
-    """Also write what the data say at each code, with half-map FSC, at the working pixel size of the run."""
-    full: Switch = False
-    """The same from the subtomograms at their own box and pixel size, with half maps for relion_postprocess."""
-
-
-@dataclass(frozen=True)
-class QualityConfig(OfEpoch):
-    """How good every class is, from the data alone: half maps, differences and random classes of the same size."""
-
-    run: Run
-    """Run folder of train or linear."""
-    kmeans: int = 0
-    """The classes of analyze.N/kmeansK."""
-    labels: Annotated[Path | None, arg(metavar="PKL")] = None
-    """Any other classes: a class for every particle, 0-based (pickle, as labels.pkl)."""
-    output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
-    """Output folder (default: the folder of the classes)."""
-    seed: int = 0
-    """Random seed of the halves and of the random classes."""
 
 
 @dataclass(frozen=True, kw_only=True)

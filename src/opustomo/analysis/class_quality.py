@@ -30,14 +30,15 @@ from opustomo.analysis.class_halves import (
     half_sums,
     independent_voxels,
 )
+from opustomo.analysis.controls import tomogram_names
 from opustomo.analysis.data_maps import open_rows
+from opustomo.analysis.difference import write_difference
 from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probability
 from opustomo.analysis.score_maps import resolution
-from opustomo.analysis.selection import find_labels, source_of
+from opustomo.analysis.selection import find_labels
 from opustomo.compat.legacy_files import load_labels
 from opustomo.config import QualityConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.readers.relion import tomograms
 from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError, reading
 from opustomo.monitor import progress
@@ -96,6 +97,9 @@ def main(config: QualityConfig) -> None:
 
     run = open_run(config.run, config.epoch)
     labels, folder = _chosen(run, config)
+    if config.difference:
+        write_difference(run, labels, config.difference, folder, config.false_rate, config.seed)
+        return
     for row in write_quality(run, labels, folder, config.seed):
         log.info("%s", in_words(row))
     log.info("written: %s", folder / "quality.csv")
@@ -279,14 +283,6 @@ def _outlier_scores(run: Run) -> Floats | None:
         return None
     scores = np.asarray(read_arrays(path, "restore it from a copy")["outlier"], np.float64)
     return scores if len(scores) == len(run.codes) else None
-
-
-def tomogram_names(run: Run) -> NDArray[np.str_] | None:
-    """(P,) tomogram of every particle; None without the STAR file, for a part of it, or where there is but one."""
-    if not run.star.is_file():
-        return None
-    names = tomograms(source_of(run.star, run.config).table).astype(str)
-    return names if len(names) == len(run.codes) and len(np.unique(names)) > 1 else None
 
 
 def in_words(row: ClassQuality) -> str:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo.analysis import plots
+from opustomo.analysis.filters import Gain, filtered
 from opustomo.analysis.volumes import option, origin_of, resample, target
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.compat.legacy_files import load_indices
@@ -49,12 +50,14 @@ def write_data_volumes(
     flip: bool = False,
     neighbours: int = 0,
     seed: int = 0,
+    gain: Gain | None = None,
 ) -> list[Path]:
     """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
 
     Particles are weighted by a Gaussian of their distance in code space that covers ``neighbours`` of them (0: a
     tenth, at least 32).  Two random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random``
-    is the same for randomly chosen particles: what every subset shares.  UserError: the run has no cache.
+    is the same for randomly chosen particles: what every subset shares.  ``gain``: of the maps' spectra.
+    UserError: the run has no cache.
     """
     rows = open_rows(run)
     grid, n = run.grid, len(run.codes)
@@ -68,6 +71,7 @@ def write_data_volumes(
         weight = kernel(run.codes, code, neighbours or usual_neighbours(n))
         volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
         path = folder / f"{prefix}{i}_data.mrc"
+        volume = volume if gain is None else filtered(volume, grid.working_pixel, gain)
         write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
         paths.append(path)
         curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
@@ -80,13 +84,20 @@ def write_data_volumes(
 
 
 def write_full_volumes(
-    run: Run, codes: NDArray[np.floating], folder: Path, prefix: str, flip: bool = False, neighbours: int = 0
+    run: Run,
+    codes: NDArray[np.floating],
+    folder: Path,
+    prefix: str,
+    flip: bool = False,
+    neighbours: int = 0,
+    gain: Gain | None = None,
 ) -> list[Path]:
     """Maps from the subtomograms at their own box and pixel size: PREFIXi_data.mrc, _half1.mrc and _half2.mrc.
 
     Poses are the run's last ones; particles are weighted as in ``write_data_volumes``; halves are the file's random
     subsets, or alternate rows.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the map is
-    filtered by their FSC.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being the control.
+    filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being
+    the control.
     """
     inputs = _full_inputs(run)
     particles, size = inputs.particles, inputs.grid.working_box
@@ -107,9 +118,10 @@ def write_full_volumes(
             curves[name] = fsc.numpy().astype(np.float64)
             if name == "random":
                 continue
-            for kind, values in (("data", volume), ("half1", halves[0]), ("half2", halves[1])):
+            ready = volume.numpy() if gain is None else filtered(volume.numpy(), grid.pixel_size, gain)
+            for kind, values in (("data", ready), ("half1", halves[0].numpy()), ("half2", halves[1].numpy())):
                 paths.append(folder / f"{name}_{kind}.mrc")
-                written = resample(values.numpy(), grid.pixel_size, grid.pixel_size, size, flip)
+                written = resample(values, grid.pixel_size, grid.pixel_size, size, flip)
                 write_volume(paths[-1], written, grid.pixel_size)
     counts = {name: int(weight.count_nonzero()) for name, weight in zip(names, weights, strict=True)}
     _write_fsc(curves, counts, grid.extent, folder)

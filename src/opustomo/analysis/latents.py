@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from opustomo.analysis import plots
+from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.axes import as_text, nearest, write_axes
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
@@ -110,7 +110,25 @@ def analyze(
     _write_classes(result, codes)
     write_axes(run, folder)
     _draw(result, np.asarray(run.rotation))
+    _around(run, result, clusters, seed)
     return result
+
+
+def _around(run: Run, result: Analysis, clusters: int, seed: int) -> None:
+    """What else is known of the particles, over their codes, and how the codes came about."""
+    from opustomo.analysis import controls  # here: it reads particles, and those modules read labels from here
+
+    plane, names = pca_plane(result.pca_scores, result.explained)
+    over = (plane, names) if result.umap is None else (result.umap, ("UMAP1", "UMAP2"))
+    try:
+        controls.write_controls(run, *over, result.folder)
+        controls.write_tomograms(run, result.labels, result.clusters_folder)
+    except UserError as error:  # the particles may be elsewhere by now; their codes are here
+        log.warning("columns of the STAR file are not compared with the codes: %s", error)
+    try:
+        controls.write_convergence(run, clusters, result.folder, seed)
+    except UserError as error:
+        log.warning("epochs are not compared: %s", error)
 
 
 def stored_analysis(run: Run, clusters: int = 0) -> Analysis | None:
@@ -298,6 +316,8 @@ def _draw(result: Analysis, rotation: Floats) -> None:
     else:
         codes = plots.scatter(plane, names, "Codes")
         classes = plots.classes(plane, result.labels, result.centre_index, names, "Classes")
+    if in_use(result.explained) > 1:
+        plots.save(latent_plots.density(plane, names, "Density of the codes"), folder / "z_density.png")
     plots.save(codes, folder / "z_pca.png")
     plots.save(classes, kmeans / "z_pca.png")
     if result.umap is None:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
@@ -75,6 +76,11 @@ def _axes(fig: Figure, title: str = "", xlabel: str = "", ylabel: str = "", plac
 
 def _figure(width: float = 5.6, height: float = 4.2) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def line(x: tuple[float, float], y: float, width: float) -> Line2D:
+    """A horizontal bar in fractions of a figure."""
+    return Line2D(x, (y, y), color=INK, linewidth=width)
 
 
 def scatter(xy: Array, names: tuple[str, str] = ("PC1", "PC2"), title: str = "") -> Figure:

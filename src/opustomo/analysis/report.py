@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from opustomo import __version__
 from opustomo.analysis import page, plots, report_map
 from opustomo.analysis.class_page import quality_section
-from opustomo.analysis.class_quality import read_quality, tomogram_names
+from opustomo.analysis.class_quality import read_quality
+from opustomo.analysis.controls import tomogram_names
 from opustomo.analysis.data_maps import contributing, read_fsc
 from opustomo.analysis.latents import (
     CERTAIN,

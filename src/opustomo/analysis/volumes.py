@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opustomo.analysis import plots
+from opustomo.analysis.filters import Gain, filtered, gain_of
 from opustomo.analysis.latents import analysis_folder
-from opustomo.config import VolumesConfig
+from opustomo.analysis.paths import path_name, write_path
+from opustomo.config import MapChoice, VolumesConfig
 from opustomo.data.mrc import write_volume
 from opustomo.errors import UserError
 from opustomo.monitor import progress
@@ -30,6 +34,8 @@ Floats = NDArray[np.float64]
 Volume = NDArray[np.float32]
 BATCH, TRAVERSAL = 8, 10  # maps decoded at once; maps along a conformation
 LARGEST_BOX = 1024
+SHOWN = 64  # maps in a picture
+CHOICES = ("kmeans", "pc", "axis", "conformation", "groups", "zfile", "path", "between")
 
 
 def main(config: VolumesConfig) -> None:
@@ -37,31 +43,73 @@ def main(config: VolumesConfig) -> None:
     from opustomo.analysis.data_maps import write_data_volumes, write_full_volumes
     from opustomo.checkpoint import open_run
 
-    chosen = [name for name in ("kmeans", "pc", "axis", "conformation", "groups", "zfile") if getattr(config, name)]
-    if len(chosen) != 1:
-        raise UserError(
-            "volumes: give one of --kmeans K, --pc I, --axis J, --conformation J, --groups or --zfile FILE, not "
-            f"{' and '.join(chosen) or 'none'}"
-        )
+    check_choice(config, "volumes")
     if Path(config.prefix).name != config.prefix:
         raise UserError(f"--prefix {config.prefix}: is a name, not a path; -o chooses the folder")
     run = open_run(config.run, config.epoch)
+    angpix, box = _sampling(run, config)
+    folder = config.output or folder_of(run, config)
+    gain = gain_of(config.lowpass, config.sharpen) if config.lowpass or config.sharpen else None
     if config.conformation:
-        folder = config.output or analysis_folder(run) / f"conformation{config.conformation}"
         moved = progress(_moved(run, config), TRAVERSAL, "volumes", "volumes")
-        written = save_volumes(moved, run.grid, folder, config.prefix, config.angpix, config.box, config.flip)
+        written = save_volumes(moved, run.grid, folder, config.prefix, angpix, box, config.flip, [gain] * TRAVERSAL)
         log.info("written: %s ... %s", written[0], written[-1].name)
         return
-    source = _source(run, config)
-    codes = read_codes(source, run.codes.shape[1])
-    folder = config.output or (analysis_folder(run) / source.stem if config.zfile else source.parent)
-    options = (folder, config.prefix, config.angpix, config.box, config.flip)
-    written = write_volumes(run, codes, *options)
+    codes = read_codes(_source(run, config), run.codes.shape[1])
+    data: list[Path] = []
     if config.full:
-        written += write_full_volumes(run, codes, folder, config.prefix, config.flip)
+        data = write_full_volumes(run, codes, folder, config.prefix, config.flip, gain=gain)
     elif config.from_data:
-        written += write_data_volumes(run, codes, *options)
+        data = write_data_volumes(run, codes, folder, config.prefix, angpix, box, config.flip, gain=gain)
+    gains = _by_fsc(config, folder, len(codes)) if config.fsc_weight else [gain] * len(codes)
+    written = [*write_volumes(run, codes, folder, config.prefix, angpix, box, config.flip, gains), *data]
     log.info("written: %s ... %s", written[0], written[-1].name)
+
+
+def check_choice(config: MapChoice, verb: str) -> None:
+    """UserError unless one choice of maps is made, --kmeans with --path or --between being one."""
+    chosen = [f"--{name}" for name in CHOICES if getattr(config, name)]
+    if len(chosen) == 2 and config.kmeans and (config.path or config.between):
+        return
+    if len(chosen) != 1:
+        raise UserError(
+            f"{verb}: give one of --kmeans K, --pc I, --axis J, --conformation J, --groups, --zfile FILE, --path A B "
+            f"or --between A B (--kmeans with either of the last two), not {' and '.join(chosen) or 'none'}"
+        )
+
+
+def _sampling(run: Run, config: VolumesConfig) -> tuple[float | None, int]:
+    """(pixel size, box) asked for; UserError for filters and sizes that cannot be."""
+    if config.original and (config.box or config.angpix is not None):
+        raise UserError("--original is the subtomograms' own box and pixel size; leave --box and --angpix out")
+    finest = 2 * (run.grid.pixel_size if config.full else run.grid.working_pixel)
+    if config.lowpass and not config.lowpass > finest:
+        raise UserError(
+            f"--lowpass {config.lowpass:g}: the maps end at {finest:.4g} Angstrom; give more or leave it out"
+        )
+    if not math.isfinite(config.sharpen) or config.sharpen / finest**2 > 80:
+        raise UserError(
+            f"--sharpen {config.sharpen:g}: amplitudes at {finest:.4g} Angstrom would grow by exp(20) or more; give a "
+            "smaller B-factor in square Angstrom"
+        )
+    if config.fsc_weight and config.conformation:
+        raise UserError("--fsc-weight: there are no half maps along a --conformation; give --lowpass")
+    return (run.grid.pixel_size, run.grid.box) if config.original else (config.angpix, config.box)
+
+
+def _by_fsc(config: VolumesConfig, folder: Path, count: int) -> list[Gain | None]:
+    """A gain for each map, from its own column of fsc_data.csv."""
+    from opustomo.analysis.data_maps import read_fsc
+
+    path, fix = folder / "fsc_data.csv", "make it with the same command and --from-data"
+    if not path.is_file():
+        raise UserError(f"--fsc-weight: {path}: not there; {fix}")
+    frequency, curves = read_fsc(path)
+    names = [f"{config.prefix}{i}" for i in range(count)]
+    missing = [name for name in names if name not in curves]
+    if missing:
+        raise UserError(f"--fsc-weight: {path} has no column {missing[0]}; {fix}")
+    return [gain_of(config.lowpass, config.sharpen, (frequency, curves[name])) for name in names]
 
 
 def _moved(run: Run, config: VolumesConfig) -> Iterator[Volume]:
@@ -80,10 +128,25 @@ def _moved(run: Run, config: VolumesConfig) -> Iterator[Volume]:
         yield bodies.model.bodies.move(density, (code * loading)[None])[0].numpy()
 
 
-def _source(run: Run, config: VolumesConfig) -> Path:
+def folder_of(run: Run, config: MapChoice) -> Path:
+    """The folder below analyze.N that the maps of a choice belong to."""
+    if config.conformation:
+        name = f"conformation{config.conformation}"
+    elif config.zfile:
+        name = config.zfile.stem
+    elif config.path or config.between:
+        name = path_name(config)
+    else:
+        name = _source(run, config).parent.name
+    return analysis_folder(run) / name
+
+
+def _source(run: Run, config: MapChoice) -> Path:
     """The file of codes that was asked for; UserError with the command that makes it."""
     if config.zfile:
         return config.zfile
+    if config.path or config.between:
+        return write_path(run, config, analysis_folder(run))
     folder, fix = analysis_folder(run), f"opustomo analyze {run.path} --epoch {run.epoch}"
     if config.groups:
         path, fix = (
@@ -141,15 +204,17 @@ def write_volumes(
     angpix: float | None = None,
     box: int = 0,
     flip: bool = False,
+    gains: Sequence[Gain | None] = (),
 ) -> list[Path]:
     """Decode ``codes`` (n, zdim) into ``folder``/PREFIXi.mrc, i from 0; the paths written.
 
     ``angpix``: pixel size in Angstrom (None: the working pixel), exact in the header; ``box``: pad to this even
-    size; ``flip``: mirror along z about the centre voxel.  The header's origin lays the map over the consensus
-    map.  UserError: a pixel size or box that does not fit.
+    size; ``flip``: mirror along z about the centre voxel; ``gains``: of each map's spectrum (none: as decoded).  The
+    header's origin lays the map over the consensus map.  PREFIX.png shows the first 64.  UserError: a pixel size or
+    box that does not fit.
     """
     decoded = progress(_decoded(run, codes), len(codes), "volumes", "volumes")
-    return save_volumes(decoded, run.grid, folder, prefix, angpix, box, flip)
+    return save_volumes(decoded, run.grid, folder, prefix, angpix, box, flip, gains)
 
 
 def save_volumes(
@@ -160,14 +225,21 @@ def save_volumes(
     angpix: float | None = None,
     box: int = 0,
     flip: bool = False,
+    gains: Sequence[Gain | None] = (),
 ) -> list[Path]:
     """Write maps (C, C, C) of the working grid; options, files and errors as in ``write_volumes``."""
     pixel, size = target(grid, angpix, box)
-    paths = []
-    for i, volume in enumerate(volumes):
-        path = folder / f"{prefix}{i}.mrc"
-        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
+    paths: list[Path] = []
+    shown: list[Volume] = []
+    for volume, gain in zip_longest(volumes, gains):
+        ready = volume if gain is None else filtered(volume, grid.working_pixel, gain)
+        path = folder / f"{prefix}{len(paths)}.mrc"
+        write_volume(path, resample(ready, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
         paths.append(path)
+        if len(shown) < SHOWN:
+            shown.append(ready[::-1] if flip else ready)
+    picture = plots.montage(np.stack(shown), [path.stem for path in paths[:SHOWN]])
+    plots.save(picture, folder / f"{prefix}.png")
     return paths
 
 
