@@ -254,8 +254,8 @@ def test_help_of_every_command_states_purpose_defaults_and_example(
 def test_commands_that_never_were_are_refused_with_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert dsdsh.main(["convert_everything", "a.star"]) == 2
     assert "available: prepare, prepare_multi, analyze, eval_vol, parse_pose" in one_line(capsys)
-    assert dsdsh.main(["eval_vol", "out", "3", "dpc", "1", "2.2"]) == 2
-    assert "invalid choice: 'dpc'" in one_line(capsys)
+    assert dsdsh.main(["eval_vol", "out", "3", "mpc", "1", "2.2"]) == 2
+    assert "invalid choice: 'mpc'" in one_line(capsys)
 
 
 def check_poses(path: Path) -> None:

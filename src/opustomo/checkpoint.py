@@ -162,6 +162,8 @@ class Run:
     euler: NDArray[np.float64]  # (P, 3) degrees
     weights: dict[str, Any]
     conformation: NDArray[np.float32] | None = None  # (P, D), where there are bodies
+    analysis: str = "analyze"  # its folders, without the epoch (see analysis.places)
+    rows: NDArray[np.int64] | None = None  # of the particles that are looked at, in the run; None: all
 
     @property
     def bodies(self) -> BodyResult:
@@ -198,9 +200,9 @@ class Run:
         return np.ones(len(self.codes), bool) if stored is None else np.asarray(stored, bool)
 
     def linear_results(self) -> dict[str, NDArray[Any]] | None:
-        """The arrays of linear/linear.npz, or None where it is not there."""
+        """The arrays of linear/linear.npz; None where it is not there, or where some particles are left out."""
         path = self.path / "linear" / "linear.npz"
-        if not path.is_file():
+        if not path.is_file() or self.rows is not None:
             return None
         return read_arrays(path, "restore it from a copy")
 

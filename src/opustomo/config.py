@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 from opustomo.config_analysis import AnalyzeConfig as AnalyzeConfig
 from opustomo.config_analysis import MapChoice as MapChoice
 from opustomo.config_analysis import MovieConfig as MovieConfig
+from opustomo.config_analysis import OfAnalysis as OfAnalysis
 from opustomo.config_analysis import OfEpoch as OfEpoch
 from opustomo.config_analysis import QualityConfig as QualityConfig
 from opustomo.config_analysis import Run as Run
@@ -258,7 +259,7 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassChoice(OfEpoch):
+class ClassChoice(OfAnalysis):
     """Which classes of a run and which poses: shared by the verbs that hand particles back."""
 
     kmeans: int = 16

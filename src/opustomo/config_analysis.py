@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from opustomo.config_data import Switch
 
+Codes = Literal["composition", "conformation", "joint"]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
@@ -23,7 +24,15 @@ class OfEpoch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapChoice(OfEpoch):
+class OfAnalysis(OfEpoch):
+    codes: Codes = "composition"
+    """Which analysis: of composition, of the conformation of bodies (--masks), or of both together."""
+    filtered: Switch = False
+    """The second round of that analysis, of some classes only (analyze --within)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapChoice(OfAnalysis):
     """Which maps of a run: one of these, or --kmeans with --path or --between."""
 
     kmeans: int = 0
@@ -32,6 +41,8 @@ class MapChoice(OfEpoch):
     """The traversal of principal component number PC (1-based)."""
     axis: int = 0
     """Along independent axis number AXIS (1-based, as in axes.csv): its groups, or a traversal."""
+    state: Annotated[tuple[int, ...], arg(metavar="K J")] = ()
+    """With conformations: the composition at centre J of analyze.N/kmeansK, not the mean one."""
     conformation: int = 0
     """The bodies moved along conformation number J (1-based) of a run with --masks."""
     groups: Switch = False
@@ -56,6 +67,10 @@ class AnalyzeConfig(OfEpoch):
     """Principal components to sample."""
     clusters: int = 16
     """K of k-means."""
+    codes: Literal["all", "composition", "conformation", "joint"] = "all"
+    """Which codes: composition, the conformation of bodies (--masks), or joint, both together; all: the first two."""
+    within: Annotated[str | None, arg(metavar="K:2-5,8")] = None
+    """A second round: only particles in these classes of analyze.N/kmeansK; writes analyze.filter.N."""
     skip_umap: Switch = False
     """Skip the UMAP embedding (a stored umap.pkl is read)."""
     seed: int = 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +18,15 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from opustomo.bodies import DOF, Bodies
+from opustomo.data.atomic import write_text
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
 
 Floats = NDArray[np.float64]
+COLUMNS = ("series", "fixed", "moving", "axis_x", "axis_y", "axis_z", "point_x_A", "point_y_A", "point_z_A",
+           "swept_deg", "coherence", "slide_A", "displacement_A")  # fmt: skip
+POINTS = 10  # along a conformation
 FEW = 0.05  # of the largest singular value: along what is smaller the turns say nothing about where the axis is
 
 
@@ -62,6 +71,34 @@ def spread_of(hinge: Hinge, covariance: Tensor) -> float:
     direction[DOF * hinge.moving : DOF * hinge.moving + 3] = hinge.axis
     direction[DOF * hinge.fixed : DOF * hinge.fixed + 3] = -hinge.axis
     return math.degrees(math.sqrt(direction @ covariance.double().numpy() @ direction))
+
+
+def write_dynamics(run: Run, folder: Path) -> None:
+    """dynamics.csv: hinge of every pair of bodies in all motions, along every component and every conformation.
+
+    A row of a series (``all``; ``pc1``, ... as traversed; ``y1``, ...) and a pair: axis in the consensus frame, a point
+    on it in Angstrom from voxel N//2, degrees swept (5th to 95th percentile), coherence, slide and displacement in
+    Angstrom.  The pair that moves most first.
+    """
+    bodies, pixel = run.bodies, run.grid.working_pixel
+    loading, sizes = bodies.model.modes(bodies.dimensions)
+    codes = torch.from_numpy(np.asarray(run.codes[:, -bodies.dimensions :], np.float32))
+    series = {"all": bodies.motions.motion if run.rows is None else bodies.motions.motion[torch.from_numpy(run.rows)]}
+    for path in sorted(folder.glob("pc*/z_pc.txt"), key=lambda path: int(path.parent.name[2:])):
+        along = np.loadtxt(path, ndmin=2)[:, -bodies.dimensions :]
+        series[path.parent.name] = torch.from_numpy(along).float() @ loading.T
+    for number in torch.nonzero(sizes > 0)[:, 0].tolist():
+        first, last = (float(codes[:, number].quantile(q)) for q in (0.05, 0.95))
+        code = torch.linspace(first, last, POINTS)
+        series[f"y{number + 1}"] = code[:, None] * loading[:, number]
+    lines = [",".join(COLUMNS)]
+    for name, motion in series.items():
+        for hinge in hinges(bodies.model.bodies, motion):
+            numbers = [*hinge.axis, *(hinge.point * pixel), hinge.swept, hinge.coherence, hinge.slide * pixel,
+                       hinge.displacement * pixel]  # fmt: skip
+            names = [name, bodies.names[hinge.fixed], bodies.names[hinge.moving]]
+            lines.append(",".join([*names, *(f"{value:.4g}" for value in numbers)]))
+    write_text(folder / "dynamics.csv", "\n".join(lines) + "\n")
 
 
 def relative(bodies: Bodies, motion: Tensor, fixed: int, moving: int) -> tuple[Rotation, Floats]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ from sklearn.decomposition import PCA
 
 from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.axes import as_text, nearest, write_axes
+from opustomo.analysis.places import options_of, rows_within
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
+from opustomo.config_analysis import Codes
 from opustomo.data.atomic import write_text
 from opustomo.errors import UserError, reading
 
@@ -69,19 +71,31 @@ class Analysis:
 
 def main(config: AnalyzeConfig) -> None:
     """Verb ``analyze``."""
-    from opustomo.checkpoint import open_run  # here, so that reading labels does not load torch
+    from opustomo.analysis.dynamics import write_dynamics  # here, so that reading labels does not load torch
+    from opustomo.analysis.seen import seen_as, some_of
+    from opustomo.checkpoint import open_run
 
     run = open_run(config.run, config.epoch)
-    result = analyze(run, config.pcs, config.clusters, config.skip_umap, config.seed)
-    sizes = np.bincount(result.labels, minlength=len(result.centre_index))
-    log.info("class sizes: %s", ", ".join(f"{k}: {n}" for k, n in enumerate(sizes)))
-    log.info("written: %s", result.folder)
-    log.info("next: opustomo volumes %s --kmeans %d ; opustomo report %s", run.path, len(sizes), run.path)
+    rows = None if config.within is None else rows_within(run.path, run.epoch, config.within)
+    wanted: list[Codes] = [config.codes] if config.codes != "all" else ["composition"]
+    if config.codes == "all" and run.conformation is not None:
+        wanted.append("conformation")
+    for codes in wanted:
+        seen = seen_as(run, codes, rows is not None)
+        seen = seen if rows is None else some_of(seen, rows)
+        result = analyze(seen, config.pcs, config.clusters, config.skip_umap, config.seed)
+        if codes != "composition":
+            write_dynamics(seen, result.folder)
+        sizes = np.bincount(result.labels[result.labels >= 0], minlength=len(result.centre_index))
+        log.info("class sizes: %s", ", ".join(f"{k}: {n}" for k, n in enumerate(sizes)))
+        log.info("written: %s", result.folder)
+        more = options_of(codes, rows is not None)
+        log.info("next: opustomo volumes %s%s --kmeans %d ; opustomo report %s", run.path, more, len(sizes), run.path)
 
 
 def analysis_folder(run: Run) -> Path:
-    """RUN/analyze.N for the epoch that is open."""
-    return run.path / f"analyze.{run.epoch}"
+    """RUN/analyze.N, or of the codes that the run is seen by, for the epoch that is open."""
+    return run.path / f"{run.analysis}.{run.epoch}"
 
 
 def analyze(
@@ -110,8 +124,23 @@ def analyze(
     _write_classes(result, codes)
     write_axes(run, folder)
     _draw(result, np.asarray(run.rotation))
-    _around(run, result, clusters, seed)
+    if run.rows is not None:
+        return _of_all(result, run.rows, int(run.config["particles"]))
+    if run.analysis == "analyze":
+        _around(run, result, clusters, seed)
     return result
+
+
+def _of_all(result: Analysis, rows: NDArray[np.int64], count: int) -> Analysis:
+    """Classes and centres of some particles, told of all ``count``: -1 where a particle was left out."""
+    folder = result.folder
+    for path in [*folder.glob("pc*/labels.pkl"), result.clusters_folder / "labels.pkl"]:
+        everyone = np.full(count, -1, np.int64)
+        everyone[rows] = load_labels(path)
+        save_pickle(path, everyone)
+    write_text(result.clusters_folder / "centers_ind.txt", as_text(rows[result.centre_index], "%d"))
+    write_text(folder / "rows.txt", as_text(rows, "%d"))
+    return replace(result, labels=everyone, centre_index=rows[result.centre_index])
 
 
 def _around(run: Run, result: Analysis, clusters: int, seed: int) -> None:

@@ -63,11 +63,12 @@ def _folder(config: MovieConfig) -> Path:
         if not config.source.is_dir():
             raise UserError(f"{config.source}: no such folder; give the folder of the maps, or a run with --pc I")
         return config.source
+    from opustomo.analysis.seen import chosen_view
     from opustomo.checkpoint import open_run
 
     check_choice(config, "movie")
     choice = {field.name: getattr(config, field.name) for field in fields(MapChoice)}
-    folder = folder_of(open_run(config.source, config.epoch), config)
+    folder = folder_of(chosen_view(open_run(config.source, config.epoch), config), config)
     if not (folder / f"{config.prefix}0.mrc").is_file():
         make_maps(VolumesConfig(run=config.source, prefix=config.prefix, **choice))
     return folder

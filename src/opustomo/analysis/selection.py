@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo import __version__
+from opustomo.analysis.places import stem
 from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
@@ -63,11 +64,23 @@ def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
     if values.get("kind") == "map":
         labels, epoch = np.zeros(int(values["particles"]), np.int64), 0
     else:
-        labels_file, epoch = find_labels(config.run, config.epoch, class_folder(config)[0])
-        labels = load_labels(labels_file)
+        place = stem(config.codes, config.filtered)
+        labels_file, epoch = find_labels(config.run, config.epoch, class_folder(config)[0], place)
+        labels = load_labels(labels_file, -1 if config.filtered else 0)
     source = source_of(star, values)
     rows = trained_rows(config.run, source.table)
-    return Classes(star, source, labels, rows, _corrected(config.run, epoch) if config.corrected else None, epoch)
+    poses = _corrected(config.run, epoch) if config.corrected else None
+    if config.filtered:
+        labels, rows, poses = in_classes(source.table, labels, rows, poses)
+    return Classes(star, source, labels, rows, poses, epoch)
+
+
+def in_classes(
+    star: StarFile, labels: NDArray[np.int64], rows: NDArray[np.int64] | None, poses: CorrectedPoses | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], CorrectedPoses | None]:
+    """Labels, rows and poses of the particles that are in a class (label 0 or above)."""
+    rows, chosen = rows_of(star, labels, rows), labels >= 0
+    return labels[chosen], rows[chosen], poses.at(chosen) if poses else None
 
 
 def class_folder(config: ClassChoice) -> tuple[str, str]:
@@ -135,21 +148,21 @@ def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
     return rows
 
 
-def find_labels(run: Path, epoch: int, name: str) -> tuple[Path, int]:
+def find_labels(run: Path, epoch: int, name: str, place: str = "analyze") -> tuple[Path, int]:
     """``labels.pkl`` in analyze.N/``name`` (kmeansK, groups, axisJ, pcI) and its epoch (-1: the latest analysed).
 
-    UserError when there is none.
+    place: the analysis, see ``places.stem``.  UserError when there is none.
     """
     found = {}
-    for path in run.glob(f"analyze.*/{name}/labels.pkl"):
-        number = re.fullmatch(r"analyze\.(\d+)", path.parent.parent.name)
+    for path in run.glob(f"{place}.*/{name}/labels.pkl"):
+        number = re.fullmatch(re.escape(place) + r"\.(\d+)", path.parent.parent.name)
         if number:
             found[int(number.group(1))] = path
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder; check the name")
     chosen = max(found, default=-1) if epoch < 0 else epoch
     if chosen not in found:
-        which = f"analyze.{epoch}" if epoch >= 0 else "analyze.N"
+        which = f"{place}.{epoch}" if epoch >= 0 else f"{place}.N"
         option = {"kmeans": "clusters", "pc": "pcs"}.get(kind := name.rstrip("0123456789"))
         command = f"opustomo analyze {run}" + (f" --{option} {name.removeprefix(kind)}" if option else "")
         command += f" --epoch {epoch}" if epoch >= 0 else ""
@@ -213,6 +226,7 @@ def write_manifest(
         "epoch": classes.epoch,
         "kmeans": config.kmeans if name.startswith("kmeans") else None,
         "classes": name,
+        "analysis": stem(config.codes, config.filtered),
         "corrected_poses": config.corrected,
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "files": [str(path.relative_to(config.output)) for path in paths],

@@ -41,21 +41,23 @@ CHOICES = ("kmeans", "pc", "axis", "conformation", "groups", "zfile", "path", "b
 def main(config: VolumesConfig) -> None:
     """Verb ``volumes``."""
     from opustomo.analysis.data_maps import write_data_volumes, write_full_volumes
+    from opustomo.analysis.seen import along_conformation, chosen_view
     from opustomo.checkpoint import open_run
 
     check_choice(config, "volumes")
     if Path(config.prefix).name != config.prefix:
         raise UserError(f"--prefix {config.prefix}: is a name, not a path; -o chooses the folder")
-    run = open_run(config.run, config.epoch)
+    run = chosen_view(open_run(config.run, config.epoch), config)
+    moving = config.codes != "composition" or config.conformation
+    if moving and (config.from_data or config.full):
+        raise UserError("conformations: the data are not averaged along them; leave --from-data and --full out")
     angpix, box = _sampling(run, config)
     folder = config.output or folder_of(run, config)
     gain = gain_of(config.lowpass, config.sharpen) if config.lowpass or config.sharpen else None
     if config.conformation:
-        moved = progress(_moved(run, config), TRAVERSAL, "volumes", "volumes")
-        written = save_volumes(moved, run.grid, folder, config.prefix, angpix, box, config.flip, [gain] * TRAVERSAL)
-        log.info("written: %s ... %s", written[0], written[-1].name)
-        return
-    codes = read_codes(_source(run, config), run.codes.shape[1])
+        codes = along_conformation(run, config.conformation)
+    else:
+        codes = read_codes(_source(run, config), run.codes.shape[1])
     data: list[Path] = []
     if config.full:
         data = write_full_volumes(run, codes, folder, config.prefix, config.flip, gain=gain)
@@ -112,22 +114,6 @@ def _by_fsc(config: VolumesConfig, folder: Path, count: int) -> list[Gain | None
     return [gain_of(config.lowpass, config.sharpen, (frequency, curves[name])) for name in names]
 
 
-def _moved(run: Run, config: VolumesConfig) -> Iterator[Volume]:
-    """The map at the mean code with its bodies moved along one conformation, 5th to 95th percentile of its code."""
-    import torch
-
-    bodies, number = run.bodies, config.conformation
-    if config.from_data or config.full:
-        raise UserError("--conformation: the data are not averaged along it; leave --from-data and --full out")
-    if not 1 <= number <= bodies.dimensions:
-        raise UserError(f"--conformation {number}: {run.path} has conformations 1 to {bodies.dimensions}")
-    density = torch.from_numpy(run.decode(run.codes.mean(0, keepdims=True)))
-    loading = bodies.model.modes(bodies.dimensions)[0][:, number - 1]
-    codes = bodies.conformation[0][:, number - 1]
-    for code in torch.linspace(float(codes.quantile(0.05)), float(codes.quantile(0.95)), TRAVERSAL):
-        yield bodies.model.bodies.move(density, (code * loading)[None])[0].numpy()
-
-
 def folder_of(run: Run, config: MapChoice) -> Path:
     """The folder below analyze.N that the maps of a choice belong to."""
     if config.conformation:
@@ -148,6 +134,7 @@ def _source(run: Run, config: MapChoice) -> Path:
     if config.path or config.between:
         return write_path(run, config, analysis_folder(run))
     folder, fix = analysis_folder(run), f"opustomo analyze {run.path} --epoch {run.epoch}"
+    fix += f" --codes {config.codes}" * (config.codes != "composition") + " --within K:CLASSES" * config.filtered
     if config.groups:
         path, fix = (
             folder / "groups" / "centers.txt",

@@ -10,12 +10,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from opustomo import cli
+from opustomo.analysis.places import stem
 from opustomo.compat import helpers
 from opustomo.compat.arguments import Command, Given, box_and_pixel, count, epoch_number
 from opustomo.compat.arguments import main as run_command
 from opustomo.config import AnalyzeConfig, InputOptions, VolumesConfig
+from opustomo.config_analysis import Codes
 from opustomo.errors import UserError
 
 STAR_NAMES = ("BOX", "APIX")
@@ -35,16 +38,31 @@ def input_options(arguments: argparse.Namespace) -> InputOptions:
     return InputOptions(arguments.datadir, arguments.angpix, int(arguments.box), arguments.relion31)
 
 
-def run_arguments(parser: argparse.ArgumentParser) -> None:
+class Round(NamedTuple):
+    """An epoch as in weights.EPOCH.pkl, and whether the second round of its analysis is meant."""
+
+    epoch: int
+    filtered: bool
+
+
+def round_of(text: str) -> Round:
+    """EPOCH or filter.EPOCH, for argparse."""
+    return Round(epoch_number(text.removeprefix("filter.")), text.startswith("filter."))
+
+
+def run_arguments(parser: argparse.ArgumentParser, rounds: bool = False) -> None:
+    """rounds: EPOCH may be filter.EPOCH."""
     parser.add_argument("run", metavar="OUT", type=Path, help="output folder of the training")
-    parser.add_argument(
-        "epoch", metavar="EPOCH", type=epoch_number, help="epoch, counted from 0 as in weights.EPOCH.pkl"
-    )
+    words = "epoch, counted from 0 as in weights.EPOCH.pkl"
+    if rounds:
+        words += "; filter.EPOCH: the second round of analyze --kpc"
+    parser.add_argument("epoch", metavar="EPOCH", type=round_of if rounds else epoch_number, help=words)
 
 
-def analysis_folder(arguments: argparse.Namespace) -> Path:
-    """OUT/analyze.EPOCH."""
-    return Path(arguments.run) / f"analyze.{arguments.epoch}"
+def analysis_folder(arguments: argparse.Namespace, codes: Codes = "composition") -> Path:
+    """OUT/analyze.EPOCH, or that of other codes or of the second round."""
+    epoch, filtered = arguments.epoch
+    return Path(arguments.run) / f"{stem(codes, filtered)}.{epoch}"
 
 
 def epochs_of(run: Path) -> list[int]:
@@ -55,11 +73,12 @@ def epochs_of(run: Path) -> list[int]:
 
 def not_analysed(arguments: argparse.Namespace, path: Path, pcs: int, clusters: int) -> UserError:
     """What to say when ``path`` of an analysis is not there: the epochs there are, or the command that makes it."""
-    epochs = epochs_of(arguments.run)
-    if epochs and arguments.epoch not in epochs:
+    epochs, (epoch, filtered) = epochs_of(arguments.run), arguments.epoch
+    if epochs and epoch not in epochs:
         present = ", ".join(map(str, epochs))
-        return UserError(f"{arguments.run}: no epoch {arguments.epoch}; present are {present} (counted from 0)")
-    command = f"dsdsh analyze {arguments.run} {arguments.epoch} {pcs} {clusters}"
+        return UserError(f"{arguments.run}: no epoch {epoch}; present are {present} (counted from 0)")
+    command = f"dsdsh analyze {arguments.run} {epoch} {pcs} {clusters}" + " --kpc K:CLASSES" * filtered
+    command += " --joint" * ("jointanalyze" in str(path))
     return UserError(f"{path}: no such file; make it with: {command}")
 
 
@@ -100,6 +119,8 @@ def analyze_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pcs", metavar="NPC", type=count, help="number of principal components to traverse")
     parser.add_argument("clusters", metavar="K", type=count, help="number of k-means clusters")
     parser.add_argument("--skip-umap", action="store_true", help="do not embed again; a stored umap.pkl is read")
+    parser.add_argument("--kpc", metavar="K:2-5,8", help="these classes of kmeansK again: OUT/analyze.filter.EPOCH")
+    parser.add_argument("--joint", action="store_true", help="composition and conformation as one code (--masks)")
 
 
 def analyze(arguments: argparse.Namespace, given: Given) -> int:
@@ -110,40 +131,75 @@ def analyze(arguments: argparse.Namespace, given: Given) -> int:
         pcs=arguments.pcs,
         clusters=arguments.clusters,
         skip_umap=arguments.skip_umap,
+        within=arguments.kpc,
+        codes="joint" if arguments.joint else "all",
     )
     return cli.call("analyze", config, given)
 
 
 def volume_arguments(parser: argparse.ArgumentParser) -> None:
-    run_arguments(parser)
-    parser.add_argument("kind", metavar="kmeans|pc", choices=("kmeans", "pc"), help="cluster centres or a traversal")
-    parser.add_argument("number", metavar="K", type=count, help="number of clusters (kmeans), or of the component (pc)")
-    parser.add_argument("angpix", metavar="APIX", type=float, help="pixel size of the volumes written")
+    run_arguments(parser, rounds=True)
+    add = parser.add_argument
+    kinds = ("kmeans", "pc", "dpc", "joint")
+    add("kind", metavar="kmeans|pc|dpc|joint", choices=kinds,
+        help="cluster centres, a traversal, one of the conformation, or centres of analyze --joint")  # fmt: skip
+    add("number", metavar="K", type=count, help="number of clusters (kmeans, joint), or of the component (pc, dpc)")
+    add("angpix", metavar="APIX", type=float, help="pixel size of the volumes written")
+    add("--masks", type=Path, metavar="PKL", help="dpc: the bodies; cross-checked, the run knows its own")
+    add("--kmeans", type=count, metavar="K", help="dpc: with --dfk, the composition shown is a centre of kmeansK")
+    add("--dfk", type=int, metavar="J", help="dpc: number of that centre, from 0 (default: the mean composition)")
     parser.add_argument("--flip", action="store_true", help="mirror the volumes (other hand)")
 
 
 def eval_vol(arguments: argparse.Namespace, given: Given) -> int:
     """Translate to ``VolumesConfig``: volumes go into the folder of that analysis."""
-    kind, number = arguments.kind, arguments.number
-    codes = Path(f"{kind}{number}") / ("centers.txt" if kind == "kmeans" else "z_pc.txt")
-    path = analysis_folder(arguments) / codes
-    if not path.is_file() and arguments.epoch in epochs_of(arguments.run):
-        pcs, clusters = (4, number) if kind == "kmeans" else (number, 16)
-        raise not_analysed(arguments, path, pcs, clusters)
+    kind, number, (epoch, filtered) = arguments.kind, arguments.number, arguments.epoch
+    kinds: dict[str, Codes] = {"dpc": "conformation", "joint": "joint"}
+    codes = kinds.get(kind, "composition")
+    centres, along = (number, 0) if kind in ("kmeans", "joint") else (0, number)
+    path = analysis_folder(arguments, codes) / (f"kmeans{number}/centers.txt" if centres else f"pc{number}/z_pc.txt")
+    if not path.is_file() and epoch in epochs_of(arguments.run):
+        raise not_analysed(arguments, path, along or 4, centres or 16)
+    if kind != "dpc" and (other := sorted({"masks", "kmeans", "dfk"} & given)):
+        raise UserError(f"--{other[0]}: is for dpc; leave it out")
+    if (arguments.kmeans is None) != (arguments.dfk is None):
+        raise UserError("--kmeans K and --dfk J: the composition at centre J of kmeansK; give both or neither")
+    if arguments.masks is not None:
+        _same_bodies(arguments.run, arguments.masks)
     config = VolumesConfig(
         run=arguments.run,
-        epoch=arguments.epoch,
-        kmeans=number if kind == "kmeans" else 0,
-        pc=number if kind == "pc" else 0,
+        epoch=epoch,
+        codes=codes,
+        filtered=filtered,
+        kmeans=centres,
+        pc=along,
+        state=() if arguments.dfk is None else (arguments.kmeans, arguments.dfk),
         angpix=arguments.angpix,
         flip=arguments.flip,
     )
     return cli.call("volumes", config, given)
 
 
+def _same_bodies(run: Path, given: Path) -> None:
+    """Raises UserError where ``--masks`` are not the bodies that the run was trained with."""
+    from opustomo.compat.bodies import load_bodies
+    from opustomo.data.bodies import mask_files
+    from opustomo.stored import read_config
+
+    def files(path: Path | str) -> list[str]:
+        bodies = load_bodies(Path(path)) if str(path).endswith(".pkl") else mask_files(str(path))
+        return [file.name for file in bodies.files]
+
+    trained = read_config(run).get("masks")
+    if trained is None:
+        raise UserError(f"--masks {given}: {run} was trained without bodies; train with --masks for dpc")
+    if trained.startswith("auto:") or files(given) != files(trained):
+        raise UserError(f"--masks {given}: {run} was trained with {trained}; give that or leave --masks out")
+
+
 def selection_arguments(parser: argparse.ArgumentParser) -> None:
     star_arguments(parser)
-    run_arguments(parser)
+    run_arguments(parser, rounds=True)
     parser.add_argument("clusters", metavar="K", type=count, help="K of the k-means analysis")
 
 
@@ -183,7 +239,8 @@ COMMANDS = {
         "density maps at cluster centres or along a component (opustomo volumes)",
         volume_arguments,
         eval_vol,
-        "dsdsh eval_vol run 16 kmeans 16 2.2\n  dsdsh eval_vol run 16 pc 1 2.2",
+        "dsdsh eval_vol run 16 kmeans 16 2.2\n  dsdsh eval_vol run 16 pc 1 2.2\n"
+        "  dsdsh eval_vol run 16 dpc 1 2.2 --kmeans 16 --dfk 3",
     ),
     "parse_pose": Command(
         "one STAR file per k-means class, OUT/analyze.EPOCH/kmeansK/preI.star",

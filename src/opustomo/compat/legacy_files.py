@@ -252,10 +252,10 @@ def load_indices(path: Path, particles: int) -> NDArray[np.int64]:
     return index
 
 
-def load_labels(path: Path) -> NDArray[np.int64]:
-    """Class of every particle (P,), 0-based, from ``labels.pkl``."""
+def load_labels(path: Path, least: int = 0) -> NDArray[np.int64]:
+    """Class of every particle (P,), 0-based, from ``labels.pkl``; least: -1 where some may be in none."""
     labels = _integers(load_pickle(path), path, "a list of labels")
-    if labels.size == 0 or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
+    if labels.size == 0 or labels.min() < least or labels.max() < 0 or labels.max() >= _MOST_CLASSES:
         raise UserError(f"{path}: has no labels, negative ones or any beyond {_MOST_CLASSES}; run the analysis again")
     return labels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from opustomo.analysis.selection import trained_rows, write_classes
+from opustomo.analysis.selection import in_classes, trained_rows, write_classes
 from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
 from opustomo.data.readers import poses_of, relion, sampling, series
@@ -79,5 +79,6 @@ def write_poses(source: Source, box: int, angpix: float, path: Path) -> None:
 def write_label_stars(source: Source, labels: Path, outdir: Path, run: Path | None = None) -> None:
     """``outdir``/preI.star for every class I of ``labels``; ``run`` knows the rows it was trained on (``--ind``)."""
     rows = None if run is None else trained_rows(run, source.table)
-    paths = write_classes(source, load_labels(labels), outdir, rows)
+    members, rows, _ = in_classes(source.table, load_labels(labels, -1), rows)  # a second round leaves some out
+    paths = write_classes(source, members, outdir, rows)
     print(f"{len(paths)} STAR files written: {paths[0]} ... {paths[-1].name}")
