@@ -143,6 +143,10 @@ def test_relion31_as_30(tmp_path: Path, capsys: Lines) -> None:
     assert list(read_star(tmp_path / "particles30.star").particles["rlnVoltage"]) == ["300.0", "200.0"] * 3
     half = read_star(tmp_path / "particles30_subset2.star").particles
     assert list(half["rlnImageName"]) == [f"sub/p{i}.mrc" for i in (1, 3, 5)]
+    text = star.read_text()
+    star.write_text(text.replace("_rlnImageName", "_rlnElse"))
+    assert "is no table of subtomograms" in refused(capsys, "convert_star", star, SET_PIXEL, "--remove-symexp")
+    star.write_text(text)
     assert f"says {SET_PIXEL:g} A" in refused(capsys, "convert_star", star, 2 * SET_PIXEL)
 
 

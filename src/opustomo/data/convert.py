@@ -175,7 +175,7 @@ def star_to_relion30(
     are the file's, else alternate rows.  UserError: stacks of tilt images, another pixel size, no row with the label.
     """
     star = read_star(source)
-    if relion.has_stacks(star) or (star.optics_block is None and not star.has(star.particle_block, "rlnImageName")):
+    if not star.has(star.particle_block, "rlnImageName") or relion.has_stacks(star):
         raise UserError(
             f"{source}: is no table of subtomograms (rlnImageName); give one, or convert a species of M with "
             "dsdsh convert_warp and tilt images with dsd prepare_subtomos"

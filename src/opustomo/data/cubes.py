@@ -65,7 +65,8 @@ def extract_cubes(wanted: Cubes) -> list[str]:
     if len(kept) == 0:
         raise UserError(
             f"{wanted.star}: none of {len(place)} cubes of {wanted.box} voxels lies inside {wanted.tomogram} "
-            f"(x, y, z = {size}), first place {place[0]}; correct --coord-scale or --box-size, or give --pad-outside"
+            f"(x, y, z = {size}), first place {place[0]}; correct --coord-scale or --box-size"
+            f"{'' if wanted.pad else ', or give --pad-outside'}"
         )
     cubes = []
     for number, i in enumerate(kept, wanted.first):
