@@ -1,4 +1,4 @@
-"""One simulated set in every dialect, and real particles as images and as subtomograms: is it the same map, the same code?
+"""One set in every dialect, and real particles as images and as subtomograms: the same map, the same codes?
 
     python benchmarks/dialects.py -o bench/dialects [--count 200] [--noise 4] [--real FOLDER]
 

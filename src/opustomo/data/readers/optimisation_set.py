@@ -235,6 +235,12 @@ def _series(
     stated = relion.microscope(particles)
     stated |= {name: value for name in ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
                if (value := of_tomogram(name)) is not None}  # fmt: skip
+    count = of_tomogram("rlnTomoFrameCount")
+    if count is not None and count != len(star.table(block)):
+        raise UserError(
+            f"{tomograms.path}: column _rlnTomoFrameCount, row {row + 1}: {count:g} where data_{block} of {star.path.name} "
+            f"has {len(star.table(block))} images; correct it, or export the tomograms again"
+        )
     pixel = of_tomogram("rlnTomoTiltSeriesPixelSize") or relion.constant(particles, "rlnTomoTiltSeriesPixelSize")
     rotation = _rotations(star, block)
     columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}
