@@ -80,6 +80,12 @@ def cut(raw: bytes) -> bytes:
     return raw[: len(raw) * 2 // 3]
 
 
+def three_images(raw: bytes) -> bytes:
+    """A sound stack of the first three of its four images (box 16)."""
+    three = (3).to_bytes(4, "little")
+    return raw[:8] + three + raw[12:36] + three + raw[40 : 1024 + 3 * 16 * 16 * 4]
+
+
 def two_pixel_sizes(raw: bytes) -> bytes:
     """A second optics group, of images with another pixel size, for the second particle."""
     lines = raw.decode().splitlines()
@@ -138,8 +144,8 @@ FILES: list[tuple[str, str, str, Change]] = [
     ("particles of a set", "a tomogram that is not there", "stacks", text("TS_1 TS_1/1", "TS_9 TS_1/1")),
     ("particles of a set", "flags of another tilt series", "stacks", text("[1,1,", "[1,")),
     ("particles of a set", "nothing visible", "stacks", text("[1,1,1,1]", "[0,0,0,0]")),
-    ("particles of a set", "fewer frames than the stack has images", "stacks", text("[1,1,1,1]", "[1,0,0,1]", 2)),
     ("particles of a set", "two pixel sizes", "stacks", two_pixel_sizes),
+    ("stack of images", "shorter than the visible frames", "stack", three_images),
     ("tomograms of a set", "no table of tomograms", "tomograms", text("data_global", "data_other")),
     ("tomograms of a set", "a frame count that is not the images'", "tomograms", text(" -1.0 4 ", " -1.0 5 ")),
     ("tomograms of a set", "a projection that scales", "tomograms", text("[0.500000000,", "[1.500000000,")),
