@@ -212,12 +212,12 @@ def native_turns(tilts: Array) -> Array:
 
 def two_states_set(
     count: int, noise: float | Array, box: int = 32, turns: Array | None = None, step: float = 4.0, twice: bool = False,
-    scattered: float = 0.0,
+    scattered: float = 0.0, seed: int = 5, reach: float = 40.0,
 ) -> Set:  # fmt: skip
     """Images of two states at random poses; noise: standard deviation, of all or of each tilt; turns: (T, 3, 3),
     default tilts about y in RELION's sign; scattered: half the difference in defocus between two tilt series, whose
-    particles then lie at depths of their own, up to 450 A from the middle."""
-    rng = np.random.default_rng(5)
+    particles then lie at places of their own, reach pixels from the middle, in depth half as far again."""
+    rng = np.random.default_rng(seed)
     microscope = Microscope(box, 240.0 / box, np.arange(-60.0, 61.0, step))
     tilts = len(microscope.tilts)
     if turns is None:
@@ -228,7 +228,7 @@ def two_states_set(
     position = np.tile(rng.uniform(-40, 40, 3) * [1, 1, 1.5], (count, 1))
     series = np.arange(count) // 2 % 2 if scattered else None  # both half sets have both
     if scattered:
-        position = rng.uniform(-40, 40, (count, 3)) * [1, 1, 1.5]
+        position = rng.uniform(-reach, reach, (count, 3)) * [1, 1, 1.5]
     depth = np.einsum("tj,pj->pt", turns[:, 2], position) * microscope.pixel
     defocus = 27000.0 - depth
     if series is not None:
