@@ -2,9 +2,9 @@
 
     python benchmarks/hand.py
 
-Simulated sets of the tests' simulator (32 particles of two tilt series) as tilt images and as subtomograms, each as it
-is and with the defocus or the tilt angles turned round: standard errors in favour of the file, which ``check`` calls good
-above 4, wrong below -4 and not decidable between.  Prints Markdown.
+Simulated sets of the tests' simulator (32 particles of two tilt series) as tilt images and as subtomograms, each as
+it is and with the defocus or the tilt angles turned round.  Standard errors in favour of the file, which ``check``
+calls good above 4, wrong below -4 and not decidable between.  Prints Markdown.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def mirrored(particles: Particles) -> Particles:
 def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(
-        "| data | noise | spread (A) | question | the set as it is | made wrong |\n|---|---|---|---|---|---|"
-    )
+    print("| data | noise | spread (A) | question | the set as it is | made wrong |\n|---|---|---|---|---|---|")
     for noise, seed, reach in CASES:
         made = two_states_set(COUNT, noise, step=6.0, scattered=3000.0, seed=seed, reach=reach)
         with tempfile.TemporaryDirectory() as folder:
