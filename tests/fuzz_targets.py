@@ -80,7 +80,12 @@ def particles(path: Path) -> None:
 
 def within(folder: str, file: str, star: str) -> Callable[[Path], None]:
     """As particles, with the bytes in the place of one file of a set of tilt images."""
-    return lambda path: particles(path.replace(path.parent / folder / file).with_name(star))
+
+    def read(path: Path) -> None:
+        path.replace(path.parent / folder / file)
+        particles(path.parent / folder / star)
+
+    return read
 
 
 def mask(path: Path) -> None:
@@ -104,6 +109,8 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "particles": particles,
     "stacks": within("set", "particles.star", "set.star"),
     "tomograms": within("other", "tomograms.star", "set.star"),
+    "optimisation": within("third", "set.star", "set.star"),
+    "stack": within("fourth", "stacks/0.mrcs", "set.star"),
     "series": within("flat", "flat.star", "flat.star"),
     "ctf_star": lambda path: read_tilts([path], ["p"], {}),
     "ctf_csv": lambda path: read_tilts([path.rename(path.with_suffix(".csv"))], ["p"], {}),
@@ -184,11 +191,13 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     )
     put_loop(folder / "motl.star", "stopgap_motivelist", {key: ["2"] for key in motl})
     images = two_states_set(2, 5.0, box=16, step=40.0)
-    sets = [images.write_set(folder / name) for name in ("set", "other")]
+    sets = [images.write_set(folder / name) for name in ("set", "other", "third", "fourth")]
     flat = images.write_series(folder / "flat")
     return {
         "stacks": [sets[0].with_name("particles.star").read_bytes()],
         "tomograms": [sets[1].with_name("tomograms.star").read_bytes()],
+        "optimisation": [sets[2].read_bytes()],
+        "stack": [sets[3].with_name("stacks").joinpath("0.mrcs").read_bytes()],
         "series": [flat.read_bytes()],
         "star": stars,
         "particles": stars,

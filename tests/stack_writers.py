@@ -47,6 +47,13 @@ class Set:
     defocus: Array  # (P, T)
     images: Array
     twice: bool = False  # CTF-premultiplied
+    series: Array | None = None  # (P,) tilt series 0 or 1, each with its defocus; None: in turns, both the same
+
+    @property
+    def tomograms(self) -> list[str]:
+        """(P,) TS_2 (0) or TS_1 (1)."""
+        number = np.arange(len(self.state)) % 2 if self.series is None else self.series
+        return [("TS_2", "TS_1")[n] for n in number]
 
     @property
     def angles(self) -> Array:
@@ -81,7 +88,7 @@ class Set:
         for i, images in enumerate(self.images):
             shown = images * flags[:, None, None] if warp else images[flags]
             put_stack(folder / f"stacks/{i}.mrcs", shown, self.microscope.pixel)
-        names = ["TS_1" if i % 2 else "TS_2" for i in range(count)]
+        names = self.tomograms
         columns = {
             "rlnTomoName": names,
             "rlnTomoParticleName": [f"{name}/{i}" for i, name in enumerate(names)],
@@ -128,11 +135,11 @@ class Set:
         put_loop(folder / "tomograms.star", "global", table)
         for name in names:
             if native:
-                put_loop(folder / f"tilt_series/{name}.star", name, self._tilts(native))
+                put_loop(folder / f"tilt_series/{name}.star", name, self._tilts(native, name))
             else:
-                put_loop(folder / "tomograms.star", name, self._tilts(native), "a")
+                put_loop(folder / "tomograms.star", name, self._tilts(native, name), "a")
 
-    def _tilts(self, native: bool) -> dict[str, list[str]]:
+    def _tilts(self, native: bool, name: str) -> dict[str, list[str]]:
         if native:
             z, y, x = Rotation.from_matrix(self.turns).as_euler("ZYX", degrees=True).T
             geometry = {"rlnTomoXTilt": x, "rlnTomoYTilt": y, "rlnTomoZRot": z, "rlnTomoXShiftAngst": 3 * x,
@@ -146,7 +153,7 @@ class Set:
             columns["rlnTomoProjW"] = ["[0,0,0,1]"] * len(rows)
         # hand -1: less defocus at larger depth
         depth = np.einsum("tj,pj->pt", self.turns[:, 2], self.position) * self.microscope.pixel
-        middle = (self.defocus + depth)[0]
+        middle = (self.defocus + depth)[self.tomograms.index(name)]
         return columns | {
             "rlnDefocusU": [f"{v:.3f}" for v in middle], "rlnDefocusV": [f"{v:.3f}" for v in middle],
             "rlnDefocusAngle": ["0"] * len(middle), "rlnCtfBfactor": [f"{v:.3f}" for v in self.microscope.bfactor],
@@ -204,11 +211,13 @@ def native_turns(tilts: Array) -> Array:
 
 
 def two_states_set(
-    count: int, noise: float | Array, box: int = 32, turns: Array | None = None, step: float = 4.0, twice: bool = False
-) -> Set:
+    count: int, noise: float | Array, box: int = 32, turns: Array | None = None, step: float = 4.0, twice: bool = False,
+    scattered: float = 0.0, seed: int = 5, reach: float = 40.0,
+) -> Set:  # fmt: skip
     """Images of two states at random poses; noise: standard deviation, of all or of each tilt; turns: (T, 3, 3),
-    default tilts about y in RELION's sign."""
-    rng = np.random.default_rng(5)
+    default tilts about y in RELION's sign; scattered: half the difference in defocus between two tilt series, whose
+    particles then lie at places of their own, reach pixels from the middle, in depth half as far again."""
+    rng = np.random.default_rng(seed)
     microscope = Microscope(box, 240.0 / box, np.arange(-60.0, 61.0, step))
     tilts = len(microscope.tilts)
     if turns is None:
@@ -217,11 +226,16 @@ def two_states_set(
     rotation, origin = random_poses(count, rng)
     state = rng.permutation(np.arange(count) % 2)
     position = np.tile(rng.uniform(-40, 40, 3) * [1, 1, 1.5], (count, 1))
+    series = np.arange(count) // 2 % 2 if scattered else None  # both half sets have both
+    if scattered:
+        position = rng.uniform(-reach, reach, (count, 3)) * [1, 1, 1.5]
     depth = np.einsum("tj,pj->pt", turns[:, 2], position) * microscope.pixel
     defocus = 27000.0 - depth
+    if series is not None:
+        defocus += scattered * np.where(series == 1, 1.0, -1.0)[:, None]
     images = np.stack([
         microscope.images_at(states[state[i]], turns @ rotation[i], turns @ origin[i], defocus[i],
                              rng.normal(0, 1, (tilts, box, box)) * np.broadcast_to(noise, tilts)[:, None, None], twice)
         for i in range(count)
     ])  # fmt: skip
-    return Set(microscope, state, states, rotation, origin, turns, position, defocus, images, twice)
+    return Set(microscope, state, states, rotation, origin, turns, position, defocus, images, twice, series)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
@@ -11,7 +12,9 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from opustomo import cli, config
 from opustomo.compat import arguments, dsd, dsdsh
@@ -195,3 +198,15 @@ def test_defaults_in_the_option_table_are_the_programs() -> None:
         name = re.findall(r"--([\w-]+)", flags)[-1].replace("-", "_")
         owner = train if hasattr(train, name) else grid
         assert float(value) == float(getattr(owner, name)), flags
+
+
+def test_the_picture_of_the_conventions_is_what_its_script_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn with the program's matrices: a convention that was changed, or a picture that was not drawn anew, shows."""
+    kept, new = ROOT / "docs/images/conventions.png", tmp_path / "new.png"
+    monkeypatch.setattr("sys.argv", ["draw_conventions.py", str(new)])
+    runpy.run_path(str(ROOT / "tools/draw_conventions.py"), run_name="__main__")
+    one, other = (imread(path)[..., :3] for path in (kept, new))
+    assert kept.stat().st_size < 200_000 and one.shape == other.shape
+    assert np.abs(one - other).mean() < 0.001  # another rasteriser smooths edges otherwise

@@ -80,6 +80,23 @@ def cut(raw: bytes) -> bytes:
     return raw[: len(raw) * 2 // 3]
 
 
+def three_images(raw: bytes) -> bytes:
+    """A sound stack of the first three of its four images (box 16)."""
+    three = (3).to_bytes(4, "little")
+    return raw[:8] + three + raw[12:36] + three + raw[40 : 1024 + 3 * 16 * 16 * 4]
+
+
+def two_pixel_sizes(raw: bytes) -> bytes:
+    """A second optics group, of images with another pixel size, for the second particle."""
+    lines = raw.decode().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("1 a "))
+    other = lines[at].split()
+    other[:2], other[7] = ["2", "b"], "7.5"
+    last = lines[-1].split()
+    last[4] = "2"
+    return "\n".join([*lines[: at + 1], " ".join(other), *lines[at + 1 : -1], " ".join(last)]).encode()
+
+
 # columns of star_sets.Set: 0 micrograph, 1 image, 2 CTF, 3-5 angles, 6-8 origins, 9 magnification, 10 pixel size
 FILES: list[tuple[str, str, str, Change]] = [
     ("STAR file", "empty", "particles", instead(b"")),
@@ -118,6 +135,25 @@ FILES: list[tuple[str, str, str, Change]] = [
     ("CTF STAR", "a tilt angle beyond reason", "ctf_star", text(" -40.0 ", " 1e9 ")),
     ("CTF STAR", "a value too few", "ctf_star", text(" 2.7 ", " ")),
     ("CTF STAR", "every tilt excluded", "ctf_star", lambda raw: re.sub(rb"[\d.]+$", b"0", raw, flags=re.M)),
+    ("CTF table (CSV)", "no column for the scale", "ctf_csv", text("Scale", "Weight")),
+    ("CTF table (CSV)", "a word for a voltage", "ctf_csv", text("300000", "300kV")),
+    ("CTF table (CSV)", "a value too few", "ctf_csv", text(" 0.07,", "")),
+    ("optimisation set", "no particles file", "optimisation", text("particles.star", "gone.star")),
+    ("optimisation set", "no tomograms file", "optimisation", text("tomograms.star", "gone.star")),
+    ("optimisation set", "no tomograms named", "optimisation", text("_rlnTomoTomogramsFile", "_rlnOther")),
+    ("particles of a set", "a tomogram that is not there", "stacks", text("TS_1 TS_1/1", "TS_9 TS_1/1")),
+    ("particles of a set", "flags of another tilt series", "stacks", text("[1,1,", "[1,")),
+    ("particles of a set", "nothing visible", "stacks", text("[1,1,1,1]", "[0,0,0,0]")),
+    ("particles of a set", "two pixel sizes", "stacks", two_pixel_sizes),
+    ("stack of images", "shorter than the visible frames", "stack", three_images),
+    ("tomograms of a set", "no table of tomograms", "tomograms", text("data_global", "data_other")),
+    ("tomograms of a set", "a frame count that is not the images'", "tomograms", text(" -1.0 4 ", " -1.0 5 ")),
+    ("tomograms of a set", "a projection that scales", "tomograms", text("[0.500000000,", "[1.500000000,")),
+    ("tomograms of a set", "a word in a projection", "tomograms", text("[0.500000000,", "[half,")),
+    ("tomograms of a set", "no defocus", "tomograms", text("_rlnDefocusU", "_rlnOther")),
+    ("one row per image", "no number of the image", "series", text("\n1@", "\none@")),
+    ("one row per image", "images of a particle in two stacks", "series", text("\n2@all", "\n2@other")),
+    ("one row per image", "no voltage", "series", text("_rlnVoltage", "_rlnOther")),
     ("MRC volume", "empty", "mrc", instead(b"")),
     ("MRC volume", "text", "mrc", instead(b"not a volume " * 200)),
     ("MRC volume", "cut off", "mrc", cut),
@@ -260,7 +296,7 @@ def test_the_page_says_what_the_program_says(
         assert message != "USED" and message.isprintable() and "Traceback" not in message, (what, wrong)
         assert not re.search(r"(?<![\w./])/\w", message), message  # no path outside the folder
         if what not in ("option", "command line"):
-            assert re.search(r"FILE|config.yaml|sub\b", message), (what, wrong, message)
+            assert re.search(r"FILE|config.yaml|sub\b|\w\.star", message), (what, wrong, message)
         assert re.search(r"; |--help|\bor\b|correct|available|must (be|lie)", message), message  # the way out
     assert PAGE.read_text() == page(rows)
 

@@ -267,12 +267,20 @@ def _save(path: Path, objects: Sequence[Any]) -> None:
 
 
 def _text_numbers(path: Path) -> list[float]:
+    found = []
     try:
-        return [float(word) for word in path.read_text().replace(",", " ").split()]
+        lines = path.read_text().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; give one row number per line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not text; give one row number per line, or name a pickle .pkl") from None
+    for number, line in enumerate(lines, 1):
+        for word in line.replace(",", " ").split():
+            try:
+                found.append(float(word))
+            except ValueError:
+                raise UserError(f"{path}: line {number}: {word!r} is no row number; give one per line") from None
+    return found
 
 
 def _integers(found: Any, path: Path, what: str) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from opustomo.config import CheckConfig, GridOptions, InputOptions
-from opustomo.data.checks import crop, headers, images, signal, transfer, wedge
+from opustomo.data.checks import crop, hand, headers, images, signal, transfer, wedge
 from opustomo.data.checks import particles as table
 from opustomo.data.findings import Finding, Report
 from opustomo.data.observe import one_thread_each, sample_rows
@@ -115,9 +115,10 @@ def _data_findings(
     if isinstance(noise, UserError):
         return found, [Finding("error", "CTF", str(noise))]
     found += signal.signal_findings(noise, few, grid, config.input)
+    turned = hand.hand_findings(few, grid, noise)
     if particles.stacks:
-        return found, []  # images have no wedge to compare with
-    return found, wedge.wedge_findings(wedge.sample_power(few, grid, noise.mean_normalised))
+        return found, turned  # images have no wedge to compare with
+    return found, [*wedge.wedge_findings(wedge.sample_power(few, grid, noise.mean_normalised)), *turned]
 
 
 def _file_findings(star: Path, options: InputOptions) -> list[Finding]:

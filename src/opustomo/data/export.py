@@ -78,13 +78,16 @@ def write_subset(
         raise UserError(f"{path}: no particles selected; choose other classes")
     refuse_ambiguous(source.table)
     rows, member = source.rows_of(index)
+    # particles in the file's order: the images of a flat table, too
+    order = np.argsort(rows) if (np.diff(index) > 0).all() else np.arange(len(rows))
+    rows, member = rows[order], member[order]
     star = source.whole
     table = star.particles.iloc[rows].reset_index(drop=True)
     if classes is not None:
         table["rlnClassNumber"] = np.array([str(int(label) + 1) for label in np.asarray(classes)[member]], object)
     if poses is not None:
         for name, column in poses.in_file(source, index).columns(star).items():
-            table[name] = column
+            table[name] = column[order]
     write_star(path, {**star.blocks, star.particle_block: table})
     if source.optimisation is not None:
         set_path = path.with_name(f"{path.stem}_optimisation_set.star")

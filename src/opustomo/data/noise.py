@@ -54,19 +54,23 @@ def _prefers_mean(particles: Particles, rows: Iterable[int], grid: Grid) -> bool
     size = grid.working_box
     count = torch.zeros(size // 2 + 1)
     power = torch.zeros(2, size // 2 + 1)
-    log_m = 0.0
+    log_level = torch.zeros(2)
     for i in rows:
         with particles.looking_at(i):
             y2 = read_band(particles.image_files[i], grid).abs().square()
         _, m = insert_tilts(size, tilt_rows(particles, i), grid.extent)
         seen = (m > 0.05).float()
+        m = m.clamp(min=0.05)
+        # a lone slice at a distance adds its noise with the square of the kernel, and a mean takes the kernel out again
+        single = m.clamp(max=1.0)
+        levels = torch.stack([m * single, single / m])
         count += shell_sum(seen, size)
-        power += shell_sum(torch.stack([y2 / m.clamp(min=0.05), y2 * m]) * seen, size)
-        log_m += float((m.clamp(min=0.05).log() * seen * band_multiplicity(size)).sum())
+        power += shell_sum(y2 / levels * seen, size)
+        log_level += (levels.log() * seen * band_multiplicity(size)).sum(-1)
     used = count > 0
-    profile = (count * (power / count.clamp(min=1)).clamp(min=1e-30).log())[:, used].sum(-1)
-    # -log likelihood of noise s m (sum) and s / m (mean), with s profiled out per shell
-    return bool(profile[1] - log_m < profile[0] + log_m)
+    # -log likelihood of noise s levels, with s profiled out per shell
+    summed, mean = (count * (power / count.clamp(min=1)).clamp(min=1e-30).log())[:, used].sum(-1) + log_level
+    return bool(mean < summed)
 
 
 def _smooth(band: Tensor, size: int) -> Tensor:

@@ -235,6 +235,13 @@ def _series(
     stated = relion.microscope(particles)
     stated |= {name: value for name in ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
                if (value := of_tomogram(name)) is not None}  # fmt: skip
+    # a tilt series in a file of its own may have lost images since the tomograms were listed
+    count = of_tomogram("rlnTomoFrameCount") if star is tomograms else None
+    if count is not None and count != len(star.table(block)):
+        raise UserError(
+            f"{tomograms.path}: column _rlnTomoFrameCount, row {row + 1}: {count:g} where data_{block} of "
+            f"{star.path.name} has {len(star.table(block))} images; correct it, or export the tomograms again"
+        )
     pixel = of_tomogram("rlnTomoTiltSeriesPixelSize") or relion.constant(particles, "rlnTomoTiltSeriesPixelSize")
     rotation = _rotations(star, block)
     columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}

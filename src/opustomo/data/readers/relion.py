@@ -183,9 +183,13 @@ def constant(star: StarFile, column: str) -> float | None:
         return None
     other = np.flatnonzero(np.abs(values - values[0]) > 1e-6 * np.abs(values[0]))
     if other.size:
+        optics = star.optics_block
+        table = optics if optics is not None and star.has(optics, column) else None
+        row = int(other[0]) if table is None else _groups_in_use(star, table)[other[0]]
+        place = f"data_{star.particle_block if table is None else table}, row {row + 1}"
         raise UserError(
-            f"{star.path}: _{column} differs: {values[0]:g} and {values[other[0]]:g}; all particles must agree: "
-            "split the STAR file or extract the particles again alike"
+            f"{star.path}: _{column} differs: {values[0]:g} and {values[other[0]]:g} ({place}); all particles must "
+            "agree: split the STAR file or extract the particles again alike"
         )
     return float(values[0])
 

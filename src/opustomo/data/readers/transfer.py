@@ -100,7 +100,18 @@ def _from_tables(
 
 def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int, first: Path) -> TransferFunctions:
     kind: Transfer = "weight_volume" if relion.premultiplied(star) else "ctf_volume"
-    layout = half_fourier(read_volume(first)[0], box, first)[1]
+    half, layout = half_fourier(read_volume(first)[0], box, first)
+    if kind == "ctf_volume" and layout.startswith("RELION 4"):
+        raise UserError(
+            f"{star.path}: {first.name} holds CTF^2 and multiplicity, so these are CTF-premultiplied "
+            "pseudo-subtomograms, but the file does not say so; add the column _rlnCtfDataAreCtfPremultiplied with 1 "
+            "(to data_optics if there)"
+        )
     what = "weight volumes (data are CTF-premultiplied)" if kind == "weight_volume" else "CTF volumes"
     note = f"CTF from {len(set(files))} {what}: {layout}"
+    if kind == "ctf_volume" and half.min() >= 0:
+        note += (
+            "; nowhere negative, as CTF^2 is: if Warp wrote these with --3d the data are premultiplied, which the "
+            "column _rlnCtfDataAreCtfPremultiplied has to say with 1"
+        )
     return TransferFunctions(kind, files, np.zeros((0, len(TILT_COLUMNS))), np.zeros(1, np.int64), note)
