@@ -43,7 +43,7 @@ def test_the_way_is_the_cheapest_of_all() -> None:
 
 def test_groups_apart_and_equal_codes_are_joined_and_outliers_passed_by() -> None:
     rng = np.random.default_rng(1)
-    codes = np.concatenate([np.zeros((30, 2)), rng.normal(0, 0.1, (40, 2)) + [50, 0], [[25.0, 0]]])
+    codes = np.concatenate([np.zeros((30, 2)), rng.normal((50, 0), 0.1, (40, 2)), [[25.0, 0]]])
     rows = paths.graph_path(codes, [3, 60], np.arange(71) < 70)
     assert rows[0] == 3 and rows[-1] == 60 and 70 not in rows
     assert 70 in paths.graph_path(codes, [3, 60], np.ones(71, bool))

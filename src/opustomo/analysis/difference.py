@@ -94,7 +94,8 @@ def difference(
     average, power = mean_volume(weights[0], numerators[0], mask, grid)
     band = model_band(average, grid.working_box)
     system, precision = weights[1][:, None, None], own_precision(DIFFERENT * power, grid)
-    inside, density, solved = mask.numpy() > INSIDE, np.zeros(0, np.float32), []
+    inside, density = mask.numpy() > INSIDE, np.zeros(0, np.float32)
+    solved: list[NDArray[np.float32]] = []
     pairs = zip(weights[2:], numerators[2:], strict=True)
     for weight, numerator in progress(pairs, len(signs), "difference and permutations", "maps"):
         seen = centre_crop(irfft3(from_band(weight * band, grid.working_box)), grid.crop)
