@@ -143,7 +143,7 @@ def damaged_argument(parser: argparse.ArgumentParser) -> None:
     """``--damaged``, as the verbs have it."""
     parser.add_argument(
         "--damaged", choices=("stop", "skip"), default=InputOptions().damaged,
-        help="subtomograms that cannot be used (missing, cut off, NaN, one grey value, no tilt): stop, or go on without",
+        help="subtomograms that cannot be used (missing, cut off, NaN, one grey value, no tilt): stop, or go on",
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Owns: the order of the decisions (dialect, files, box, pixel size, poses, transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,9 +132,7 @@ def _of_tilt_images(
     return found._asdict() | {"transfer": "tilts", "ctf_files": (), "notes": tuple(notes)}
 
 
-def readable(
-    images: Sequence[Path], source: Source, options: InputOptions
-) -> tuple[list[Path], dict[str, str] | None]:
+def readable(images: Sequence[Path], source: Source, options: InputOptions) -> tuple[list[Path], dict[str, str] | None]:
     """Files to read sizes from, and with ``--damaged skip`` why those of the other particles, by name, are none.
 
     From all headers then, as ``check`` does; UserError where most cannot be read.
