@@ -3,13 +3,15 @@
     python benchmarks/costs.py -o scale --markdown docs/benchmarks.md
 
 The parts are benchmarks/step.py, cost.py, scale.py and ddp.py; their own tables are on docs/scaling.md.  The working
-folder is that of scale.py and is kept.  CPU-seconds are steadier than wall seconds where other jobs run.
+folder is that of scale.py; it keeps what was measured last of every part.  CPU-seconds are steadier than wall seconds
+where other jobs run.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -50,13 +52,13 @@ class Line:
         ]
 
 
-def of_a_step(repeats: int) -> Iterator[Line]:
+def of_a_step(_: Path) -> Iterator[Line]:
     """A step over the bare network, and its cost at the earlier program's configuration."""
     for number in (0, 1, 3, 4):
         row = steps.ROWS[number]
         title = row.title.replace("the same", steps.ROWS[number - 1].title)
         for poses, aim in ((False, steps.AIM_WITHOUT), (True, steps.AIM)):
-            own, _, ratio = steps.measure(dataclasses.replace(row, poses=poses), repeats if row.width < 1 else 3)
+            own, _, ratio = steps.measure(dataclasses.replace(row, poses=poses), 15 if row.width < 1 else 3)
             words = "pose errors integrated out" if poses else "without pose errors"
             yield Line(f"step over its bare network, {title}; {words}", ratio, "", aim)
         if number >= 3:
@@ -100,30 +102,35 @@ def of_two(folder: Path) -> Iterator[Line]:
     )
 
 
+PARTS = {"step": of_a_step, "start": of_a_start, "cache": of_a_cache, "two": of_two}
+
+
 def main() -> None:
     """Measure, print, and put the table between the marks of a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("scale"), help="working folder (kept)")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="measured now, not read")
     parser.add_argument("--markdown", type=Path, help="page that receives the table")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    began, load = time.strftime("%Y-%m-%d"), os.getloadavg()[0]
-    lines: list[Line] = []
-    parts = of_a_step(options.repeats), of_a_start(options.output), of_a_cache(options.output), of_two(options.output)
-    for part in parts:
-        for line in part:
-            lines.append(line)
-            print(*line.cells(), sep=" | ", flush=True)
-    gpu = ["a particle's step on a GPU of the H200's class, 128^3, template 160", "not measured", "<= 2 ms", ""]
-    text = (
-        f"`python benchmarks/costs.py`, {began}, {os.cpu_count()} cores, one thread, torch {torch.__version__}, "
-        f"load of the machine {load:.1f} when it began and {os.getloadavg()[0]:.1f} at the end.\n\n"
+    for name in options.parts:
+        stamp = f"{time.strftime('%Y-%m-%d')}, {os.getloadavg()[0]:.1f}"
+        lines = [dataclasses.asdict(line) for line in PARTS[name](options.output)]
+        (options.output / f"costs-{name}.json").write_text(json.dumps({"stamp": stamp, "lines": lines}))
+    rows = []
+    for name in PARTS:
+        path = options.output / f"costs-{name}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {"stamp": "", "lines": []}
+        rows += [[*Line(**line).cells(), kept["stamp"]] for line in kept["lines"]]
+    rows.append(
+        ["a particle's step on a GPU of the H200's class, 128^3, template 160", "not measured", "<= 2 ms", "", ""]
     )
-    text += markdown(["what", "figure", "aim", "reached"], [*(line.cells() for line in lines), gpu])
-    print(f"\n{text}")
+    machine = f"{os.cpu_count()} cores, one thread, torch {torch.__version__}"
+    table = markdown(["what", "figure", "aim", "reached", "date, load at the beginning"], rows)
+    text = f"`python benchmarks/costs.py`, {machine}.\n\n{table}"
+    print(text)
     if options.markdown is not None:
         put(options.markdown, text, MARKS)
 
