@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-quality bench-step bench-scale bench-cost clean
+.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost clean
 
 setup: $(VENV)/.ready
 
@@ -33,6 +33,9 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
+	$(BIN)/python benchmarks/costs.py -o scale --markdown docs/benchmarks.md
+
+bench-common: setup
 	$(BIN)/python benchmarks/run.py
 
 bench-step: setup

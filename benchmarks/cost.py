@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opustomo import memory
 from opustomo.data.cache import Cache, row_bytes
+from opustomo.data.filling import BLOCK
 from opustomo.data.observe import Noise
 from opustomo.linear import POSE, LinearModel, accumulate, choose_components, columns, infer, statistics
 from opustomo.linear_fit import EM_STEPS, MAX_COMPONENTS, SAMPLE
@@ -317,8 +318,9 @@ def gpu_seconds(c: Cost, efficiency: float) -> dict[str, float]:
 
 
 def predicted(c: Cost, here: Here, particles: int, gpus: int, efficiency: float) -> dict[str, float]:
-    """Seconds of every part of a run.  Rows and linear stage are made by one process, on the cores of its node."""
+    """Seconds of every part of a run.  All nodes make rows; the linear stage is fitted on the cores of one."""
     grid, nodes = c.sizes.grid, math.ceil(gpus / NODE)
+    makers = min(nodes, math.ceil(particles / BLOCK))  # a node makes blocks of rows
     cores, row = CORES * min(gpus, NODE), float(row_bytes(grid))
     whole, seen = particles * row, particles * EPOCHS
     share = gpu_seconds(c, efficiency)
@@ -334,7 +336,7 @@ def predicted(c: Cost, here: Here, particles: int, gpus: int, efficiency: float)
     disk /= DISK
     computed = max(flop / here.flop / 1e9, reads / here.read / 1e9) / cores
     times = {
-        "rows": particles * (1 + ROUNDS) * here.row[0] * grid.working_box ** here.row[1] / cores,
+        "rows": particles * (1 + ROUNDS) * here.row[0] * grid.working_box ** here.row[1] / (cores * makers),
         # one works while the other does: the slower one is what is waited for
         "linear stage": computed if computed >= disk else 0.0,
         "linear stage's reading": disk if disk > computed else 0.0,

@@ -40,6 +40,30 @@ def epochs(run: Path, processes: int, last: int) -> tuple[list[float], float]:
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def compare(output: Path, particles: int, processes: int, repeats: int, count: int, train: str) -> list[float]:
+    """Speed-ups of ``count`` epochs in neighbouring runs of one and of several processes; prints medians."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    data, run = output / "set", output / "run"
+    if not (run / "z.0.pkl").exists():
+        opustomo("simulate", "-o", str(data), "--preset", "two-state", "--n", str(particles))
+        star, mask = str(data / "particles.star"), str(data / "mask.mrc")
+        opustomo("train", star, "-r", mask, "-o", str(run), "-n", "1", "--device", "cpu", *train.split())
+    found: dict[int, list[tuple[float, float]]] = {1: [], processes: []}
+    for _ in range(repeats):
+        for number, results in found.items():
+            seconds, cpu = epochs(run, number, 1 + count)
+            results.append((statistics.median(seconds), cpu))
+            print(f"{number} process(es): epoch {results[-1][0]:.2f} s, the whole run {cpu:.1f} CPU-s", flush=True)
+    one, several = (list(zip(*results, strict=True)) for results in found.values())
+    print("| processes | wall s per epoch, median | CPU-s of the run, median |\n|---|---|---|")
+    for number, (wall, cpu_seconds) in zip(found, (one, several), strict=True):
+        print(f"| {number} | {statistics.median(wall):.2f} | {statistics.median(cpu_seconds):.1f} |")
+    ratios = [a / b for a, b in zip(one[0], several[0], strict=True)]
+    print(f"speed-up, median of {len(ratios)} neighbours: {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    return ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -49,25 +73,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="measured in each repeat")
     parser.add_argument("--train", default="-b 16 --width 0.25", help="options of train")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    data, run = options.output / "set", options.output / "run"
-    if not (run / "z.0.pkl").exists():
-        opustomo("simulate", "-o", str(data), "--preset", "two-state", "--n", str(options.particles))
-        star, mask = str(data / "particles.star"), str(data / "mask.mrc")
-        opustomo("train", star, "-r", mask, "-o", str(run), "-n", "1", "--device", "cpu", *options.train.split())
-    found: dict[int, list[tuple[float, float]]] = {1: [], options.processes: []}
-    for _ in range(options.repeats):
-        for processes, results in found.items():
-            seconds, cpu = epochs(run, processes, 1 + options.epochs)
-            results.append((statistics.median(seconds), cpu))
-            print(f"{processes} process(es): epoch {results[-1][0]:.2f} s, the whole run {cpu:.1f} CPU-s", flush=True)
-    one, several = (list(zip(*results, strict=True)) for results in found.values())
-    print("| processes | wall s per epoch, median | CPU-s of the run, median |\n|---|---|---|")
-    for processes, (wall, cpu_seconds) in zip(found, (one, several), strict=True):
-        print(f"| {processes} | {statistics.median(wall):.2f} | {statistics.median(cpu_seconds):.1f} |")
-    ratios = [a / b for a, b in zip(one[0], several[0], strict=True)]
-    print(f"speed-up, median of {len(ratios)} neighbours: {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    compare(options.output, options.particles, options.processes, options.repeats, options.epochs, options.train)
 
 
 if __name__ == "__main__":

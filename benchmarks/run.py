@@ -1,6 +1,6 @@
 """Quality on simulated sets with known truth: linear stage and default training run, every metric, all seeds.
 
-    python benchmarks/run.py -o bench                              the common set, three seeds (make bench)
+    python benchmarks/run.py -o bench                              the common set, three seeds (make bench-common)
     python benchmarks/run.py -o bench --sets all --markdown docs/benchmarks.md   every set (make bench-quality)
 
 The simulator is independent of this program.  CPU-seconds are those of the child processes, wall seconds are printed
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scale import put
+
+MARKS = "<!-- quality -->", "<!-- end of quality -->"
 Figures = dict[str, float | None]
 
 
@@ -151,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the set's own")
     parser.add_argument("--verbs", nargs="+", default=["linear", "train"], choices=["linear", "train"])
     parser.add_argument("--train", default="", help="arguments of opustomo train")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
+    parser.add_argument("--markdown", type=Path, help="page that receives the tables")
     options = parser.parse_args()
     if not options.simulator.is_file():
         parser.error(f"--simulator {options.simulator}: no such file; give the path of simulate_phantom.py")
@@ -165,7 +168,7 @@ def main() -> None:
         parts.append(markdown(SETS[name], table))
         print(parts[-1], flush=True)
         if options.markdown is not None:
-            options.markdown.write_text("# Benchmarks\n\nWritten by `make bench-quality`.\n\n" + "\n".join(parts))
+            put(options.markdown, "\n".join(parts).strip(), MARKS)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ mode, *argv = sys.argv[1:]
 from opustomo import cli, train
 class Stop(BaseException): pass
 if mode == "make":
-    from opustomo.data import cache, noise
+    from opustomo.data import filling, noise
     from opustomo.data.observe import observe
     made = {}
     def copies(particles, rows, grid, model, workers=0, crop=None, then=None):
@@ -55,16 +55,17 @@ if mode == "make":
             if then is not None:
                 then(*row)
             yield row
-    cache.observe_all = noise.observe_all = copies
+    filling.observe_all = noise.observe_all = copies
 figures = {}
 if mode == "rows":
     from opustomo.data import cache
-    fill = cache._fill
+    fill = cache.fill
     def timed(*values):
         cpu, wall = time.process_time(), time.time()
-        fill(*values)
+        filled = fill(*values)
         figures.update(rows_cpu=time.process_time() - cpu, rows_wall=time.time() - wall)
-    cache._fill = timed
+        return filled
+    cache.fill = timed
 if mode == "first":
     step = train.train_step
     def first(*values):

@@ -88,7 +88,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     assert any(row["epoch"] == "1" for row in metrics_of(run))  # begun, to be dropped
 
     made: list[int] = []
-    monkeypatch.setattr("opustomo.data.cache.observe_all", lambda particles, rows, *_: made.extend(rows) or iter(()))
+    monkeypatch.setattr("opustomo.data.filling.observe_all", lambda particles, rows, *_: made.extend(rows) or iter(()))
     assert cli.main(["train", "--resume", str(run), "--workers", "1", "--device", "cpu"]) == 0
     assert made == []  # the cache is still good
     for epoch in range(EPOCHS):

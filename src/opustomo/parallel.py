@@ -38,6 +38,8 @@ GRACE = 15.0  # seconds to give the reason in before the others are ended
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 _gpus: dist.ProcessGroup | None = None
+_hosts: list[str] = []  # of every process
+_waiting = False  # do the others wait for work of ``everywhere``?
 
 
 class _Lost(Exception):
@@ -129,6 +131,55 @@ def from_first(value: T | None) -> T:
     return cast(T, box[0])
 
 
+# ------------------------------------------------------------------------------------------------ work for all
+
+
+def prepared(make: Callable[[], T]) -> T:
+    """What ``make`` gives in the first process, in all; meanwhile the others do their parts of ``everywhere``."""
+    global _waiting
+    if first():
+        _waiting = count() > 1
+        try:
+            value = make()
+        finally:
+            _waiting = False
+        return from_first((None, value))[1]
+    while True:
+        task: tuple[Any, Any] = from_first(None)
+        if task[0] is None:
+            return cast(T, task[1])
+        _part(task[0], None)
+
+
+def helped() -> bool:
+    """Would ``everywhere`` be done by several?"""
+    return _waiting
+
+
+def everywhere(work: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
+    """``work`` of ``parts[i]`` in process i, pickled; what each returns.  Only for the first, while others wait."""
+    assert _waiting and len(parts) == count()
+    from_first((work, None))
+    return _part(work, list(parts))
+
+
+def _part(work: Callable[[Any], T], parts: list[Any] | None) -> list[T]:
+    own: list[Any] = [None]
+    with _exchange():
+        dist.scatter_object_list(own, parts)
+    done = work(own[0])
+    results: list[T] = [done] * count()
+    with _exchange():
+        dist.all_gather_object(results, done)
+    return results
+
+
+def machines() -> list[int]:
+    """The number of each process's machine, from 0."""
+    known = list(dict.fromkeys(_hosts))
+    return [known.index(host) for host in _hosts]
+
+
 @contextmanager
 def _exchange() -> Iterator[None]:
     try:
@@ -157,6 +208,9 @@ def joined(device: str) -> Iterator[None]:
         return
     use_gpu = device != "cpu" and torch.cuda.device_count() > 0
     store = _join(use_gpu)
+    _hosts[:] = [socket.gethostname()] * count()
+    with suppress(RuntimeError):  # a process that is gone already is noticed at the next exchange
+        dist.all_gather_object(_hosts, socket.gethostname())
     if not first():
         logging.getLogger("opustomo").setLevel(logging.ERROR)
     try:

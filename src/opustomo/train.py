@@ -68,8 +68,14 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
             from opustomo import homogeneous
 
             return homogeneous.main(config, given) if parallel.first() else 0
-        job, start = prepare(config, given) if parallel.first() else (None, None)
-        fit(parallel.from_first(job), start)
+        start: Start | None = None
+
+        def begin() -> Job:
+            nonlocal start
+            job, start = prepare(config, given)
+            return job
+
+        fit(parallel.prepared(begin), start)
     return 0
 
 

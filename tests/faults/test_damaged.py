@@ -14,6 +14,8 @@ import torch
 from opustomo import cli
 from opustomo.analysis.data_maps import open_rows
 from opustomo.checkpoint import open_run
+from opustomo.compat import dsd, dsdsh
+from opustomo.compat.legacy_files import load_poses
 from opustomo.data.cache import open_cache
 from opustomo.data.mrc import read_volume
 from opustomo.data.star import read_star
@@ -126,6 +128,31 @@ def test_the_first_one_stops(verb: str, given: SmallSet, tmp_path: Path, capsys:
     assert "p00003.mrc: empty box (every voxel is 7)" in line and "(row 4 of 12)" in line
     assert "--damaged skip" in line and "--ind" in line and len(line) < 400
     assert not list((tmp_path / "out").rglob("*.f16")) and not (tmp_path / "out" / "damaged.csv").exists()
+
+
+def test_the_forms_of_the_seed(
+    given: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Poses of all with a header that cannot be read; training leaves out what the verb leaves out."""
+    hurry(monkeypatch)
+    for row, name in ((2, "p00000"), (5, "p00002")):  # files that are missing: no box is compared, as ever
+        shutil.copy(given.folder / "subtomo" / f"{name}.mrc", given.folder / "subtomo" / f"p{row - 1:05d}.mrc")
+    (given.folder / "subtomo" / "p00001.mrc").write_bytes(b"MAP")
+    shutil.copy(given.folder / "subtomo" / "p00000_ctf.star", given.folder / "subtomo" / "p00001_ctf.star")
+    poses = given.folder / "particles_pose_euler.pkl"
+    line = ["prepare", str(given.star), "24", "15"]
+    assert dsdsh.main(line) == 2 and "p00001.mrc" in capsys.readouterr().err
+    assert dsdsh.main([*line, "--damaged", "skip"]) == 0
+    made = poses.read_bytes()
+    assert dsd.main(["parse_pose_star", str(given.star), "-D", "24", "--Apix", "15", "-o", str(poses),
+                     "--damaged", "skip"]) == 0 and poses.read_bytes() == made  # fmt: skip
+    asked = ["-o", str(tmp_path / "run"), "-r", str(given.mask), "--templateres", "16", "-n", "1", "-b", "4"]
+    trained = ["train_tomo", str(given.star), "--poses", str(poses), "--downfrac", "0.7", "--zdim", "1", *asked]
+    assert dsd.main(trained) == 2
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert dsd.main([*trained, "--damaged", "skip"]) == 0
+    assert [int(row["row"]) for row in table_of(tmp_path / "run")] == [2, 4, 7, 9]
+    assert len(load_poses(poses)[0]) == len(open_run(tmp_path / "run").codes) == COUNT
 
 
 def test_most_are_no_accident(given: SmallSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

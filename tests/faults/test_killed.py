@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at any moment, ends with the very bytes of one that never was.
+"""A run that is killed again and again, at any moment, ends with the very bytes of one that never was; so do verbs.
 
 A kill is a real SIGKILL, of a copy of this process that has armed a trap.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from opustomo import checkpoint, cli
-from small_set import SmallSet, assert_same_epoch, hurry, metrics_of, train_line
+from opustomo.analysis import latents
+from small_set import SmallSet, assert_same_epoch, copy_run, hurry, metrics_of, train_line
 from traps import Trap, half_of_it, in_a_copy
 
 LAST = 7
@@ -77,3 +79,62 @@ def test_thirty_kills(small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.M
         assert_same_epoch(run, whole, epoch)
     assert metrics_of(run) == metrics_of(whole)
     assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
+
+
+# ------------------------------------------------------------------------------------------------ verbs on a run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that has its own name; those that are being written have another."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.endswith(".tmp")}
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [("analyze", ["--clusters", "3", "--pcs", "2", "--skip-umap"]), ("volumes", ["--kmeans", "3", "--angpix", "11"])],
+)
+def test_a_verb_that_is_killed(
+    verb: str, options: list[str], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of a write, before a rename, and while it computes: what is there is whole; again, it is the same.
+
+    The command line is the same, and so is the name of the run: both stand in the headers of maps.
+    """
+    hurry(monkeypatch)
+    run = copy_run(finished_run, tmp_path / "run", 2)
+    folder = run / "analyze.2"
+    if verb == "volumes":
+        assert cli.main(["analyze", str(run), "--clusters", "3", "--skip-umap"]) == 0
+    given = contents(folder)
+    line = [verb, str(run), *options]
+    writes = Trap(0)  # counts below zero, and never kills
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", writes(os.fsync))
+        assert cli.main(line) == 0
+    whole, last = contents(folder), -writes.left
+    for name in whole.keys() - given.keys():
+        (folder / name).unlink()
+    moments = [("compute", 1), *(("write", n) for n in {1, 2, last // 2, last}), ("rename", 1), ("rename", last)]
+    for where, n in moments:
+
+        def attempt(where: str = where, n: int = n) -> int:
+            with pytest.MonkeyPatch.context() as patch:
+                arm(patch, where, n)
+                if where == "compute":
+                    patch.setattr(latents, "write_axes", Trap(n)(latents.write_axes))
+                    patch.setattr(checkpoint.Run, "decode", Trap(n)(checkpoint.Run.decode))
+                return cli.main(line)
+
+        assert in_a_copy(attempt) == -signal.SIGKILL, (where, n)
+        left = contents(folder)
+        assert all(whole[name] == content for name, content in left.items()), (where, n)
+        if where == "write":
+            assert len(list(folder.rglob(".*.tmp"))) == 1
+        stored = latents.stored_analysis(checkpoint.open_run(run))
+        assert stored is None or len(stored.centre_index) == 3
+    alive = folder / f".kept.{os.getpid()}.{threading.get_ident()}.tmp"
+    alive.touch()
+    assert cli.main(line) == 0
+    assert contents(folder) == whole
+    assert [path for path in run.rglob("*") if path.name.endswith(".tmp")] == [alive]  # of a process that still writes

@@ -25,7 +25,7 @@ from opustomo.analysis.places import options_of, rows_within
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
 from opustomo.config_analysis import Codes
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import remove_dead, write_text
 from opustomo.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def analyze(
     _check(codes, pcs, clusters, run.path)
     folder = folder or analysis_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_dead(folder)
     components = principal_components(codes)
     if pcs > len(components.axes):
         log.warning("%d components instead of %d: the codes have no more", len(components.axes), pcs)

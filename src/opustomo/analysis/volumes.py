@@ -20,6 +20,7 @@ from opustomo.analysis.filters import Gain, filtered, gain_of
 from opustomo.analysis.latents import analysis_folder
 from opustomo.analysis.paths import path_name, write_path
 from opustomo.config import MapChoice, VolumesConfig
+from opustomo.data.atomic import remove_dead
 from opustomo.data.mrc import write_volume
 from opustomo.errors import UserError
 from opustomo.monitor import progress
@@ -53,6 +54,7 @@ def main(config: VolumesConfig) -> None:
         raise UserError("conformations: the data are not averaged along them; leave --from-data and --full out")
     angpix, box = _sampling(run, config)
     folder = config.output or folder_of(run, config)
+    remove_dead(folder)
     gain = gain_of(config.lowpass, config.sharpen) if config.lowpass or config.sharpen else None
     if config.conformation:
         codes = along_conformation(run, config.conformation)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 from opustomo import __version__, cli
+from opustomo.config import InputOptions
 from opustomo.errors import UserError
 from opustomo.options import closest, flag_of
 
@@ -136,6 +137,14 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
     return int(text)
+
+
+def damaged_argument(parser: argparse.ArgumentParser) -> None:
+    """``--damaged``, as the verbs have it."""
+    parser.add_argument(
+        "--damaged", choices=("stop", "skip"), default=InputOptions().damaged,
+        help="subtomograms that cannot be used (missing, cut off, NaN, one grey value, no tilt): stop, or go on",
+    )  # fmt: skip
 
 
 def box_and_pixel(box: float, angpix: float, names: tuple[str, str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opustomo import cli
-from opustomo.compat.arguments import Command, Given, box_and_pixel, existing_file, note, to_config
+from opustomo.compat.arguments import Command, Given, box_and_pixel, damaged_argument, existing_file, note, to_config
 from opustomo.compat.arguments import main as run_command
 from opustomo.compat.helpers import PREPARE_SUBTOMOS
 from opustomo.config import GridOptions, InputOptions, TrainConfig, VolumesConfig
@@ -35,6 +35,7 @@ def pose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", dest="output", type=Path, metavar="PKL", help="pose pickle to write")
     parser.add_argument("--labels", type=Path, metavar="PKL", help="class of every particle (labels.pkl of analyze)")
     parser.add_argument("--outdir", type=Path, metavar="DIR", help="with --labels: folder for preI.star of class I")
+    damaged_argument(parser)
 
 
 def parse_pose_star(arguments: argparse.Namespace, given: Given) -> None:
@@ -48,7 +49,9 @@ def parse_pose_star(arguments: argparse.Namespace, given: Given) -> None:
         raise UserError("missing: -o, the pose pickle to write (or --labels L.pkl --outdir DIR for STAR files)")
     names = ("-D", "--Apix")
     box_and_pixel(arguments.box, arguments.Apix, names)
-    options = InputOptions(arguments.datadir, arguments.Apix, int(arguments.box), arguments.relion31)
+    options = InputOptions(
+        arguments.datadir, arguments.Apix, int(arguments.box), arguments.relion31, damaged=arguments.damaged
+    )
     source, box, angpix = poses.checked_star(arguments.star, options, names)
     if arguments.output is not None:
         poses.write_poses(source, box, angpix, arguments.output)
@@ -66,6 +69,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--angpix", type=float, metavar="A", help="pixel size of the subtomograms; cross-checked against the data")
     add("--relion31", action="store_true", help="the STAR is of RELION 3.1 or later; a cross-check")
     add("--ind", type=Path, metavar="PKL", help="train on these row numbers only")
+    damaged_argument(parser)
     add("--warp", action="store_true", help="the CTFs are tables (CSV) of Warp; a cross-check")
     add("--tilt-range", type=float, metavar="DEG", help="use tilts up to this angle, and half of --tilt-step beyond")
     add("--tilt-step", type=float, metavar="DEG", help="angle between tilts; for --tilt-range alone, angles are read")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from opustomo import cli
 from opustomo.analysis.places import stem
 from opustomo.compat import helpers
-from opustomo.compat.arguments import Command, Given, box_and_pixel, count, epoch_number
+from opustomo.compat.arguments import Command, Given, box_and_pixel, count, damaged_argument, epoch_number
 from opustomo.compat.arguments import main as run_command
 from opustomo.config import AnalyzeConfig, InputOptions, VolumesConfig
 from opustomo.config_analysis import Codes
@@ -30,12 +30,15 @@ def star_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("angpix", metavar="APIX", type=float, help="pixel size in A; cross-checked against the data")
     parser.add_argument("--relion31", action="store_true", help="the STAR is of RELION 3.1 or later; a cross-check")
     parser.add_argument("--datadir", type=Path, metavar="DIR", help="folder in front of the file names in the STAR")
+    damaged_argument(parser)
 
 
 def input_options(arguments: argparse.Namespace) -> InputOptions:
     """BOX, APIX and the other cross-checks of a STAR file; raises ``UserError`` for impossible ones."""
     box_and_pixel(arguments.box, arguments.angpix, STAR_NAMES)
-    return InputOptions(arguments.datadir, arguments.angpix, int(arguments.box), arguments.relion31)
+    return InputOptions(
+        arguments.datadir, arguments.angpix, int(arguments.box), arguments.relion31, damaged=arguments.damaged
+    )
 
 
 class Round(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from opustomo.analysis.selection import in_classes, trained_rows, write_classes
 from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
-from opustomo.data.readers import poses_of, relion, sampling, series
+from opustomo.data.readers import poses_of, readable, relion, sampling, series
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import StarFile
@@ -36,7 +36,7 @@ def checked_star(star: Path, options: InputOptions, names: tuple[str, str]) -> t
     try:
         if found is None:
             return source, *stated_sampling(table, options)
-        images = [Path(name) for name in found]
+        images, _ = readable([Path(name) for name in found], source, options)
         box, _ = sampling.box_size(images, star, relion.image_size(table), options, stacks)
         angpix, _ = sampling.pixel_size(images, star, relion.pixel_size(table), options)
     except UserError as error:

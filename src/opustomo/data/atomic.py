@@ -65,6 +65,20 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
         old.unlink(missing_ok=True)
 
 
+def remove_dead(folder: Path) -> None:
+    """Remove, in ``folder`` and below it, temporary files whose process is not on this machine any more.
+
+    For folders that several programs may write into, each its own files: those of the living stay.
+    """
+    for old in filter(is_leftover, folder.rglob(".*.tmp")):
+        try:
+            os.kill(int(old.name.split(".")[-3]), 0)
+        except ProcessLookupError:
+            old.unlink(missing_ok=True)
+        except OSError:  # somebody else's, and alive
+            continue
+
+
 def is_leftover(path: Path) -> bool:
     """Has ``path`` the name of a temporary file of ``atomic``, as a killed process leaves them?"""
     return re.fullmatch(r"\..+\.\d+\.\d+\.tmp", path.name) is not None

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from opustomo.data.atomic import LOCK, exclusive, is_leftover, remove_leftovers, write_text
+from opustomo.data.filling import fill
 from opustomo.data.noise import estimate_noise
-from opustomo.data.observe import Noise, observe, observe_all
+from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import Particles
 from opustomo.data.tensors import read_arrays, save_arrays
 from opustomo.errors import UserError
@@ -344,7 +346,9 @@ def _prepare(
     finished = manifest is not None and manifest["fingerprint"] == mark and bool(manifest.get(_FINISHED))
     missing = cache.absent() if finished else cache.missing()
     if len(missing) or not finished:
-        _fill(cache, particles, missing, workers, progress)
+        # opened again: other processes have written rows since
+        reopen = partial(_open, folder, grid, len(particles), noise, mark, "r+")
+        cache = fill(cache, particles, missing, workers, progress, reopen)
         _mark_finished(folder, True)
     for i in cache.silent():  # why a row says nothing is known where it was made now
         if particles.usable[i]:
@@ -362,8 +366,7 @@ def rows_without_disk(
     count = len(particles)
     made: list[np.ndarray] = [np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count)]
     cache = Cache(Path(), grid, noise, "", made[0], made[1], made[2], made[3], torch.zeros(count, 6))
-    _fill(cache, particles, np.arange(count), workers, progress)
-    return cache
+    return fill(cache, particles, np.arange(count), workers, progress)
 
 
 def is_free(folder: Path) -> bool:
@@ -402,13 +405,3 @@ def _create(folder: Path, particles: Particles, grid: Grid, noise: Noise, mark: 
         "source": str(particles.source),
     }
     _write_manifest(folder, manifest)
-
-
-def _fill(cache: Cache, particles: Particles, rows: np.ndarray, workers: int, progress: Progress) -> None:
-    # written by the threads that make them: one writer would hold many cores up
-    made = observe_all(particles, rows.tolist(), cache.grid, cache.noise, workers, then=cache.write)
-    try:
-        for _ in progress(made, len(rows)):
-            pass
-    finally:
-        cache.flush()

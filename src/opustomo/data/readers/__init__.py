@@ -5,6 +5,7 @@ Owns: the order of the decisions (dialect, files, box, pixel size, poses, transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,13 +42,9 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
     dialect, note = _dialect(source, options)
     locator = Locator(table.path, options.datadir)
     named = series.stack_names(source) if source.format == "series" else [str(n) for n in relion.image_names(table)]
-    faults: dict[str, str] | None = None if options.damaged == "stop" else {}
     names = relion.identities(table)
-    images = locator.require(named, "stacks" if stacks else "subtomograms", most=faults is not None)
-    if faults is not None:
-        faults |= _unreadable(images, names)
-    good = [path for path, name in zip(images, names, strict=True) if name not in (faults or ())]
-    refuse_most(len(images) - len(good), len(images), star, faults)
+    images = locator.require(named, "stacks" if stacks else "subtomograms", most=options.damaged == "skip")
+    good, faults = readable(images, source, options)
     notes = [note]
     if locator.outside_datadir(images):
         notes.append(f"--datadir {options.datadir} was not needed: the particles are in {images[0].parent}")
@@ -135,15 +132,22 @@ def _of_tilt_images(
     return found._asdict() | {"transfer": "tilts", "ctf_files": (), "notes": tuple(notes)}
 
 
-def _unreadable(images: tuple[Path, ...], names: NDArray[np.object_]) -> dict[str, str]:
-    """Why the files of some particles cannot be read, by the particle's name: from all headers, as ``check`` does."""
-    faults = {}
-    for path, name in zip(images, names, strict=True):
+def readable(images: Sequence[Path], source: Source, options: InputOptions) -> tuple[list[Path], dict[str, str] | None]:
+    """Files to read sizes from, and with ``--damaged skip`` why those of the other particles, by name, are none.
+
+    From all headers then, as ``check`` does; UserError where most cannot be read.
+    """
+    if options.damaged == "stop":
+        return list(images), None
+    good, faults = [], {}
+    for path, name in zip(images, relion.identities(source.table), strict=True):
         try:
             header_of(path)
+            good.append(path)
         except UserError as error:
             faults[name] = str(error)
-    return faults
+    refuse_most(len(images) - len(good), len(images), source.table.path, faults)
+    return good, faults
 
 
 def poses_of(source: Source, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

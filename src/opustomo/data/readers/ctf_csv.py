@@ -8,12 +8,12 @@ the project's notes, where astigmatism and B-factor are converted as OPUS-TOMO c
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opustomo.data.mrc import LARGEST
 from opustomo.errors import UserError, reading
 
 _FIX = "export the particle again with --output_ctf_csv"
@@ -55,7 +55,7 @@ def read_ctf_csv(path: Path) -> dict[str, NDArray[np.float64]]:
 def _numbers(words: list[str], name: str, path: Path) -> NDArray[np.float64]:
     for number, word in enumerate(words, 1):
         try:
-            good = math.isfinite(float(word))
+            good = abs(float(word)) < LARGEST  # not NaN either
         except ValueError:
             good = False
         if not good:
