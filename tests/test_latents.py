@@ -31,8 +31,8 @@ def test_files_of_the_analysis(tmp_path: Path) -> None:
     assert result.folder == folder
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {
-        "explained_variance.png", "explained_variance.txt", "z_pca.png", "z_density.png", "pc1/z_pc.txt", "pc1/labels.pkl",
-            "pc2/z_pc.txt", "pc2/labels.pkl",
+        "explained_variance.png", "explained_variance.txt", "z_pca.png", "z_density.png",
+        "pc1/z_pc.txt", "pc1/labels.pkl", "pc2/z_pc.txt", "pc2/labels.pkl",
         "kmeans3/labels.pkl", "kmeans3/centers.txt", "kmeans3/centers_ind.txt", "kmeans3/z_pca.png",
     }  # fmt: skip
     labels = load_pickle(folder / "kmeans3" / "labels.pkl")
