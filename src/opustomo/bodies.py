@@ -70,12 +70,17 @@ def with_joints(weights: Tensor, density: Tensor, relative: tuple[int, ...]) -> 
     shared = torch.stack([mass * w * o for w, o in zip(weights, other, strict=True)])
     total = shared.sum((1, 2, 3))[:, None].clamp(min=1e-12)
     joints = torch.einsum("bzyx,zyxc->bc", shared, place) / total
-    turns = -cross_matrix(place - joints[:, None, None, None])
+    return Bodies(weights, joints, metric_of(weights, joints, mass))
+
+
+def metric_of(weights: Tensor, joints: Tensor, mass: Tensor) -> Tensor:
+    """The metric of ``Bodies``; mass: (C, C, C), 0 or more."""
+    turns = -cross_matrix(centred_coordinates(mass.shape[-1], mass.device) - joints[:, None, None, None])
     # displacement w x arm + t at every voxel, (B, C, C, C, 3, 6)
     moves = torch.cat([turns, torch.eye(3).to(turns).expand_as(turns)], -1)
     square = torch.einsum("bzyx,bzyxcj,bzyxck->bjk", mass * weights, moves, moves) / mass.sum().clamp(min=1e-12)
     metric = torch.block_diag(*square)
-    return Bodies(weights, joints, metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric)).to(metric))
+    return metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ def find_motions(
     device, size = model.mean.device, motion.shape[1]
     scatter = torch.zeros(size, size)
     projection = model.projection(spread.shape[1])
-    for part in bar(index.split(_batch(model, grid)), len(index)) if len(index) else ():
+    for part in bar(index.split(batch_of(model, grid)), len(index)) if len(index) else ():
         g = gain[part].to(device)
         numerator = rows.numerator(part).to(device) * g[:, None, None, None]
         weight = rows.weight(part).to(device) * g[:, None].square()
@@ -228,7 +233,8 @@ def find_motions(
     return Motions(motion, code, evidence, spread, scatter / max(1, len(index)))
 
 
-def _batch(model: BodyModel, grid: Grid) -> int:
+def batch_of(model: BodyModel, grid: Grid) -> int:
+    """Particles whose derivatives are held at a time."""
     columns = 2 * len(model.covariance) + len(model.components)
     return max(1, min(64, int(VALUES_AT_ONCE / (columns * grid.crop**3))))
 
@@ -318,7 +324,7 @@ def _solve_mean(
     def back(seen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Gradient at 0, summed over the particles, of ``seen(particles, moved volume)``."""
         summed = torch.zeros_like(model.mean)
-        for part in index.split(_batch(model, grid)):
+        for part in index.split(batch_of(model, grid)):
             volume = torch.zeros_like(model.mean).requires_grad_()
             moved = model.bodies.move(volume[None], found.motion[part].to(device))
             summed += torch.autograd.grad(seen(part, moved), volume)[0]

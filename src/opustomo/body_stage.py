@@ -28,23 +28,28 @@ from opustomo.bodies import (
     refit,
     with_joints,
 )
+from opustomo.body_division import divide
 from opustomo.body_rows import StraightRows, straight_rows
 from opustomo.compat.bodies import load_bodies
 from opustomo.data.atomic import write_text
 from opustomo.data.bodies import BodyMasks, auto_count, mask_files, parts_of, read_bodies
+from opustomo.data.mrc import write_volume
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
 from opustomo.linear_fit import LinearResult, Plan, fit_linear
 from opustomo.monitor import progress
 from opustomo.physics.bodies import soft_bodies
+from opustomo.physics.fourier import fourier_resize
 from opustomo.physics.grid import Grid
+from opustomo.physics.volume import centre_pad
 from opustomo.reconstruct import Rows
 
 log = logging.getLogger("opustomo")
 
 SOFT = 8.0, 0.75  # Angstrom, but at least so many voxels: the softness of a body's edge
 SAMPLE = 4096  # particles that are enough to learn how a set moves
-ROUNDS = 4  # of EM before anything else is allowed to change
+ROUNDS, MORE = 4, 2  # of EM before anything else is allowed to change, and after it
+LEARNED = 3  # rounds more of both where the division is learned
 FIRST_STEPS, STEPS, LAST_STEPS, MEAN_STEPS = 4, 1, 4, 3
 
 
@@ -94,6 +99,8 @@ def fit_bodies(
             found = find_motions(model, rows, index, grid, gain, found, steps, _bar(f"{what}, round {number + 1}"))
             log.info("%s, round %d of %d: %.2f nats per particle; %s", what, number + 1, rounds,
                      float(found.evidence[index].mean()), _moving(model, grid, dimensions))  # fmt: skip
+            if isinstance(asked, int):
+                model = divide(model, rows, index, grid, gain, found, _bar(f"{what}, division {number + 1}"))
             model = refit(model, rows, index, grid, mask, gain, found, MEAN_STEPS)
         return model, found
 
@@ -104,11 +111,12 @@ def fit_bodies(
         straight.hold()
         return found, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
 
-    model, found = settle(model, found, some, ROUNDS, "bodies")
+    learned = LEARNED if isinstance(asked, int) else 0
+    model, found = settle(model, found, some, ROUNDS + learned, "bodies")
     found, _, changes = rest(model, found)
     model = model.with_linear(changes.model).to(device)
     found = replace(found, code=changes.posterior.code)
-    model, found = settle(model, found, some, 2, "bodies and components")
+    model, found = settle(model, found, some, MORE + learned, "bodies and components")
     found, straight, last = rest(model, found)
     result = BodyResult(masks.names, model.to(torch.device("cpu")), found, gain, dimensions)
     _judge(result, linear, held if len(held) else train)
@@ -163,11 +171,12 @@ def _judge(result: BodyResult, linear: LinearResult, held: Tensor) -> None:
                     after, before, after - before)  # fmt: skip
 
 
-def write_motions(folder: Path, result: BodyResult, grid: Grid) -> None:
-    """motions.csv: per particle the conformation code with its standard deviation, and what every body does.
+def write_bodies(folder: Path, result: BodyResult, mask: Tensor, grid: Grid) -> None:
+    """motions.csv, and what belongs to every body as NAME.mrc in the box of the subtomograms.
 
-    Rotation vectors in degrees about the body's joint and shifts in Angstrom, axes of the consensus frame; without
-    what all bodies do together, which is in the poses.
+    Per particle the conformation code with its standard deviation, and what every body does: rotation vectors in
+    degrees about the body's joint and shifts in Angstrom, axes of the consensus frame; without what all bodies do
+    together, which is in the poses.
     """
     inner = result.model.inner(result.motions.motion).unflatten(1, (-1, DOF))
     unit = torch.tensor([180.0 / math.pi] * 3 + [grid.working_pixel] * 3)
@@ -179,3 +188,6 @@ def write_motions(folder: Path, result: BodyResult, grid: Grid) -> None:
     table.writerow(["row", *names])
     table.writerows([i + 1, *(f"{value:.5g}" for value in row)] for i, row in enumerate(numbers.tolist()))
     write_text(folder / "motions.csv", buffer.getvalue())
+    for body, weight in zip(result.names, result.model.bodies.weights, strict=True):
+        own = fourier_resize(centre_pad(weight * mask, grid.working_box), grid.box).clamp(0.0, 1.0)
+        write_volume(folder / f"{body}.mrc", own.numpy(), grid.pixel_size)

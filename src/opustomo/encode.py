@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from opustomo import checkpoint, parallel
-from opustomo.body_stage import find_in_bodies, with_common, write_motions
+from opustomo.body_stage import find_in_bodies, with_common, write_bodies
 from opustomo.config import EncodeConfig
 from opustomo.data.cache import CTF_PACK, hash_mask
 from opustomo.data.export import fingerprint_of
@@ -277,5 +277,5 @@ def _write(config: EncodeConfig, run: checkpoint.Run, start: Start, code: Tensor
     conformation = None
     if start.bodies is not None:
         weights["bodies"], conformation = start.bodies.state(), start.bodies.conformation
-        write_motions(config.output / "bodies", start.bodies, run.grid)
+        write_bodies(config.output / "bodies", start.bodies, run.mask, run.grid)
     checkpoint.save_epoch(config.output, run.epoch, weights, code, sigma, poses, conformation)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opustomo import checkpoint, parallel
 from opustomo.bodies import BodyResult
-from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_motions
+from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_bodies
 from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
 from opustomo.config import TrainConfig
 from opustomo.data.bodies import absolute
@@ -280,7 +280,7 @@ def start_from_linear(
                 asked, particles, rows, linear, plan, grid, mask, body_files(config), config.zaffinedim,
                 device_of(config.device),
             )  # fmt: skip
-            write_motions(config.output / "bodies", bodies, grid)
+            write_bodies(config.output / "bodies", bodies, inputs.mask, grid)
         write_results(results, linear, rows, grid, mask, 4, config.seed)
         assert make_rows.noise is not None
         keep(results, linear, rows, make_rows.noise)
