@@ -17,7 +17,7 @@ import torch
 
 from opustomo import checkpoint, cli
 from opustomo.data import atomic as atomic_module
-from opustomo.data.atomic import atomic, exclusive, write_text
+from opustomo.data.atomic import HOST, atomic, exclusive, write_text
 from opustomo.data.cache import open_cache
 from opustomo.errors import UserError
 from opustomo.monitor import Metrics, read_rows, setup_log
@@ -166,7 +166,7 @@ def test_two_runs_in_one_folder(small_set: SmallSet, tmp_path: Path, capsys: pyt
         (line,) = capsys.readouterr().err.splitlines()
         assert "another process is writing into this folder" in line and "choose another folder" in line
         assert [path.name for path in run.iterdir()] == ["run.log"] and (run / "run.log").read_bytes() == before
-        (run / ".weights.0.pkl.1.2.tmp").touch()
+        (run / f".weights.0.pkl.{HOST}.1.2.tmp").touch()
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

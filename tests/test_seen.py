@@ -116,6 +116,9 @@ def test_the_conformation_has_its_own_analysis(analysed: tuple[sets.SmallSet, Pa
     assert {"all", "pc1", "pc2", "y1"} <= rows.keys()
     assert 25 < float(rows["pc1"]["swept_deg"]) < 45 and float(rows["pc1"]["coherence"]) > 0.9
     assert rows["pc1"]["moving"] == "body_small"
+    assert cli.main(["report", str(run), "--clusters", "3"]) == 0
+    page = (run / "report.html").read_text()
+    assert "body_small against body_large" in page and "Along conformation 1" in page
 
 
 @pytest.mark.slow

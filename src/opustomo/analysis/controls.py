@@ -23,6 +23,8 @@ from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.data.atomic import write_text
 from opustomo.data.readers.relion import tomograms
+from opustomo.data.star import StarFile
+from opustomo.errors import UserError
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -60,15 +62,11 @@ def write_controls(run: Run, embedding: Floats, names: tuple[str, str], folder: 
 
 def numeric_columns(run: Run) -> dict[str, Floats]:
     """Columns of the run's particles that are all finite numbers and vary, (P,) each."""
-    if not run.star.is_file():
+    star = _particles(run)
+    if star is None:
         return {}
-    source = source_of(run.star, run.config)
-    rows = trained_rows(run.path, source.table)
-    table = source.table.particles
-    table = table if rows is None else table.iloc[rows]
-    if len(table) != len(run.codes):
-        return {}
-    found = {}
+    rows, found = star[1], {}
+    table = star[0].particles.iloc[rows]
     for name in table.columns:
         value = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64)
         if np.isfinite(value).all() and np.ptp(value) > 0:
@@ -116,13 +114,28 @@ def write_tomograms(run: Run, labels: NDArray[np.integer], folder: Path) -> None
 
 def tomogram_names(run: Run) -> NDArray[np.str_] | None:
     """(P,) tomogram of every particle; None without the STAR file or where there is but one."""
+    star = _particles(run)
+    if star is None:
+        return None
+    names = tomograms(star[0]).astype(str)[star[1]]
+    return names if len(np.unique(names)) > 1 else None
+
+
+def _particles(run: Run) -> tuple[StarFile, NDArray[np.int64]] | None:
+    """The run's STAR file and its rows there; None, with a warning, where it is gone or not what it was.
+
+    Particles may be elsewhere by now; their codes are here.
+    """
     if not run.star.is_file():
         return None
-    source = source_of(run.star, run.config)
-    rows = trained_rows(run.path, source.table)
-    names = tomograms(source.table).astype(str)
-    names = names if rows is None else names[rows]
-    return names if len(names) == len(run.codes) and len(np.unique(names)) > 1 else None
+    try:
+        table = source_of(run.star, run.config).table
+        trained = trained_rows(run.path, table)
+    except UserError as error:
+        log.warning("columns of the STAR file are not compared with the codes: %s", error)
+        return None
+    rows = np.arange(len(table.particles)) if trained is None else trained
+    return (table, rows) if len(rows) == len(run.codes) else None
 
 
 def write_convergence(run: Run, clusters: int, folder: Path, seed: int = 0) -> Path | None:
@@ -135,7 +148,11 @@ def write_convergence(run: Run, clusters: int, folder: Path, seed: int = 0) -> P
     from opustomo.checkpoint import epochs_of, load_tensors
 
     epochs = [epoch for epoch in epochs_of(run.path) if epoch <= run.epoch]
-    stored = [load_tensors(run.path / f"z.{epoch}.pkl") for epoch in epochs]
+    try:
+        stored = [load_tensors(run.path / f"z.{epoch}.pkl") for epoch in epochs]
+    except UserError as error:
+        log.warning("epochs are not compared: %s", error)
+        return None
     kept = [(epoch, z) for epoch, z in zip(epochs, stored, strict=True) if len(z["mu"]) == len(run.codes)]
     if len(kept) < 2:
         return None

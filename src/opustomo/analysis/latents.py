@@ -150,15 +150,9 @@ def _around(run: Run, result: Analysis, clusters: int, seed: int) -> None:
 
     plane, names = pca_plane(result.pca_scores, result.explained)
     over = (plane, names) if result.umap is None else (result.umap, ("UMAP1", "UMAP2"))
-    try:
-        controls.write_controls(run, *over, result.folder)
-        controls.write_tomograms(run, result.labels, result.clusters_folder)
-    except UserError as error:  # the particles may be elsewhere by now; their codes are here
-        log.warning("columns of the STAR file are not compared with the codes: %s", error)
-    try:
-        controls.write_convergence(run, clusters, result.folder, seed)
-    except UserError as error:
-        log.warning("epochs are not compared: %s", error)
+    controls.write_controls(run, *over, result.folder)
+    controls.write_tomograms(run, result.labels, result.clusters_folder)
+    controls.write_convergence(run, clusters, result.folder, seed)
 
 
 def stored_analysis(run: Run, clusters: int = 0) -> Analysis | None:

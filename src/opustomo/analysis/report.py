@@ -37,6 +37,7 @@ from opustomo.analysis.latents import (
 )
 from opustomo.analysis.page import Section
 from opustomo.analysis.report_classes import axes_section, classes_section
+from opustomo.analysis.report_motion import motion_section
 from opustomo.analysis.volumes import option, save_volumes
 from opustomo.config import ReportConfig
 from opustomo.data.atomic import write_text
@@ -82,6 +83,7 @@ def write_report(run: Run, clusters: int = 0, output: Path | None = None) -> Pat
         *_quality(analysis),
         *_tomograms(run, analysis),
         *_traversals(run),
+        *motion_section(run),
         *_data_resolution(run, analysis),
         *truth,
         _next(run, analysis),

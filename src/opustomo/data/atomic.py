@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ from opustomo.errors import UserError, printable
 log = logging.getLogger("opustomo")
 
 LOCK = ".lock"  # in a folder that is held
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # of this machine, in names of temporary files
 MOMENT = 0.2  # seconds: ``is_held`` takes a lock for less
 
 
@@ -33,7 +36,7 @@ def atomic(path: Path) -> Iterator[Path]:
     What was written is on the disk before it replaces: after a crash ``path`` is the old file or the new one.  Missing
     parent folders are made.  Raises UserError where the folder is not writable or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -66,11 +69,13 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove, in ``folder`` and below it, temporary files whose process is not on this machine any more.
+    """Remove, in ``folder`` and below it, temporary files of processes of this machine that are no more.
 
     For folders that several programs may write into, each its own files: those of the living stay.
     """
     for old in filter(is_leftover, folder.rglob(".*.tmp")):
+        if old.name.split(".")[-4] != HOST:
+            continue
         try:
             os.kill(int(old.name.split(".")[-3]), 0)
         except ProcessLookupError:
@@ -81,7 +86,7 @@ def remove_dead(folder: Path) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Has ``path`` the name of a temporary file of ``atomic``, as a killed process leaves them?"""
-    return re.fullmatch(r"\..+\.\d+\.\d+\.tmp", path.name) is not None
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.\d+\.\d+\.tmp", path.name) is not None
 
 
 def hold(handle: IO[Any], folder: Path) -> None:
