@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opustomo.checkpoint import Run
 
 SHOWN, STEPS = 3, 5  # motions and maps of each
-UNKNOWN = 0.9  # standard deviation of a code of unit variance, above which particles do not tell the motion
+UNKNOWN = 0.6  # standard deviation of a code of unit variance, above which particles do not tell the motion
 
 
 def motion_section(run: Run) -> Iterator[Section]:
