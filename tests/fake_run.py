@@ -33,6 +33,8 @@ class FakeRun:
     codes: NDArray[np.float32]
     rotation: NDArray[np.float64]
     kind: Literal["network", "linear"] = "network"
+    analysis: str = "analyze"
+    rows: NDArray[np.int64] | None = None
     epoch: int = 3
     sigma: NDArray[np.float32] | None = None
     grid: Grid = GRID

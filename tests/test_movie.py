@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from skimage.filters import threshold_otsu
 
 from fake_run import blob
 from opustomo.analysis import movie
@@ -48,6 +49,15 @@ def test_gif_plays_forth_and_back_at_one_level(tmp_path: Path) -> None:
     # the disc of radius w sqrt(2 log 2): its area goes with w^2 where level and scale are the same
     np.testing.assert_allclose(areas[:4] / np.square(WIDTHS), areas[3] / WIDTHS[3] ** 2, rtol=0.25)
     assert areas[4] == areas[2] and areas[5] == areas[1]
+
+
+def test_without_a_level_it_is_that_of_all_maps_together(tmp_path: Path) -> None:
+    paths = write_series(tmp_path)
+    volumes, pixel = movie.read_series(paths)
+    movie.write_movie(volumes, pixel, paths, tmp_path / "reference", size=64)
+    mean = volumes.mean(0)
+    level = threshold_otsu(mean[mean > 0.02 * mean.max()])
+    assert f"level {level:.6g} " in (tmp_path / "reference.cxc").read_text()
 
 
 def test_frames_show_the_length_of_the_bar_and_have_even_edges() -> None:

@@ -32,13 +32,14 @@ def test_the_way_is_the_cheapest_of_all() -> None:
     """Against all ways over seven particles, every pair being neighbours."""
     from itertools import permutations
 
-    codes = np.random.default_rng(3).normal(0, 1, (7, 3))
+    codes = np.random.default_rng(3).normal(0, 1, (7, 3)) * [3, 1, 1]
+    codes = codes[np.argsort(codes[:, 0])]
 
     def cost(order: tuple[int, ...]) -> float:
         return float(np.square(np.diff(codes[[0, *order, 6]], axis=0)).sum())
 
     best = min((order for n in range(6) for order in permutations(range(1, 6), n)), key=cost)
-    assert paths.graph_path(codes, [0, 6], np.ones(7, bool)).tolist() == [0, *best, 6]
+    assert len(best) > 1 and paths.graph_path(codes, [0, 6], np.ones(7, bool)).tolist() == [0, *best, 6]
 
 
 def test_groups_apart_and_equal_codes_are_joined_and_outliers_passed_by() -> None:
