@@ -42,8 +42,6 @@ class FakeRun:
     linear: dict[str, NDArray[Any]] | None = None  # linear/linear.npz
     mask: torch.Tensor = field(default_factory=lambda: torch.ones(GRID.crop, GRID.crop, GRID.crop))
     conformation: None = None
-    analysis: str = "analyze"
-    rows: None = None
 
     @property
     def star(self) -> Path:

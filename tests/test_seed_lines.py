@@ -284,6 +284,7 @@ def test_analyze_without_umap(analysed: tuple[Place, Path]) -> None:
         ends = np.percentile((codes - codes.mean(0)) @ axis, [5, 95])
         np.testing.assert_allclose((line - codes.mean(0)) @ axis, np.linspace(*ends, 10), atol=1e-3)
     pictures = {"z_pca.png", "explained_variance.png", "axes.png", "kmeans6/z_pca.png"}
+    pictures |= {"controls.png", "convergence.png", "kmeans6/tomograms.png"}
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.png")} == pictures
 
 
