@@ -153,7 +153,8 @@ class Set:
             columns["rlnTomoProjW"] = ["[0,0,0,1]"] * len(rows)
         # hand -1: less defocus at larger depth
         depth = np.einsum("tj,pj->pt", self.turns[:, 2], self.position) * self.microscope.pixel
-        middle = (self.defocus + depth)[self.tomograms.index(name)]
+        # of a tomogram without particles any
+        middle = (self.defocus + depth)[self.tomograms.index(name) if name in self.tomograms else 0]
         return columns | {
             "rlnDefocusU": [f"{v:.3f}" for v in middle], "rlnDefocusV": [f"{v:.3f}" for v in middle],
             "rlnDefocusAngle": ["0"] * len(middle), "rlnCtfBfactor": [f"{v:.3f}" for v in self.microscope.bfactor],
