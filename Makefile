@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost clean
+.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies clean
 
 setup: $(VENV)/.ready
 
@@ -46,6 +46,9 @@ bench-quality: setup
 
 bench-scale: setup
 	$(BIN)/python benchmarks/scale.py -o scale --markdown docs/scaling.md
+
+bench-bodies: setup
+	$(BIN)/python benchmarks/bodies.py -o bench/bodies --markdown docs/benchmarks.md
 
 bench-cost: setup
 	$(BIN)/python benchmarks/cost.py --markdown docs/scaling.md

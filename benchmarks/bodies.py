@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from run import lookup, timed
+from scale import put
 
 from opustomo.data.mrc import write_volume
 from opustomo.simulate.dataset import solvent_mask
 
+MARKS = ("<!-- bodies -->", "<!-- end of bodies -->")
 PROGRAM = [sys.executable, "-m", "opustomo"]
 
 
@@ -113,7 +115,9 @@ def one_seed(name: str, seed: int, output: Path, simulator: Path) -> dict[str, f
     masks = which.masks if which.masks.startswith("auto") else ",".join(str(data / m) for m in which.masks.split(","))
     run = folder / f"run{seed}"
     stated = ["-r", str(data / "mask.mrc"), "-o", str(run), "--seed", str(seed), "-n", "1", "--masks", masks]
-    cpu, wall = timed([*PROGRAM, "train", str(data / "particles.star"), *stated, *which.stages.split()])
+    cpu = wall = None
+    if not (run / "z.0.pkl").exists():
+        cpu, wall = timed([*PROGRAM, "train", str(data / "particles.star"), *stated, *which.stages.split()])
     subprocess.run([*PROGRAM, "evaluate", str(run), "--truth", str(data)], check=True, stdout=subprocess.DEVNULL)
     scores = json.loads((run / "evaluation.json").read_text())
     said = re.search(r"bodies: evidence .* \(([+-][\d.]+)\)", (run / "run.log").read_text())
@@ -152,7 +156,7 @@ def main() -> None:
         lines += table(SETS[name].title, options.seeds, found)
         print("\n".join(lines[-len(found[0]) - 6 :]), flush=True)
     if options.markdown is not None:
-        options.markdown.write_text("\n".join(lines) + "\n")
+        put(options.markdown, "\n".join(lines), MARKS)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ class AnalyzeConfig(OfEpoch):
     """Which codes: composition, the conformation of bodies (--masks), or joint, both together; all: the first two."""
     within: Annotated[str | None, arg(metavar="K:2-5,8")] = None
     """A second round: only particles in these classes of analyze.N/kmeansK; writes analyze.filter.N."""
+    dynamics: Switch = False
+    """Also fit two rigid parts to the maps along each component: which is a motion, about which axis (dynamics.csv)."""
     skip_umap: Switch = False
     """Skip the UMAP embedding (a stored umap.pkl is read)."""
     seed: int = 0

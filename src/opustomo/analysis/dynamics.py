@@ -94,11 +94,16 @@ def write_dynamics(run: Run, folder: Path) -> None:
     lines = [",".join(COLUMNS)]
     for name, motion in series.items():
         for hinge in hinges(bodies.model.bodies, motion):
-            numbers = [*hinge.axis, *(hinge.point * pixel), hinge.swept, hinge.coherence, hinge.slide * pixel,
-                       hinge.displacement * pixel]  # fmt: skip
             names = [name, bodies.names[hinge.fixed], bodies.names[hinge.moving]]
-            lines.append(",".join([*names, *(f"{value:.4g}" for value in numbers)]))
+            lines.append(",".join([*names, *cells(hinge, pixel)]))
     write_text(folder / "dynamics.csv", "\n".join(lines) + "\n")
+
+
+def cells(hinge: Hinge, pixel: float) -> list[str]:
+    """The numbers of a hinge as in dynamics.csv; pixel: Angstrom of a voxel."""
+    lengths = hinge.slide * pixel, hinge.displacement * pixel
+    numbers = [*hinge.axis, *(hinge.point * pixel), hinge.swept, hinge.coherence, *lengths]
+    return [f"{value:.4g}" for value in numbers]
 
 
 def relative(bodies: Bodies, motion: Tensor, fixed: int, moving: int) -> tuple[Rotation, Floats]:

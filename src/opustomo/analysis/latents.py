@@ -73,6 +73,7 @@ def main(config: AnalyzeConfig) -> None:
     """Verb ``analyze``."""
     from opustomo.analysis.dynamics import write_dynamics  # here, so that reading labels does not load torch
     from opustomo.analysis.seen import seen_as, some_of
+    from opustomo.analysis.series_motion import write_series
     from opustomo.checkpoint import open_run
 
     run = open_run(config.run, config.epoch)
@@ -86,6 +87,8 @@ def main(config: AnalyzeConfig) -> None:
         result = analyze(seen, config.pcs, config.clusters, config.skip_umap, config.seed)
         if codes != "composition":
             write_dynamics(seen, result.folder)
+        elif config.dynamics:
+            write_series(seen, result.folder)
         sizes = np.bincount(result.labels[result.labels >= 0], minlength=len(result.centre_index))
         log.info("class sizes: %s", ", ".join(f"{k}: {n}" for k, n in enumerate(sizes)))
         log.info("written: %s", result.folder)
