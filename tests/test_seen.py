@@ -161,6 +161,7 @@ def test_a_second_round_is_of_its_classes_and_used_by_later_commands(
     assert labels[centre].tolist() == [0, 1]
     assert dsdsh.main(["eval_vol", str(run), "filter.0", "kmeans", "2", "22.5"]) == 0
     assert (run / "analyze.filter.0" / "kmeans2" / "reference1.mrc").is_file()
+    assert cli.main(["volumes", str(run), "--filtered", "--kmeans", "2", "--from-data"]) == 2
     star = str(made.star)
     assert dsdsh.main(["parse_pose", star, "24", str(sets.PIXEL), str(run), "filter.0", "2"]) == 0
     chosen = ["--run", str(run), "--filtered", "--kmeans", "2", "--corrected", "-o", str(tmp_path / "chosen")]

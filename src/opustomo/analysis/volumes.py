@@ -52,6 +52,9 @@ def main(config: VolumesConfig) -> None:
     moving = config.codes != "composition" or config.conformation
     if moving and (config.from_data or config.full):
         raise UserError("conformations: the data are not averaged along them; leave --from-data and --full out")
+    if config.filtered and (config.from_data or config.full):
+        raise UserError("--filtered: maps from the data are of all particles; leave --from-data and --full out, or "
+                        "train on these classes alone (opustomo select --filtered)")  # fmt: skip
     angpix, box = _sampling(run, config)
     folder = config.output or folder_of(run, config)
     remove_dead(folder)
