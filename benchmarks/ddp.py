@@ -1,9 +1,10 @@
-"""One against several processes on CPUs: wall and CPU-seconds of an epoch at the same global batch.
+"""One against several processes on CPUs: wall and CPU-seconds of an epoch.
 
-    OMP_NUM_THREADS=1 python benchmarks/ddp.py -o bench-ddp -n 400 --repeats 5
+    python benchmarks/ddp.py -o bench-ddp -n 400 --repeats 5
 
-Runs of both kinds take turns, so that what else the machine does hits both; figures are medians, the ratio is the
-median of the ratios of neighbours.  One thread for each process.
+Several processes take batches of b each, as ``--multigpu`` does (throughput); one process with the same whole batch is
+measured too (what the same steps gain).  Runs of all kinds take turns, so that what else the machine does hits all;
+figures are medians, a ratio is the median of the ratios of neighbours.  One thread for each process.
 """
 
 from __future__ import annotations
@@ -40,28 +41,44 @@ def epochs(run: Path, processes: int, last: int) -> tuple[list[float], float]:
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def compare(output: Path, particles: int, processes: int, repeats: int, count: int, train: str) -> list[float]:
-    """Speed-ups of ``count`` epochs in neighbouring runs of one and of several processes; prints medians."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    data, run = output / "set", output / "run"
+def base(data: Path, run: Path, train: str) -> Path:
+    """A run of one epoch, to be continued."""
     if not (run / "z.0.pkl").exists():
-        opustomo("simulate", "-o", str(data), "--preset", "two-state", "--n", str(particles))
         star, mask = str(data / "particles.star"), str(data / "mask.mrc")
         opustomo("train", star, "-r", mask, "-o", str(run), "-n", "1", "--device", "cpu", *train.split())
-    found: dict[int, list[tuple[float, float]]] = {1: [], processes: []}
+    return run
+
+
+def compare(
+    output: Path, particles: int, processes: int, repeats: int, count: int, train: str
+) -> tuple[list[float], list[float]]:
+    """Ratios of neighbouring runs of ``count`` epochs, one process over several: with b particles for each process
+    (throughput), and with the same batches; prints medians."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    data = output / "set"
+    if not (data / "particles.star").exists():
+        opustomo("simulate", "-o", str(data), "--preset", "two-state", "--n", str(particles))
+    one = base(data, output / "one", train)
+    several = base(data, output / f"each{processes}", f"{train} --multigpu --num-gpus {processes}")
+    kinds = {
+        "1, batch b": (one, 1), f"{processes}, b each": (several, processes),
+        f"1, batch {processes} b": (several, 1),
+    }  # fmt: skip
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(repeats):
-        for number, results in found.items():
+        for kind, (run, number) in kinds.items():
             seconds, cpu = epochs(run, number, 1 + count)
-            results.append((statistics.median(seconds), cpu))
-            print(f"{number} process(es): epoch {results[-1][0]:.2f} s, the whole run {cpu:.1f} CPU-s", flush=True)
-    one, several = (list(zip(*results, strict=True)) for results in found.values())
+            found[kind].append((statistics.median(seconds), cpu))
+            print(f"{kind}: epoch {found[kind][-1][0]:.2f} s, the whole run {cpu:.1f} CPU-s", flush=True)
     print("| processes | wall s per epoch, median | CPU-s of the run, median |\n|---|---|---|")
-    for number, (wall, cpu_seconds) in zip(found, (one, several), strict=True):
-        print(f"| {number} | {statistics.median(wall):.2f} | {statistics.median(cpu_seconds):.1f} |")
-    ratios = [a / b for a, b in zip(one[0], several[0], strict=True)]
-    print(f"speed-up, median of {len(ratios)} neighbours: {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
-    return ratios
+    for kind, times in found.items():
+        wall, cpu_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"| {kind} | {wall:.2f} | {cpu_seconds:.1f} |")
+    alone, together, large = ([wall for wall, _ in times] for times in found.values())
+    ratios = tuple([a / b for a, b in zip(other, together, strict=True)] for other in (alone, large))
+    for words, values in zip(("throughput", "the same batches"), ratios, strict=True):
+        print(f"{words}: {statistics.median(values):.2f} times ({min(values):.2f} to {max(values):.2f})")
+    return ratios[0], ratios[1]
 
 
 def main() -> None:
@@ -71,7 +88,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3, help="measured in each repeat")
-    parser.add_argument("--train", default="-b 16 --width 0.25", help="options of train")
+    parser.add_argument(
+        "--train", default="-b 16 --width 0.25 --downfrac 1 --no-estpose --zdim 2", help="options of train"
+    )
     options = parser.parse_args()
     compare(options.output, options.particles, options.processes, options.repeats, options.epochs, options.train)
 

@@ -25,6 +25,7 @@ from opustomo.objective import PoseModes, on_the_band
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
+from opustomo.preparation import prepare_process
 from opustomo.start import Context, linear_bands
 from opustomo.train import draw, train_step
 
@@ -142,6 +143,7 @@ def step_and_bare(row: Row, network: Vae, context: Context) -> tuple[Callable[[i
 
 def measure(row: Row, repeats: int) -> tuple[float, float, float]:
     """CPU-seconds per particle of a step and of the bare network, and the median of their ratios."""
+    prepare_process(1)  # as the programs do: one thread, freed memory kept
     step, bare = step_and_bare(row, *prepare(row))
     times: list[tuple[float, float]] = []
     for i in range(repeats + 2):
@@ -161,7 +163,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
     options = parser.parse_args()
-    torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, one thread, torch {torch.__version__}\n")
     print("| configuration | batch | step, CPU-s per particle | bare | ratio |\n|---|---|---|---|---|")
     for row in (ROWS[i] for i in options.rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import runpy
@@ -9,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # also for the processes that tests start: more threads than cores wait for each other, at full cost
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +46,14 @@ def _cheap_session() -> Iterator[None]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         blank_pictures(patch)
         yield
+
+
+@pytest.fixture(scope="session")
+def step_benchmark() -> Iterator[ModuleType]:
+    """benchmarks/step.py: a network and its context on random data; what it imports beside it can be imported, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("step")
 
 
 def simulate(folder: Path, *options: str) -> Path:

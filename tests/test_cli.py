@@ -5,6 +5,7 @@ import errno
 import importlib
 import importlib.util
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -434,3 +435,21 @@ def test_movie_runs_with_chimerax_arguments(tmp_path: Path, monkeypatch: pytest.
         movie.main(None, ["reference", "high"])
     with pytest.raises(ValueError, match="at least two maps"):
         movie.main(None, ["missing"])
+
+
+def test_threads_give_their_cores_away() -> None:
+    """libgomp says at its start how long a thread may hold a core to wait; what a user sets himself stays."""
+    code = "from opustomo.cli import run; run('x', lambda: print(__import__('torch').zeros(1)))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    plain = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    told = [
+        re.findall(r"GOMP_SPINCOUNT = '(\d+)'", subprocess.run(
+            [sys.executable, "-c", code], env=plain | given, capture_output=True, text=True, check=True
+        ).stderr)
+        for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"})
+    ]  # fmt: skip
+    if not told[0]:
+        pytest.skip("this torch has another OpenMP library")
+    assert told[0] == ["1000"]
+    assert told[1] != ["1000"]
+    assert told[2] == ["7"]

@@ -6,7 +6,7 @@ import gzip
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -148,13 +148,6 @@ def test_a_compiler_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 # ------------------------------------------------------------------------------------ cost beside the network
-
-
-@pytest.fixture(scope="module")
-def step_benchmark() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("step")
 
 
 @pytest.fixture(scope="module")

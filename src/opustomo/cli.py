@@ -312,6 +312,7 @@ def run(command: str, function: Callable[[], int | None], output: Path | None = 
     ``command`` is what the line starts with (``opustomo train``, ``dsdsh analyze``); ``output`` the folder that
     receives ``error.log`` with the traceback of an internal error (the system's temporary folder when None).
     """
+    let_others_work()
     try:
         with on_signal(stop_at_once):
             status = function() or 0
@@ -331,6 +332,16 @@ def run(command: str, function: Callable[[], int | None], output: Path | None = 
         return fail(command, *explain(error, output), told=isinstance(error, ToldElsewhere))
     finally:
         close_log()
+
+
+def let_others_work() -> None:
+    """Threads that wait for each other give their core away after some microseconds (before torch is loaded).
+
+    OpenMP's own setting is 300,000 turns of a loop, 14 ms: where other programs need the cores, threads hold them to
+    wait for one that has none.  Training beside such took twice as long (benchmarks/waiting.py).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def drop_unwritten() -> None:
