@@ -18,6 +18,8 @@ Ints = NDArray[np.int64]
 RIGID = 3.0  # Angstrom from where its body takes it: an atom that belongs to it
 SMALLEST = 0.08  # of the atoms: fewer are a loop, not a body
 FEWEST = 6  # atoms that fix a rotation well enough
+EXACT = 0.01  # Angstrom: no file tells more
+FAR = 3.0  # times the median
 LEAST_TURN = 5.0  # degrees
 ROUNDS = 30
 
@@ -76,7 +78,24 @@ def rigid_core(first: Floats, last: Floats, among: Ints) -> Ints:
             core = near
         if len(core) > len(best):
             best = core
-    return best
+    return _without_edges(first, last, best)
+
+
+def _without_edges(first: Floats, last: Floats, core: Ints) -> Ints:
+    """The core without those that it takes much further off than most: by a hinge another body is never far away.
+
+    Least trimmed squares: what the better half agrees on.
+    """
+    half = core
+    off = np.zeros(0)
+    for _ in range(ROUNDS if len(core) else 0):
+        rotation, shift = superposition(first[half], last[half])
+        off = np.linalg.norm(first[core] @ rotation.T + shift - last[core], axis=1)
+        better = core[np.argsort(off, kind="stable")[: max(FEWEST, len(core) // 2)]]
+        if np.array_equal(better, half):
+            break
+        half = better
+    return core[off <= max(FAR * float(np.median(off)), EXACT)] if len(core) else core
 
 
 def rigid_parts(first: Floats, last: Floats, core: Ints) -> list[Part]:
