@@ -42,6 +42,13 @@ def pdb(atoms: NDArray[np.float64], *, elements: bool = True, bfactor: float = 2
     return "\n".join([*lines, "END", ""])
 
 
+def two_models(*angles: float) -> str:
+    """Conformations as models of one file."""
+    models = [pdb(places(angle)).removesuffix("END\n") for angle in angles or (0.0, 32.0)]
+    text = "".join(f"MODEL     {number:4d}\n{model}ENDMDL\n" for number, model in enumerate(models, 1))
+    return text + "END\n"
+
+
 def written(path: Path, angle: float = 0.0, **options: object) -> Path:
     """The file of one conformation."""
     write_text(path, pdb(places(angle), **options))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from atom_files import ATOMS, AXIS, MOVING, NAMES, POINT, RESIDUES, pdb, places, written
+from atom_files import ATOMS, AXIS, MOVING, NAMES, POINT, RESIDUES, pdb, places, two_models, written
 from opustomo.analysis.truth import read_truth
 from opustomo.config import SimulateConfig
 from opustomo.data.bodies import mask_files
@@ -172,9 +172,7 @@ def test_one_conformation_is_rigid(tmp_path: Path) -> None:
 
 
 def test_models_of_a_file_are_conformations(tmp_path: Path) -> None:
-    models = [pdb(places(angle)).removesuffix("END\n") for angle in (0.0, ANGLE)]
-    text = "".join(f"MODEL     {number:4d}\n{model}ENDMDL\n" for number, model in enumerate(models, 1))
-    (tmp_path / "both.pdb").write_text(text + "END\n")
+    (tmp_path / "both.pdb").write_text(two_models(0.0, ANGLE))
     files = written(tmp_path / "a.pdb"), written(tmp_path / "b.pdb", ANGLE)
     assert molecule_of(tmp_path / "both.pdb")[1] == pytest.approx(molecule_of(*files)[1])
 

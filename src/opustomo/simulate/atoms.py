@@ -118,6 +118,8 @@ def read_conformations(path: Path) -> list[Conformation]:
     fix = "give a PDB or mmCIF file"
     if not path.is_file():
         raise UserError(f"{path}: no such file; {fix} with --atoms")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: is empty; {fix}")
     with reading(path, fix):
         structure = gemmi.read_structure(str(path), format=gemmi.CoorFormat.Detect)
         structure.remove_alternative_conformations()
