@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 TOMOGRAMS = 3
 TOMOGRAM_SIZE = np.array([928.0, 928.0, 320.0])  # pixels x, y, z
 DEFOCUS = np.linspace(22000.0, 38000.0, TOMOGRAMS)  # Angstrom, of each tomogram's middle
-BATCH, BEADS = 16, 10_000  # particles imaged at a time, and beads of them
+BATCH, MANY = 16, 1000  # particles imaged at a time; those of more beads than this one by one
 GOOD, BLOB, EMPTY, MISPLACED = range(4)  # labels "junk_kind"
 
 
@@ -174,7 +174,7 @@ def observations(plan: Plan, series: TiltSeries, snr: float, seed: int) -> Itera
     generator = torch.Generator().manual_seed(seed + 1)
     defocus = plan.tilt_defocus(series)
     some = int(np.flatnonzero(plan.junk_kind == GOOD)[0])
-    batch = max(1, min(BATCH, BEADS // len(plan.beads(some, series.pixel_size).weight)))
+    batch = BATCH if len(plan.beads(some, series.pixel_size).weight) <= MANY else 1
     for start in range(0, len(plan.state), batch):
         rows = np.arange(start, min(start + batch, len(plan.state)))
         images = tilt_series.project([plan.beads(int(i), series.pixel_size) for i in rows], series)
