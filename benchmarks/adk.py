@@ -28,7 +28,7 @@ from opustomo.simulate.tilt_series import TiltSeries
 PATH = "adk.pdb"
 FRAMES = np.linspace(0, 97, 7).astype(int)
 TENTH = 0.1  # of the particles at each end of an axis
-KNOWN = 9  # places along the path at which the information is looked at
+KNOWN = 5  # places along the path at which the information is looked at
 
 
 def write_path(models: Path, output: Path) -> None:
@@ -71,7 +71,7 @@ def oracle(data: Path) -> dict[str, float | None]:
     preset = dataset.chosen_preset(SimulateConfig(data, atoms=atoms, **size))
     series, plan = TiltSeries(preset.box, preset.pixel_size), dataset.make_plan(preset, stated["seed"])
     std = dataset.noise_level(plan, series, preset.snr, tilt_series.backprojection_matrix(series), stated["seed"])
-    rows = np.arange(8)
+    rows = np.arange(4)
     transfer = tilt_series.transfer(plan.tilt_defocus(series)[rows], series)
 
     def images(value: float) -> torch.Tensor:
