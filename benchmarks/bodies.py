@@ -4,7 +4,8 @@
 
 Every set is fitted twice from the same particles: with bodies and without (the linear stage), so that what the bodies
 add to the held-out evidence stands beside what they find.  The phantom's simulator is independent of this program;
-``ribosome`` is the project's own.  Finished runs in the output folder are kept.
+``ribosome`` and ``adk``, the adenylate kinase between its closed and its open form, are the project's own (see
+``adk.py``).  Finished runs in the output folder are kept.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import adk
 import numpy as np
 from numpy.typing import NDArray
 from run import lookup, timed
@@ -38,13 +40,14 @@ class Set:
 
     title: str
     simulate: str
-    masks: str = "body_large.mrc,body_small.mrc"  # of the set's folder
+    masks: str = "body_large.mrc,body_small.mrc"  # of the set's folder; "": no bodies
     ours: bool = False
     stages: str = ""
     of: str = ""  # the data of another set
 
 
 HINGE = "-n 400 --hinge 20"
+ADK = f"--n 400 --atoms {adk.PATH}"
 SETS = {
     "hinge": Set("Phantom, hinge of ±20 degrees and a factor in half, SNR 0.1, masks of both bodies", HINGE),
     "alike": Set("The same without masks: `--masks auto:2`", "", "auto:2", of="hinge"),
@@ -55,6 +58,13 @@ SETS = {
     "full": Set("The hinge at full resolution: working box 64", "", stages="--downfrac 1", of="hinge"),
     "ribosome": Set("Mini-ribosome: 30S turns by 0 to 8 degrees, four compositions, SNR 1", "--preset demo --n 400",
                     "bodies.star", ours=True),
+    "adk": Set("Adenylate kinase (24 kDa) from closed to open, SNR 0.1, three bodies: core, LID, NMP",
+               f"{ADK} --snr 0.1", "bodies.star", ours=True),
+    "adk-two": Set("The same without masks: `--masks auto:2`", "", "auto:2", of="adk"),
+    "adk-plain": Set("The same without bodies: composition alone", "", "", of="adk"),
+    "adk-noisy": Set("Adenylate kinase at SNR 0.03, three bodies", f"{ADK} --snr 0.03", "bodies.star", ours=True),
+    "adk-noisy-two": Set("The same without masks: `--masks auto:2`", "", "auto:2", of="adk-noisy"),
+    "adk-noisy-plain": Set("The same without bodies: composition alone", "", "", of="adk-noisy"),
 }  # fmt: skip
 FIGURES = {
     "motion.angle_corr": "angle",
@@ -65,6 +75,7 @@ FIGURES = {
     "motion.axis_voxels": "axis (voxels)",
     "motion.angle_from_composition_r2": "R2 angle from composition",
     "motion.state_from_conformation_r2": "R2 state from conformation",
+    "conformation.path.probe_corr": "path from composition",
     "composition.auc": "AUC",
     "composition.kmeans_ari": "k-means ARI",
     "composition.groups_ari": "groups ARI",
@@ -80,6 +91,9 @@ def simulated(which: Set, folder: Path, seed: int, simulator: Path) -> Path:
     if (data / "done").exists():
         return data
     arguments = ["-o", str(data), "--seed", str(seed), *which.simulate.split()]
+    if adk.PATH in arguments:
+        adk.write_path(simulator.parents[1] / "data/models/adk", folder / adk.PATH)
+        arguments[arguments.index(adk.PATH)] = str(folder / adk.PATH)
     if which.ours:
         subprocess.run([*PROGRAM, "simulate", *arguments], check=True)
     else:
@@ -114,7 +128,8 @@ def one_seed(name: str, seed: int, output: Path, simulator: Path) -> dict[str, f
     data = simulated(SETS[which.of or name], output / (which.of or name), seed, simulator)
     masks = which.masks if which.masks.startswith("auto") else ",".join(str(data / m) for m in which.masks.split(","))
     run = folder / f"run{seed}"
-    stated = ["-r", str(data / "mask.mrc"), "-o", str(run), "--seed", str(seed), "-n", "1", "--masks", masks]
+    stated = ["-r", str(data / "mask.mrc"), "-o", str(run), "--seed", str(seed), "-n", "1"]
+    stated += ["--masks", masks] if which.masks else []
     cpu = wall = None
     if not (run / "z.0.pkl").exists():
         cpu, wall = timed([*PROGRAM, "train", str(data / "particles.star"), *stated, *which.stages.split()])
@@ -123,6 +138,8 @@ def one_seed(name: str, seed: int, output: Path, simulator: Path) -> dict[str, f
     said = re.search(r"bodies: evidence .* \(([+-][\d.]+)\)", (run / "run.log").read_text())
     figures = {label: lookup(scores, dotted) for dotted, label in FIGURES.items()}
     figures |= {"over linear without bodies (nats)": float(said[1]) if said else None, "CPU s": cpu, "wall s": wall}
+    if adk.PATH in SETS[which.of or name].simulate:
+        figures |= adk.figures(data, run)
     kept.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 
+from atom_files import two_models
 from opustomo.analysis.class_quality import read_quality
 from opustomo.analysis.data_maps import read_fsc
 from opustomo.analysis.volumes import read_codes
@@ -31,6 +32,7 @@ from opustomo.data.star import read_star, write_star
 from opustomo.data.tensors import read_arrays, read_tensors
 from opustomo.errors import UserError
 from opustomo.monitor import read_rows
+from opustomo.simulate.atoms import read_atoms
 from opustomo.stored import read_config
 from stack_writers import two_states_set
 from star_sets import BOX, PIXEL, Set, put_loop, relion31
@@ -104,6 +106,14 @@ def listed(suffix: str) -> Callable[[Path], None]:
     return read
 
 
+def atoms(path: Path) -> None:
+    """Two conformations in one file, or beside each other."""
+    molecule, length = read_atoms((path,), 4.0, 2.0, True)
+    beads = molecule.at(0, length / 2)
+    assert all(np.isfinite(column).all() for column in (beads.centre, beads.sigma, beads.weight))
+    assert np.isfinite(length) and len(beads.weight) and (beads.sigma > 0).all()
+
+
 TARGETS: dict[str, Callable[[Path], object]] = {
     "star": star,
     "particles": particles,
@@ -136,6 +146,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "pytom": listed(".xml"),
     "ndjson": listed(".ndjson"),
     "m_source": read_sources,
+    "atoms": atoms,
 }
 
 
@@ -194,6 +205,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     sets = [images.write_set(folder / name) for name in ("set", "other", "third", "fourth")]
     flat = images.write_series(folder / "flat")
     return {
+        "atoms": [two_models().encode()],
         "stacks": [sets[0].with_name("particles.star").read_bytes()],
         "tomograms": [sets[1].with_name("tomograms.star").read_bytes()],
         "optimisation": [sets[2].read_bytes()],

@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from opustomo.config import InputOptions
+from atom_files import written
+from opustomo.config import InputOptions, SimulateConfig
 from opustomo.data.mrc import read_volume
 from opustomo.data.observe import Noise, observe, working_mask
 from opustomo.data.particles import Particles
@@ -39,6 +40,7 @@ from opustomo.physics.observation import (
 )
 from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates, rotate_volume, spherical_mask
 from opustomo.simulate.dataset import Preset, simulate
+from opustomo.simulate.dataset import main as simulate_main
 
 SIZE, EXTENT = 16, 120.0
 RNG = np.random.default_rng(11)
@@ -254,16 +256,17 @@ def test_uncovered_voxels_say_nothing() -> None:
 # ------------------------------------------------------------------------- B = a W V on data that others simulated
 
 
-def residuals(folder: Path, particles: Particles) -> np.ndarray:
+def residuals(folder: Path, particles: Particles, truth_name: str = "state{}_hinge+0.0.mrc") -> np.ndarray:
     """``|B - a W V|^2 / |B|^2`` inside the mask, a >= 0: the criterion of METHOD section 3, for every particle."""
     mask = torch.from_numpy(read_volume(folder / "mask.mrc")[0])
     grid = make_grid(particles.box, particles.pixel_size, 0.75, mask_extent(mask))
     size, inside = grid.working_box, working_mask(mask, grid)
     noise = Noise(torch.ones(len(band_frequencies(size))), 1.0, False, torch.zeros(size // 2 + 1))
-    present = np.load(folder / "labels.npz")["present"]
+    labels = np.load(folder / "labels.npz")
+    present = labels.get("present", labels.get("state"))
     result = []
     for i in range(len(particles)):
-        truth = torch.from_numpy(read_volume(folder / f"gt/state{present[i]}_hinge+0.0.mrc")[0])
+        truth = torch.from_numpy(read_volume(folder / "gt" / truth_name.format(present[i]))[0])
         volume = centre_crop(fourier_resize(truth, size), grid.crop)
         numerator, weight = observe(particles, i, grid, noise)
         model = centre_crop(irfft3(from_band(model_band(volume, size) * weight, size)), grid.crop) * inside
@@ -290,6 +293,14 @@ def test_numerator_is_weight_times_volume_of_the_ribosome(tmp_path: Path) -> Non
     exact = Preset(n=3, states=(0, 1), box=64, pixel_size=8.0, snr=0.0, rot_err=0.0, shift_err=0.0)
     simulate(tmp_path / "set", exact, 5, {})
     found = residuals(tmp_path / "set", read(tmp_path / "set"))
+    assert found.max() < 0.01, f"residual power {found}"
+
+
+def test_numerator_is_weight_times_volume_of_atoms(tmp_path: Path) -> None:
+    """Of a small protein, whose density is sharper than its voxels."""
+    atoms = (written(tmp_path / "a.pdb"),)
+    simulate_main(SimulateConfig(tmp_path / "set", atoms=atoms, box=48, n=2, snr=0.0, rot_err=0.0, shift_err=0.0))
+    found = residuals(tmp_path / "set", read(tmp_path / "set"), "state{}_path+0.0.mrc")
     assert found.max() < 0.01, f"residual power {found}"
 
 

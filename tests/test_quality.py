@@ -92,7 +92,7 @@ def perfect_run(simulated: Simulated, path: Path, noise: float = 0.02) -> FakeRu
     rng = np.random.default_rng(0)
     values = np.unique(plan.state)
     one_hot = 3.0 * (plan.state[:, None] == values)
-    hinge = np.nan_to_num(plan.hinge, nan=4.0)[:, None] / 8
+    hinge = np.nan_to_num(plan.coordinate, nan=4.0)[:, None] / 8
     codes = np.hstack([one_hot, hinge]) + noise * rng.normal(size=(len(plan.state), len(values) + 1))
 
     def decode(code: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -118,7 +118,7 @@ def test_perfect_codes_score_one(states: Simulated, tmp_path: Path) -> None:
 def test_codes_of_nothing_score_nothing(states: Simulated, tmp_path: Path) -> None:
     run = perfect_run(states, tmp_path)
     codes = np.random.default_rng(3).normal(size=(160, 6)).astype(np.float32)
-    state, hinge = states.plan.state, states.plan.hinge
+    state, hinge = states.plan.state, states.plan.coordinate
     scores = score_codes.composition(codes, state)
     assert scores["auc"] == pytest.approx(0.5, abs=0.1)
     assert abs(scores["kmeans_ari"]) < 0.05 and abs(scores["gmm_ari"]) < 0.05

@@ -12,7 +12,8 @@ from scipy.spatial.transform import Rotation
 from opustomo.analysis.series_motion import rigid_motion
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centred_coordinates
-from opustomo.simulate.bead_model import assemble, gaussian_volume, intersubunit_axis
+from opustomo.simulate.bead_model import assemble, intersubunit_axis
+from opustomo.simulate.molecule import gaussian_volume
 
 BOX, PIXEL = 24, 15.0
 GRID = Grid(BOX, PIXEL, BOX, BOX, 32)

@@ -17,7 +17,8 @@ from opustomo.data.mrc import header_of, read_volume
 from opustomo.data.readers import read_particles
 from opustomo.errors import UserError
 from opustomo.simulate import bead_model, dataset, tilt_series
-from opustomo.simulate.bead_model import Beads, assemble, gaussian_volume
+from opustomo.simulate.bead_model import assemble
+from opustomo.simulate.molecule import Beads, gaussian_volume
 from opustomo.simulate.tilt_series import TiltSeries
 
 BOX, PIXEL = 36, 10.0

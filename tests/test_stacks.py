@@ -21,7 +21,7 @@ from opustomo.config import SimulateConfig
 from opustomo.data import write_relion5
 from opustomo.data.mrc import header_of, read_volume, write_stack
 from opustomo.simulate import dataset, tilt_series
-from opustomo.simulate.bead_model import Beads
+from opustomo.simulate.molecule import Beads
 from opustomo.simulate.tilt_series import TiltSeries
 
 BOX, PIXEL, COUNT = 36, 10.0, 5

@@ -93,7 +93,11 @@ VERBS = {
     ),
     "evaluate": Verb("analysis.quality", "EvaluateConfig", "opustomo evaluate run --truth simulated"),
     "simulate": Verb(
-        "simulate.dataset", "SimulateConfig", "opustomo simulate -o simulated --preset two-state", waits=True
+        "simulate.dataset",
+        "SimulateConfig",
+        "opustomo simulate -o simulated --preset two-state\n"
+        "  opustomo simulate -o simulated --atoms closed.pdb open.pdb --snr 0.05",
+        waits=True,
     ),
     "report": Verb("analysis.report", "ReportConfig", "opustomo report run"),
     "demo": Verb("demo", "DemoConfig", "opustomo demo -o demo"),

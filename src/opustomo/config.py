@@ -324,8 +324,12 @@ class SimulateConfig:
 
     output: Output
     """Output folder: particles.star, mask.mrc, subtomo/, labels.npz, gt/, sim.json, stacks/."""
-    preset: Literal["demo", "two-state", "hinge", "junk", "few"] = "demo"
-    """demo: four states and a rotation; two-state; hinge: rotation only; junk: decoys and pose outliers; few: 263."""
+    preset: Literal["demo", "two-state", "hinge", "junk", "few"] | None = None
+    """demo (the default): four states and a rotation; two-state; hinge: rotation only; junk: decoys; few: 263."""
+    atoms: Annotated[tuple[Path, ...], arg(metavar="FILE")] = ()
+    """Atoms instead of the ribosome (PDB, mmCIF; needs gemmi): one rigid structure, or conformations along a path."""
+    align: bool = True
+    """Lay the conformations of --atoms on their largest rigid core."""
     n: int = 0
     """Number of particles (0: the preset's)."""
     box: int = 0

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from atom_files import pdb, places, two_models
 from fuzz_targets import attempt, saved, seeds
 from opustomo import cli
 from opustomo.config import InputOptions, TrainConfig
@@ -78,6 +79,16 @@ def flipped(after: bytes) -> Change:
 
 def cut(raw: bytes) -> bytes:
     return raw[: len(raw) * 2 // 3]
+
+
+def one_line_less(raw: bytes) -> bytes:
+    """Without the last atom of the last model."""
+    return b"\n".join(raw.splitlines()[:-3] + raw.splitlines()[-2:])
+
+
+def unknown_element() -> str:
+    """No columns 77-78, and a name that begins with the letter of no element."""
+    return pdb(places(0.0), elements=False).replace("CB  ", "QB  ", 1)
 
 
 def three_images(raw: bytes) -> bytes:
@@ -213,6 +224,12 @@ FILES: list[tuple[str, str, str, Change]] = [
     ("PyTom list", "not XML", "pytom", instead(b"<ParticleList>")),
     ("ndjson list", "not JSON", "ndjson", instead(b"{\n")),
     ("ndjson list", "no location", "ndjson", text("location", "place", 2)),
+    ("atoms (--atoms)", "empty", "atoms", instead(b"")),
+    ("atoms (--atoms)", "no atoms", "atoms", instead(b"HEADER    HYDROLASE\nEND\n")),
+    ("atoms (--atoms)", "an atom too few in one conformation", "atoms", one_line_less),
+    ("atoms (--atoms)", "atoms in another order", "atoms", text(" CB  CYS A   2", " XX  CYS A   2")),
+    ("atoms (--atoms)", "an atom of no element", "atoms", instead(unknown_element().encode())),
+    ("atoms (--atoms)", "one conformation twice", "atoms", instead(two_models(0.0, 0.0).encode())),
 ]
 INPUTS: list[tuple[str, InputOptions]] = [
     ("-D 32", InputOptions(box=32)),
@@ -223,7 +240,8 @@ INPUTS: list[tuple[str, InputOptions]] = [
 LINES = [
     ["train"], ["train", "a.star", "-o", "run", "--zdims", "3"], ["train", "a.star", "-o", "run", "-n", "ten"],
     ["train", "a.star", "-o", "run", "--device", "tpu"], ["train", "--resume"], ["train", "--resume", "nowhere"],
-    ["trian"],
+    ["trian"], ["simulate", "-o", "set", "--atoms", "gone.pdb"], ["simulate", "-o", "set", "--no-align"],
+    ["simulate", "-o", "set", "--atoms", "a.pdb", "--preset", "hinge"],
 ]  # fmt: skip
 SIZES = [{"epochs": 0}, {"batch": 0}, {"lr": -1.0}, {"valfrac": 1.0}, {"templateres": 50}, {"tmp_prefix": "../tmp"}]
 

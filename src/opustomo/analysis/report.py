@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 DEFAULT_CLUSTERS = 16
 TRAVERSED = 2  # components shown
 STEPS = 5  # maps shown on each
+OF_A_CLASS = r"\bclass(\d+)\b"
 OTHER_CLASS = r"label-free class \1 (evaluate's own numbering)"
 Volumes = NDArray[np.float32]
 
@@ -193,11 +194,16 @@ def _certainty(run: Run, analysis: Analysis) -> str:
     if run.sigma is None or len(analysis.centre_index) < 2:
         return ""
     sure = (class_probability(run.codes, run.sigma, analysis.labels) >= CERTAIN).mean()
+    others = " The others lie near a border, of which fewer classes have fewer." if sure < 1 else ""
     return (
-        f" <b>{sure:.0%} of the particles are certain of their class</b>: given how well their codes are known, they "
-        f"belong there with probability {CERTAIN:g} or more. The others lie near a "
-        "border, of which fewer classes have fewer."
+        f" <b>{_share(sure)} of the particles are certain of their class</b>: given how well their codes are known, "
+        f"they belong there with probability {CERTAIN:g} or more.{others}"
     )
+
+
+def _share(part: float) -> str:
+    """A share in per cent; all is said of all alone."""
+    return f"{part:.0%}" if part == 1 or part < 0.995 else "over 99%"
 
 
 def _planes(run: Run, analysis: Analysis) -> list[str]:
@@ -296,8 +302,14 @@ def _truth(path: Path) -> Iterator[Section]:
     with reading(path, "write it again with `opustomo evaluate`"):
         found = json.loads(path.read_text())
     note = "The data are simulated: the benchmark's metrics against what was put in."
-    own = {re.sub(r"\bclass(\d+)\b", OTHER_CLASS, name): value for name, value in page.leaves(found)}
-    yield Section("truth", "Against the truth", note, page.table(own))
+    of_set = {name: value for name, value in page.leaves(found) if not re.search(OF_A_CLASS, name)}
+    of_classes = {
+        re.sub(OF_A_CLASS, OTHER_CLASS, name): value for name, value in page.leaves(found) if name not in of_set
+    }
+    body = page.table(of_set)
+    if of_classes:
+        body += f"<details><summary>Every class by itself</summary>{page.table(of_classes)}</details>"
+    yield Section("truth", "Against the truth", note, body)
 
 
 def _next(run: Run, analysis: Analysis) -> Section:

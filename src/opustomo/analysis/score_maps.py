@@ -33,7 +33,7 @@ class ClassVolume:
     size: int
     state: int
     purity: float
-    hinge: float  # of the true map
+    coordinate: float  # of the true map
     decoded: torch.Tensor
     centre: torch.Tensor
     truth: torch.Tensor
@@ -74,14 +74,14 @@ def class_volumes(run: Run, truth: Truth, rows: NDArray[np.int64], classes: NDAr
         states = truth.state[members] if truth.state is not None else np.zeros(len(members), np.int64)
         values, counts = np.unique(states, return_counts=True)
         state = int(values[counts.argmax()])
-        target = truth.nearest_map(state, _median(_hinge(truth)[members[states == state]]))
+        target = truth.nearest_map(state, _median(truth.shown[members[states == state]]))
         if target is None:
             continue
         pair = run.decode(np.stack([run.codes[medoid], codes.mean(0)]))
         decoded, centre = (masked(torch.from_numpy(volume), run) for volume in pair)
         purity = float(counts.max() / len(members))
         true = true_volume(target, run)
-        found.append(ClassVolume(len(members), state, purity, target.hinge, decoded, centre, true))
+        found.append(ClassVolume(len(members), state, purity, target.value, decoded, centre, true))
     return found
 
 
@@ -131,7 +131,7 @@ def _class_scores(volume: ClassVolume, pixel: float) -> dict[str, Any]:
         "size": volume.size,
         "state": volume.state,
         "purity": volume.purity,
-        "hinge": volume.hinge,
+        "coordinate": volume.coordinate,
         "resolution_0.5": resolution(curve, 0.5, extent),
         "resolution_0.143": resolution(curve, 0.143, extent),
         "fsc_area": float(curve[1:].mean()),
@@ -151,10 +151,10 @@ def _differences(matched: list[ClassVolume], name: str, volumes: list[torch.Tens
 
 
 def _particle_area(run: Run, truth: Truth, rows: NDArray[np.int64]) -> float:
-    """Mean FSC area of at most 32 particles, each decoded at its own code, against its own state and nearest hinge."""
+    """Mean FSC area of at most 32 particles, each decoded at its own code, against its own state and nearest map."""
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
     states = truth.state if truth.state is not None else np.zeros(len(truth.junk), np.int64)
-    targets = [truth.nearest_map(int(states[i]), _hinge(truth)[i]) for i in sample]
+    targets = [truth.nearest_map(int(states[i]), truth.shown[i]) for i in sample]
     decoded = torch.from_numpy(run.decode(run.codes[sample]))
     areas = [
         _fsc(masked(volume, run), true_volume(target, run))[1:].mean()
@@ -162,11 +162,6 @@ def _particle_area(run: Run, truth: Truth, rows: NDArray[np.int64]) -> float:
         if target is not None
     ]
     return float(np.mean(areas)) if areas else float("nan")
-
-
-def _hinge(truth: Truth) -> NDArray[np.float64]:
-    """The coordinate that the names of the true maps refer to."""
-    return truth.coordinates.get("hinge", np.full(len(truth.junk), np.nan))
 
 
 def _median(values: NDArray[np.float64]) -> float:

@@ -17,7 +17,7 @@ from opustomo.analysis.score_motions import KnownHinge
 from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError
 
-_MAP_NAME = re.compile(r"state(\d+)_hinge([+-]\d+(?:\.\d+)?)\.mrc")
+_MAP_NAME = re.compile(r"state(\d+)_([a-z]+)([+-]\d+(?:\.\d+)?)\.mrc")
 _NOT_COORDINATES = {"state", "present", "junk", "junk_kind", "true_pose", "tilts", "bfac", "scale", "tilt_count"}
 
 
@@ -26,7 +26,8 @@ class TruthMap:
     """One CTF-free map in gt/."""
 
     state: int
-    hinge: float  # degrees
+    coordinate: str  # what its name tells a value of: "hinge" (degrees), "path" (Angstrom)
+    value: float
     path: Path
 
 
@@ -58,10 +59,16 @@ class Truth:
             hinge=None if self.hinge is None else self.hinge.at(rows),
         )
 
-    def nearest_map(self, state: int, hinge: float) -> TruthMap | None:
-        """The map of ``state`` whose hinge is nearest (any, if ``hinge`` is NaN); None if the state has no map."""
+    @property
+    def shown(self) -> NDArray[np.float64]:
+        """(P,) the coordinate that the names of the maps tell, NaN where it is undefined."""
+        name = self.maps[0].coordinate if self.maps else ""
+        return self.coordinates.get(name, np.full(len(self.junk), np.nan))
+
+    def nearest_map(self, state: int, value: float) -> TruthMap | None:
+        """The map of ``state`` whose coordinate is nearest (any, if ``value`` is NaN); None if the state has no map."""
         candidates = [m for m in self.maps if m.state == state]
-        return min(candidates, key=lambda m: abs(m.hinge - np.nan_to_num(hinge)), default=None)
+        return min(candidates, key=lambda m: abs(m.value - np.nan_to_num(value)), default=None)
 
 
 def read_truth(folder: Path, particles: int) -> Truth:
@@ -110,4 +117,4 @@ def _coordinates(labels: dict[str, NDArray[Any]], particles: int) -> dict[str, N
 
 def _maps(folder: Path) -> tuple[TruthMap, ...]:
     found = [(_MAP_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("state*.mrc"))]
-    return tuple(TruthMap(int(name[1]), float(name[2]), path) for name, path in found if name)
+    return tuple(TruthMap(int(name[1]), name[2], float(name[3]), path) for name, path in found if name)

@@ -34,7 +34,7 @@ def save_tensors(path: Path, payload: dict[str, Any]) -> None:
             raise
 
 
-def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+def save_arrays(path: Path, /, **arrays: NDArray[Any]) -> None:
     """``np.savez``, atomically.  Raises UserError where the disk is full."""
     with atomic(path) as temporary, temporary.open("wb") as handle:
         np.savez(handle, allow_pickle=False, **arrays)

@@ -1,6 +1,7 @@
 """The mini-ribosome: a 70S of about 500 Gaussian beads in states 50S, 70S, 70S+P and 70S+A,P,E, with a turning 30S.
 
-Owns: the packaged bead file (from PDB 4V5D, CC0; made by ``tools/build_bead_model.py``), its states and its densities.
+Owns: the packaged bead file (from PDB 4V5D, CC0; made by ``tools/build_bead_model.py``), its states and how its 30S
+turns.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
+
+from opustomo.simulate.molecule import Beads, Molecule, together
 
 # The domains of each state.  The mRNA is part of the 30S.
 STATES: tuple[tuple[str, ...], ...] = (
@@ -23,18 +25,6 @@ STATES: tuple[tuple[str, ...], ...] = (
 )
 STATE_NAMES = ("50S", "70S", "70S+P", "70S+A,P,E")
 MOBILE = "30S"  # the domain that turns; the tRNAs stay with the 50S, which is a simplification
-
-
-class Beads(NamedTuple):
-    """J isotropic Gaussians; the density of bead j is ``weight / (2 pi sigma^2)^(3/2) exp(-r^2 / (2 sigma^2))``."""
-
-    centre: NDArray[np.float64]  # (J, 3) x, y, z in Angstrom from the centre of the 70S
-    sigma: NDArray[np.float64]  # (J,) Angstrom
-    weight: NDArray[np.float64]  # (J,) electrons
-
-    def moved(self, rotation: NDArray[np.float64], shift: NDArray[np.float64]) -> Beads:
-        """The beads at ``rotation @ centre + shift`` (shift in Angstrom, x, y, z)."""
-        return self._replace(centre=self.centre @ rotation.T + shift)
 
 
 @cache
@@ -61,11 +51,7 @@ def subunits() -> dict[str, Beads]:
     parts: dict[str, list[Beads]] = {"large": [], "small": []}
     for name, beads in domains().items():
         parts["small" if name == MOBILE else "large"].append(beads)
-    return {body: _together(beads) for body, beads in parts.items()}
-
-
-def _together(parts: list[Beads]) -> Beads:
-    return Beads(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return {body: together(beads) for body, beads in parts.items()}
 
 
 def assemble(state: int, rotation_deg: float) -> Beads:
@@ -79,26 +65,7 @@ def assemble(state: int, rotation_deg: float) -> Beads:
     for name in STATES[state]:
         beads = domains()[name]
         parts.append(beads.moved(turn, point - turn @ point) if name == MOBILE else beads)
-    return _together(parts)
-
-
-def gaussian_volume(beads: Beads, box: int, pixel_size: float) -> NDArray[np.float32]:
-    """Density in electrons per cubic Angstrom, (z, y, x) with voxel ``box // 2`` at the origin; periodic.
-
-    Band-limited: beads are narrower than a voxel of 10 Angstrom, and values at voxel centres would alias.
-    """
-    frequency = np.fft.rfftfreq(box, pixel_size)
-    middle = box // 2 * pixel_size
-
-    def profile(centre: NDArray[np.float64]) -> NDArray[np.float64]:
-        spectrum = np.exp(-2 * (np.pi * beads.sigma[:, None] * frequency) ** 2) / pixel_size
-        phase = np.exp(-2j * np.pi * frequency * (centre[:, None] + middle))
-        phase[:, -1] = 0  # Nyquist: its phase cannot be represented
-        return np.fft.irfft(spectrum * phase, box)
-
-    x, y, z = (profile(centre) for centre in beads.centre.T)
-    sheets = (y[:, :, None] * x[:, None, :]).reshape(len(x), -1)
-    return ((beads.weight * z.T) @ sheets).reshape(box, box, box).astype(np.float32)
+    return together(parts)
 
 
 def random_blob(rng: np.random.Generator) -> Beads:
@@ -107,3 +74,13 @@ def random_blob(rng: np.random.Generator) -> Beads:
     radii = rng.uniform(30, 80, 3)
     centre = rng.normal(size=(count, 3)) * radii / 1.5
     return Beads(centre - centre.mean(0), rng.uniform(4.5, 7, count), rng.uniform(2000, 4000, count))
+
+
+RIBOSOME = Molecule(
+    names=STATE_NAMES,
+    moves=tuple(MOBILE in parts for parts in STATES),
+    at=assemble,
+    bodies=subunits,
+    known=lambda _: {"hinge_axis": np.stack(intersubunit_axis()[::-1])},
+    width=360.0,
+)

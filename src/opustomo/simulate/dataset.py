@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +28,9 @@ from opustomo.data.write_relion30 import write_ctf, write_particles
 from opustomo.errors import UserError
 from opustomo.monitor import duration, progress
 from opustomo.simulate import tilt_series
-from opustomo.simulate.bead_model import (
-    MOBILE,
-    STATE_NAMES,
-    STATES,
-    Beads,
-    assemble,
-    gaussian_volume,
-    intersubunit_axis,
-    random_blob,
-    subunits,
-)
+from opustomo.simulate.atoms import read_atoms
+from opustomo.simulate.bead_model import RIBOSOME, random_blob
+from opustomo.simulate.molecule import Beads, Molecule, gaussian_volume, soft_edge, surface_distance
 from opustomo.simulate.tilt_series import TiltSeries
 
 log = logging.getLogger(__name__)
@@ -46,7 +38,7 @@ log = logging.getLogger(__name__)
 TOMOGRAMS = 3
 TOMOGRAM_SIZE = np.array([928.0, 928.0, 320.0])  # pixels x, y, z
 DEFOCUS = np.linspace(22000.0, 38000.0, TOMOGRAMS)  # Angstrom, of each tomogram's middle
-BATCH = 16
+BATCH, MANY = 16, 1000  # particles imaged at a time; those of more beads than this one by one
 GOOD, BLOB, EMPTY, MISPLACED = range(4)  # labels "junk_kind"
 
 
@@ -55,15 +47,16 @@ class Preset:
     """What is simulated; ``snr`` is var(signal) / var(noise) in the central sphere of the subtomograms, 0: no noise."""
 
     n: int = 400
-    states: tuple[int, ...] = (1,)  # indices into bead_model.STATES, equally frequent
-    rotation: tuple[float, float] = (0.0, 0.0)  # degrees of the 30S, uniform
-    junk: float = 0.0  # fraction of particles that are no well placed ribosomes
+    states: tuple[int, ...] = (1,)  # indices into the molecule's names, equally frequent
+    rotation: tuple[float, float] = (0.0, 0.0)  # the molecule's coordinate, uniform: degrees of the 30S
+    junk: float = 0.0  # fraction of particles that are no well placed molecules
     box: int = 40
     pixel_size: float = 10.0
     snr: float = 1.0
     rot_err: float = 2.0  # degrees, |N(0, .)| about a random axis
     shift_err: float = 0.3  # pixels, N(0, .) on each axis
     max_shift: float = 2.0  # pixels, origins are uniform in +- this
+    molecule: Molecule = RIBOSOME
 
 
 PRESETS = {
@@ -73,15 +66,17 @@ PRESETS = {
     "junk": Preset(junk=0.25, snr=0.15),
     "few": Preset(n=263, states=(1, 3), rotation=(0.0, 8.0)),
 }
+OF_ATOMS = Preset(states=(0,), pixel_size=4.0, snr=0.1)  # a protein of some ten kilodalton
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything drawn at random, P particles.  A of METHOD section 2: the bead at c lies at ``A c - origin``."""
 
-    state: NDArray[np.int64]  # (P,) -1 where there is no ribosome
-    hinge: NDArray[np.float64]  # (P,) rotation of the 30S in degrees, NaN where there is none
-    junk_kind: NDArray[np.int64]  # (P,) 0 good, 1 blob, 2 empty, 3 ribosome with a random pose in the STAR
+    molecule: Molecule
+    state: NDArray[np.int64]  # (P,) -1 where there is no molecule
+    coordinate: NDArray[np.float64]  # (P,) of the molecule (degrees of the 30S), NaN where nothing moves
+    junk_kind: NDArray[np.int64]  # (P,) 0 good, 1 blob, 2 empty, 3 molecule with a random pose in the STAR
     rotation: NDArray[np.float64]  # (P, 3, 3) true A
     origin: NDArray[np.float64]  # (P, 3) true, pixels
     given_rotation: NDArray[np.float64]  # (P, 3, 3) as written to the STAR
@@ -95,7 +90,8 @@ class Plan:
         """Particle i in the frame of its subtomogram, Angstrom from voxel N//2."""
         if self.junk_kind[i] == EMPTY:
             return Beads(np.zeros((0, 3)), np.zeros(0), np.zeros(0))
-        model = self.blobs[i] if i in self.blobs else assemble(int(self.state[i]), np.nan_to_num(self.hinge[i]))
+        value = float(np.nan_to_num(self.coordinate[i]))
+        model = self.blobs[i] if i in self.blobs else self.molecule.at(int(self.state[i]), value)
         return model.moved(self.rotation[i], -self.origin[i] * pixel_size)
 
     def tilt_defocus(self, series: TiltSeries) -> NDArray[np.float64]:
@@ -117,8 +113,8 @@ def make_plan(preset: Preset, seed: int) -> Plan:
     kind[rng.permutation(n)[:junk]] = 1 + np.arange(junk) % 3
     state = rng.permutation(np.resize(preset.states, n))
     state[(kind == BLOB) | (kind == EMPTY)] = -1
-    mobile = np.array([s >= 0 and MOBILE in STATES[s] for s in state])
-    hinge = np.where(mobile, rng.uniform(*preset.rotation, n), np.nan)
+    mobile = np.array([s >= 0 and preset.molecule.moves[s] for s in state])
+    coordinate = np.where(mobile, rng.uniform(*preset.rotation, n), np.nan)
 
     rotation = Rotation.random(n, rng=rng).as_matrix()
     origin = rng.uniform(-preset.max_shift, preset.max_shift, (n, 3))
@@ -131,8 +127,9 @@ def make_plan(preset: Preset, seed: int) -> Plan:
     coordinates = rng.uniform(margin, TOMOGRAM_SIZE - margin, (n, 3))
     height = (coordinates[:, 2] - TOMOGRAM_SIZE[2] / 2) * preset.pixel_size
     return Plan(
+        molecule=preset.molecule,
         state=state,
-        hinge=hinge,
+        coordinate=coordinate,
         junk_kind=kind,
         rotation=rotation,
         origin=origin,
@@ -176,8 +173,10 @@ def observations(plan: Plan, series: TiltSeries, snr: float, seed: int) -> Itera
     std = noise_level(plan, series, snr, matrix, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     defocus = plan.tilt_defocus(series)
-    for start in range(0, len(plan.state), BATCH):
-        rows = np.arange(start, min(start + BATCH, len(plan.state)))
+    some = int(np.flatnonzero(plan.junk_kind == GOOD)[0])
+    batch = BATCH if len(plan.beads(some, series.pixel_size).weight) <= MANY else 1
+    for start in range(0, len(plan.state), batch):
+        rows = np.arange(start, min(start + batch, len(plan.state)))
         images = tilt_series.project([plan.beads(int(i), series.pixel_size) for i in rows], series)
         images = images * tilt_series.transfer(defocus[rows], series)
         if std > 0:
@@ -186,25 +185,37 @@ def observations(plan: Plan, series: TiltSeries, snr: float, seed: int) -> Itera
         yield from map(Observation, recorded, tilt_series.backproject(images, matrix))
 
 
-def truth_maps(preset: Preset) -> dict[str, NDArray[np.float32]]:
-    """CTF-free maps in electrons per cubic Angstrom by file stem, ``state{S}_hinge{+h.h}``; h in five steps."""
-    angles = np.unique(np.linspace(*preset.rotation, 5))
+def truth_beads(preset: Preset) -> dict[str, Beads]:
+    """What the true maps show, by file stem: ``state{S}_hinge{+h.h}`` or the coordinate's own name; h in five steps."""
+    molecule, values = preset.molecule, np.unique(np.linspace(*preset.rotation, 5))
     return {
-        f"state{s}_hinge{angle:+.1f}": gaussian_volume(assemble(s, angle), preset.box, preset.pixel_size)
+        f"state{s}_{molecule.coordinate}{h:+.1f}": molecule.at(s, h)
         for s in preset.states
-        for angle in (angles if MOBILE in STATES[s] else [0.0])
+        for h in (values if molecule.moves[s] else [0.0])
     }
 
 
-def solvent_mask(maps: list[NDArray[np.float32]], pixel_size: float, margin: float = 10.0) -> NDArray[np.float32]:
-    """Soft mask around the union of the maps: Angstrom of margin, then a cosine edge of 20 Angstrom."""
+def solvent_mask(
+    maps: list[NDArray[np.float32]], pixel_size: float, margin: float = 10.0, edge: float = 20.0
+) -> NDArray[np.float32]:
+    """Soft mask around the union of the maps: Angstrom of margin, then a cosine edge."""
     union = np.max(maps, axis=0)
-    distance = ndimage.distance_transform_edt(union < 0.1 * np.percentile(union, 99)) - margin / pixel_size
-    return (0.5 + 0.5 * np.cos(np.pi * np.clip(distance * pixel_size / 20, 0, 1))).astype(np.float32)
+    distance = ndimage.distance_transform_edt(union < 0.1 * np.percentile(union, 99)) * pixel_size
+    return soft_edge(distance - margin, edge)
+
+
+def mask_of(preset: Preset, beads: Iterable[Beads], margin: float, edge: float) -> NDArray[np.float32]:
+    """Soft mask around a molecule as it is at each of ``beads``."""
+    if preset.molecule.radius is None:
+        return solvent_mask(
+            [gaussian_volume(b, preset.box, preset.pixel_size) for b in beads], preset.pixel_size, margin, edge
+        )
+    outside = np.min([surface_distance(b, preset.box, preset.pixel_size) for b in beads], axis=0)
+    return soft_edge(outside - preset.molecule.radius - margin, edge)
 
 
 def chosen_preset(config: SimulateConfig) -> Preset:
-    """The preset with the options that were given; UserError for sizes and errors that make no sense."""
+    """The preset, or that of atoms, with the options that were given; UserError for what makes no sense."""
     given = {
         "n": config.n or None,
         "box": config.box or None,
@@ -213,7 +224,12 @@ def chosen_preset(config: SimulateConfig) -> Preset:
         "rot_err": None if config.rot_err == -1 else config.rot_err,
         "shift_err": None if config.shift_err == -1 else config.shift_err,
     }
-    preset = replace(PRESETS[config.preset], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    if config.atoms and config.preset:
+        raise UserError(f"--preset {config.preset}: presets are ribosomes; leave it out with --atoms")
+    if not (config.align or config.atoms):
+        raise UserError("--no-align: is about the conformations of --atoms; leave it out without them")
+    usual = OF_ATOMS if config.atoms else PRESETS[config.preset or "demo"]
+    preset = replace(usual, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
     for option, value in (("snr", preset.snr), ("rot-err", preset.rot_err), ("shift-err", preset.shift_err)):
         if value < 0:
             raise UserError(f"--{option} {value:g}: is negative; give 0 or more")
@@ -221,10 +237,13 @@ def chosen_preset(config: SimulateConfig) -> Preset:
         raise UserError(f"-n {preset.n}, --angpix {preset.pixel_size:g}: both must be above 0")
     if preset.box % 2 or preset.box < 16:
         raise UserError(f"--box {preset.box}: boxes are even and at least 16 voxels; give {max(16, preset.box + 1)}")
-    if preset.box * preset.pixel_size < 360:
+    if config.atoms:
+        molecule, length = read_atoms(config.atoms, preset.pixel_size, preset.max_shift, config.align)
+        preset = replace(preset, molecule=molecule, rotation=(0.0, length))
+    if preset.box * preset.pixel_size < preset.molecule.width:
         raise UserError(
             f"--box {preset.box} at {preset.pixel_size:g} A per pixel is {preset.box * preset.pixel_size:.0f} A wide: "
-            "the ribosome with its shifts needs 360 A; raise --box or --angpix"
+            f"the molecule with its shifts needs {preset.molecule.width:.0f} A; raise --box or --angpix"
         )
     return preset
 
@@ -244,10 +263,10 @@ def clear_folder(output: Path) -> None:
 
 
 def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) -> None:
-    """labels.npz, gt/, mask.mrc, and bodies.star where the 30S turns."""
+    """labels.npz, gt/, mask.mrc, and bodies.star where rigid parts turn."""
     labels = {
         "state": plan.state,
-        "hinge": plan.hinge,
+        preset.molecule.coordinate: plan.coordinate,
         "true_pose": np.column_stack([relion_euler(plan.rotation), plan.origin, plan.defocus]),
         "tilts": series.tilts,
         "bfac": series.bfactor,
@@ -255,32 +274,37 @@ def write_truth(output: Path, preset: Preset, plan: Plan, series: TiltSeries) ->
     }
     if len(preset.states) == 2:
         labels["present"] = (plan.state == preset.states[1]).astype(np.int64)
-    if turns_of(preset):
-        point, axis = intersubunit_axis()
-        labels["hinge_axis"] = np.stack([axis, point])
+    if moves_of(preset):
+        labels |= preset.molecule.known(plan.coordinate)
         write_bodies(output, preset)
     if preset.junk > 0:
         labels |= {"junk": (plan.junk_kind != GOOD).astype(np.int64), "junk_kind": plan.junk_kind}
     save_arrays(output / "labels.npz", **labels)
-    maps = truth_maps(preset)
-    for stem, volume in maps.items():
+    maps = truth_beads(preset)
+    for stem, beads in maps.items():
+        volume = gaussian_volume(beads, preset.box, preset.pixel_size)
         write_volume(output / "gt" / f"{stem}.mrc", volume, preset.pixel_size)
-    write_volume(output / "mask.mrc", solvent_mask(list(maps.values()), preset.pixel_size), preset.pixel_size)
+    write_volume(output / "mask.mrc", mask_of(preset, maps.values(), 10.0, 20.0), preset.pixel_size)
 
 
-def turns_of(preset: Preset) -> bool:
-    """Whether the 30S of some particles turns."""
-    return preset.rotation[0] < preset.rotation[1] and any(MOBILE in STATES[s] for s in preset.states)
+def moves_of(preset: Preset) -> bool:
+    """Whether something in some particles moves."""
+    return preset.rotation[0] < preset.rotation[1] and any(preset.molecule.moves[s] for s in preset.states)
 
 
 def write_bodies(output: Path, preset: Preset) -> None:
-    """Masks of the two subunits, and the STAR file of bodies that RELION's multi-body refinement takes."""
-    names = []
-    for body, beads in subunits().items():
-        volume = gaussian_volume(beads, preset.box, preset.pixel_size)
+    """Masks of the rigid parts, and the STAR file of bodies that RELION's multi-body refinement takes.
+
+    Every body turns against the first, and that one against the second.  Nothing is written where there is only one.
+    """
+    names, bodies = [], preset.molecule.bodies()
+    if len(bodies) < 2:
+        return
+    for body, beads in bodies.items():
+        mask = mask_of(preset, [beads], 0.0, min(20.0, 2 * preset.pixel_size))
         names.append(f"body_{body}.mrc")
-        write_volume(output / names[-1], solvent_mask([volume], preset.pixel_size, margin=0.0), preset.pixel_size)
-    rows = "".join(f"{name} {other + 1} 10 2\n" for name, other in zip(names, (1, 0), strict=True))
+        write_volume(output / names[-1], mask, preset.pixel_size)
+    rows = "".join(f"{name} {1 if number else 2} 10 2\n" for number, name in enumerate(names))
     columns = ("MaskName", "RotateRelativeTo", "SigmaAngles", "SigmaOffset")
     head = "data_\n\nloop_\n" + "".join(f"_rlnBody{column} #{i}\n" for i, column in enumerate(columns, 1))
     write_text(output / "bodies.star", head + rows)
@@ -339,8 +363,9 @@ def simulate(output: Path, preset: Preset, seed: int, settings: dict[str, object
     """Write the whole set; particles.star comes last, so that an interrupted set is not taken for a complete one."""
     series = TiltSeries(preset.box, preset.pixel_size)
     plan = make_plan(preset, seed)
-    names = {str(s): STATE_NAMES[s] for s in preset.states}
-    write_text(output / "sim.json", json.dumps(settings | asdict(preset) | {"state_names": names}, indent=1) + "\n")
+    names = {str(s): preset.molecule.names[s] for s in preset.states}
+    stated = {name: value for name, value in vars(preset).items() if name != "molecule"}
+    write_text(output / "sim.json", json.dumps(settings | stated | {"state_names": names}, indent=1) + "\n")
     write_truth(output, preset, plan, series)
     microscope = (series.voltage, series.cs, series.amplitude)
     seen = progress(observations(plan, series, preset.snr, seed), preset.n, "simulate")
@@ -360,8 +385,9 @@ def main(config: SimulateConfig) -> None:
     start = time.perf_counter()
     preset = chosen_preset(config)
     clear_folder(config.output)
-    simulate(config.output, preset, config.seed, {"preset": config.preset, "seed": config.seed}, config.stacks)
-    states = ", ".join(STATE_NAMES[s] for s in preset.states)
+    source = {"atoms": [str(path) for path in config.atoms]} if config.atoms else {"preset": config.preset or "demo"}
+    simulate(config.output, preset, config.seed, source | {"seed": config.seed}, config.stacks)
+    states = ", ".join(preset.molecule.names[s] for s in preset.states)
     log.info(
         "%d particles of %d^3 at %g A per pixel, SNR %g, states %s, in %s",
         *(preset.n, preset.box, preset.pixel_size, preset.snr, states, duration(time.perf_counter() - start)),

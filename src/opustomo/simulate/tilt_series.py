@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from opustomo.simulate.bead_model import Beads
+from opustomo.simulate.molecule import Beads
 
 BFACTOR_PER_DOSE = 4.0  # Angstrom^2 for each electron per square Angstrom
 OVERSAMPLING = 2  # of the images across the tilt axis, before linear interpolation in the back-projection
