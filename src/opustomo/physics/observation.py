@@ -18,7 +18,7 @@ from opustomo.physics.geometry import euler_to_matrix
 from opustomo.physics.volume import (
     centre_crop,
     centre_pad,
-    sample_at,
+    sample_cubic,
     sample_spline,
     spline_coefficients,
     turned_coordinates,
@@ -125,9 +125,11 @@ def resample_numerator(band: Tensor, matrix: Tensor, origin: Tensor, size: int, 
 
 
 def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tensor:
-    """Real, even transfer or weight on the band, read at ``A k`` by trilinear interpolation: (n,).
+    """Real, even transfer or weight on the band, read at ``A k`` by a cubic spline: (n,).
 
-    For data sets that come with a CTF or weight volume; tilt series are evaluated directly by ``insert_tilts``.
+    For data sets that come with a CTF or weight volume; tilt series are evaluated directly by ``insert_tilts``.  Read
+    linearly, the image that W makes of a density would fall off towards the box's edge once more: the slices in it have
+    a linear kernel already.
     band: (n,) real; matrix: (3, 3); k: (n, 3) frequencies of the consensus frame.
     """
     half = from_band(band, size)
@@ -138,7 +140,7 @@ def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tenso
     full[..., : size // 2 + 1] = half
     mirrored = torch.roll(half.flip(0, 1), (1, 1), (0, 1))
     full[..., size // 2 + 1 :] = mirrored[..., 1 : size // 2].flip(-1)
-    return sample_at(torch.fft.fftshift(full), k @ matrix.T.to(k))
+    return sample_cubic(torch.fft.fftshift(full), k @ matrix.T.to(k))
 
 
 def model_band(volume: Tensor, size: int) -> Tensor:
