@@ -121,7 +121,7 @@ def test_one_tomogram_for_artiax(tmp_path: Path, capsys: Lines) -> None:
     line = ("convert_artiax", tmp_path / "two.star", "TS_1", "-o", out)
     assert run(*line, "--micrograph-col", "rlnOther", "--data-block", "mine") == 0
     assert np.allclose(place(out), PLACE[:3], atol=1e-4)
-    assert "is the file to convert" in refused(capsys, "convert_artiax", star, "TS_1", "-o", star)
+    assert "is a file that is read here" in refused(capsys, "convert_artiax", star, "TS_1", "-o", star)
 
 
 def test_centred_coordinates_are_not_guessed(tmp_path: Path, capsys: Lines) -> None:

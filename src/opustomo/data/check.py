@@ -136,7 +136,9 @@ def _file_findings(star: Path, options: InputOptions) -> list[Finding]:
         return []  # nothing to add to the message that says so
     present = [(Path(place[0]), name) for place, name in zip(places, names, strict=True) if place is not None]
     survey = headers.survey_headers([path for path, _ in present], [name for _, name in present])
-    found = [*headers.missing_findings(names, absent, "subtomograms"), *headers.box_findings(survey)]
+    stacks = relion.has_stacks(particles) or relion.has_series(particles)
+    what = "stacks" if stacks else "subtomograms"
+    found = [*headers.missing_findings(names, absent, what), *headers.box_findings(survey, stacks)]
     return [*found, *(headers.pixel_findings(survey, particles, stated[0]) if stated else [])]
 
 
