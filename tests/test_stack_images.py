@@ -11,6 +11,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import InputOptions
+from opustomo.data.checks.premultiplied import premultiplied_findings
+from opustomo.data.checks.signal import noise_model
 from opustomo.data.observe import Noise, observe, working_mask
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles
@@ -162,3 +164,32 @@ def test_mask_of_the_calibration_holds_the_states(tmp_path: Path) -> None:
     inside = working_mask(found.mask, found.grid())
     assert float(inside.mean()) < 0.6
     assert float((found.density * found.mask).square().sum() / found.density.square().sum()) > 0.98
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_noise_tells_whether_images_are_premultiplied(tmp_path: Path, twice: bool) -> None:
+    """Whether the file says so, says the contrary or says nothing."""
+    star = two_states_set(8, 12.0, step=12.0, twice=twice, scattered=6000.0).write_set(tmp_path)
+    table = star.with_name("particles.star")
+    text = table.read_text()
+    for said, level in ((twice, "ok"), (not twice, "warning"), (None, "warning" if twice else "ok")):
+        table.write_text(flagged(text, said))
+        particles = read_particles(star, InputOptions())
+        assert particles.premultiplied == bool(said)
+        assert ("the file has no rln" in particles.notes[-1]) == (said is None)
+        grid = make_grid(32, 7.5, 1.0, 16)
+        noise = noise_model(particles, grid)
+        assert isinstance(noise, Noise)
+        [found] = premultiplied_findings(particles, grid, noise)
+        assert found.level == level, (said, found)
+        assert (f"correct it to {int(twice)}" in found.action) == (level == "warning")
+
+
+def flagged(text: str, premultiplied: bool | None) -> str:
+    """The particle table with another flag, the last column of its optics, or without one."""
+    if premultiplied is None:
+        return text.replace("_rlnCtfDataAreCtfPremultiplied", "_rlnOther")
+    lines = text.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("1 a "))
+    lines[row] = " ".join([*lines[row].split()[:-1], str(int(premultiplied))])
+    return "\n".join(lines) + "\n"

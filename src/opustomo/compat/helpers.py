@@ -142,10 +142,10 @@ def convert_pytom_to_star(arguments: argparse.Namespace, given: Given) -> None:
         paths = [existing_file(arguments.input)]
     elif not (paths := sorted(arguments.input_dir.glob(arguments.pattern))):
         raise UserError(f"--input-dir {arguments.input_dir}: has no file {arguments.pattern}; see --pattern")
-    if arguments.pixel_size is None:
-        note("dsdsh convert_pytom_to_star", "no --pixel-size: none is written, and programs will ask for it")
     sizes = arguments.bin_size, arguments.pixel_size, arguments.magnification
     tell(lists_to_star(paths, other_file("--output", arguments.out, *paths), *sizes, arguments.ctf_template))
+    if arguments.pixel_size is None:
+        note("dsdsh convert_pytom_to_star", "no --pixel-size: none is written, and programs will ask for it")
 
 
 def artiax_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,7 @@ class StarFile:
         if not found:
             blocks = ", ".join("data_" + name for name in self.blocks)
             column = "rlnTomoParticlesFile"
-            if block := next((name for name in self.blocks if self.has(name, column)), None):
+            if (block := next((name for name in self.blocks if self.has(name, column)), None)) is not None:
                 raise UserError(
                     f"{self.path}: is an optimisation set; give the table of particles that it names here, "
                     f"{self.text(block, column, 'the set')[0]}"
