@@ -45,7 +45,8 @@ def mirrored(particles: Particles) -> Particles:
 def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("| data | noise | spread (A) | question | the set as it is | made wrong |\n|---|---|---|---|---|---|")
+    print("| data | noise | spread (A) | hand: as it is | made wrong | tilt sign: as it is | made wrong |")
+    print("|---|---|---|---|---|---|---|")
     for noise, seed, reach in CASES:
         made = two_states_set(COUNT, noise, step=6.0, scattered=3000.0, seed=seed, reach=reach)
         with tempfile.TemporaryDirectory() as folder:
@@ -56,12 +57,11 @@ def main() -> None:
             for kind, star in stars.items():
                 good = read_particles(star, InputOptions())
                 spread = hand.mirrored_defocus(good)[1]
-                questions = {"defocus hand": mirrored}
-                if kind == "tilt images":
-                    questions["tilt sign"] = hand.inverted_tilts
-                for what, turn in questions.items():
-                    figures = f"{deviations(good, turn):.1f} | {deviations(turn(good), turn):.1f}"
-                    print(f"| {kind} | {noise:g} | {spread:.0f} | {what} | {figures} |", flush=True)
+                # the tilt sign of subtomograms is told from where their power lies
+                turns = (mirrored, hand.inverted_tilts) if kind == "tilt images" else (mirrored,)
+                figures = [f"{deviations(good, turn):.1f} | {deviations(turn(good), turn):.1f}" for turn in turns]
+                figures += [" | "] * (2 - len(turns))
+                print(f"| {kind} | {noise:g} | {spread:.0f} | {' | '.join(figures)} |", flush=True)
 
 
 if __name__ == "__main__":

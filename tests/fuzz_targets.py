@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from atom_files import two_models
+from dialect_writers import Subtomograms
 from opustomo.analysis.class_quality import read_quality
 from opustomo.analysis.data_maps import read_fsc
 from opustomo.analysis.volumes import read_codes
@@ -121,6 +122,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "tomograms": within("other", "tomograms.star", "set.star"),
     "optimisation": within("third", "set.star", "set.star"),
     "stack": within("fourth", "stacks/0.mrcs", "set.star"),
+    "pseudo": within("pseudo", "particles.star", "optimisation_set.star"),
     "series": within("flat", "flat.star", "flat.star"),
     "ctf_star": lambda path: read_tilts([path], ["p"], {}),
     "ctf_csv": lambda path: read_tilts([path.rename(path.with_suffix(".csv"))], ["p"], {}),
@@ -204,12 +206,16 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     images = two_states_set(2, 5.0, box=16, step=40.0)
     sets = [images.write_set(folder / name) for name in ("set", "other", "third", "fourth")]
     flat = images.write_series(folder / "flat")
+    pseudo = Subtomograms(images, folder / "pseudo").relion4().with_name("particles.star")
+    pseudo.with_name("sub").rename(pseudo.with_name("volumes"))  # the set beside it has CTF STAR files in sub
+    pseudo.write_text(pseudo.read_text().replace("sub/p", "volumes/p"))
     return {
         "atoms": [two_models().encode()],
         "stacks": [sets[0].with_name("particles.star").read_bytes()],
         "tomograms": [sets[1].with_name("tomograms.star").read_bytes()],
         "optimisation": [sets[2].read_bytes()],
         "stack": [sets[3].with_name("stacks").joinpath("0.mrcs").read_bytes()],
+        "pseudo": [pseudo.read_bytes()],
         "series": [flat.read_bytes()],
         "star": stars,
         "particles": stars,

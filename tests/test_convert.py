@@ -121,7 +121,39 @@ def test_one_tomogram_for_artiax(tmp_path: Path, capsys: Lines) -> None:
     line = ("convert_artiax", tmp_path / "two.star", "TS_1", "-o", out)
     assert run(*line, "--micrograph-col", "rlnOther", "--data-block", "mine") == 0
     assert np.allclose(place(out), PLACE[:3], atol=1e-4)
-    assert "is the file to convert" in refused(capsys, "convert_artiax", star, "TS_1", "-o", star)
+    assert "is a file that is read here" in refused(capsys, "convert_artiax", star, "TS_1", "-o", star)
+
+
+def test_a_file_that_is_read_is_not_written_over(tmp_path: Path, capsys: Lines) -> None:
+    star, xml = tomograms(tmp_path, ["TS_1.tomostar"] * P), pytom(tmp_path)
+    before = star.read_bytes(), xml.read_bytes()
+    put_volume(tmp_path / "t.mrc", np.zeros((8, 8, 8), np.float32), 5.0)
+    cubes = ("extract_tomo_cubes", tmp_path / "t.mrc", star, "--box-size", 2, "-o", tmp_path / "c")
+    for line in (
+        ("convert_warp", star, 10, "-o", star),
+        ("convert_pytom", star, "TS_1", "-o", star),
+        ("convert_pytom_to_star", "--input", xml, "--output", xml),
+        (*cubes, "--out-star", star),
+        (*cubes, "--write-stack", tmp_path / "t.mrc"),
+        ("create_mask", tmp_path / "t.mrc", "-o", tmp_path / "t.mrc"),
+    ):
+        assert "is a file that is read here; give another name" in refused(capsys, *line)
+    assert (star.read_bytes(), xml.read_bytes()) == before
+
+
+def test_what_cannot_be_meant_is_said(tmp_path: Path, capsys: Lines) -> None:
+    star, xml = tomograms(tmp_path, ["TS_1.tomostar"] * P), pytom(tmp_path)
+    assert "'300000' is no voltage of a microscope in kV" in refused(capsys, "convert_warp", star, 10, "--kv", 300000)
+    for template in ("ctf/{ts}_{i}.mrc", "ctf/{ts_name"):
+        line = ("convert_pytom_to_star", "--input", xml, "--output", tmp_path / "o.star", "--ctf-template", template)
+        assert "braces other than {ts_name} and {i}" in refused(capsys, *line)
+    (tmp_path / "set.star").write_text("data_\n\n_rlnTomoParticlesFile sub/p.star\n_rlnTomoTomogramsFile t.star\n")
+    for verb in (("convert_warp", tmp_path / "set.star", 10), ("convert_artiax", tmp_path / "set.star", "TS_1")):
+        assert "is an optimisation set; give the table of particles that it names here, sub/p.star" in refused(
+            capsys, *verb
+        )
+    assert "is a folder; give a file" in refused(capsys, "convert_pytom", tmp_path, "TS_1")
+    assert "is a folder, and a file is to be written" in refused(capsys, "convert_warp", star, 10, "-o", tmp_path)
 
 
 def test_centred_coordinates_are_not_guessed(tmp_path: Path, capsys: Lines) -> None:

@@ -80,7 +80,7 @@ def test_classes_partition_the_set(tmp_path: Path) -> None:
 
 
 def test_select_writes_classes_or_their_union_and_a_manifest(tmp_path: Path) -> None:
-    star = Set(tmp_path, n=6).write_star()
+    star = Set(tmp_path, n=6).write()
     run = tmp_path / "run"
     with pytest.raises(UserError, match="no such run folder"):
         select(SelectConfig(star, run, tmp_path / "a"))
@@ -92,6 +92,16 @@ def test_select_writes_classes_or_their_union_and_a_manifest(tmp_path: Path) -> 
     manifest = json.loads((tmp_path / "a/manifest.json").read_text())
     assert manifest["epoch"] == 10 and manifest["counts"] == {"0": 2, "1": 2, "2": 2}
     assert manifest["files"] == ["pre0.star", "pre1.star", "pre2.star"] and manifest["source"] == str(star)
+    # names in a class are relative to the folder of the file that it is of: the manifest leads there
+    assert manifest["folders"][0] == str(tmp_path)
+    classes = [read_particles(tmp_path / f"a/pre{i}.star", InputOptions()) for i in range(3)]
+    assert [list(one.names) for one in classes] == [
+        [f"sub/p{i}.mrc" for i in rows] for rows in ((2, 5), (0, 3), (1, 4))
+    ]
+    for broken in ("{", "[]", '{"folders": 3}', '{"folders": [1, "gone"]}'):
+        (tmp_path / "a/manifest.json").write_text(broken)
+        with pytest.raises(UserError, match=r"2 of 2 subtomograms missing"):
+            read_particles(tmp_path / "a/pre1.star", InputOptions())
     select(SelectConfig(star, run, tmp_path / "b", epoch=9, kmeans=3, classes=(0, 2)))
     union = read_star(tmp_path / "b/selected.star").particles
     assert union["rlnImageName"].tolist() == ["sub/p0.mrc", "sub/p2.mrc", "sub/p3.mrc", "sub/p5.mrc"]

@@ -11,15 +11,25 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import InputOptions
-from opustomo.data.observe import Noise, observe, working_mask
+from opustomo.data.checks.premultiplied import premultiplied_findings
+from opustomo.data.checks.signal import noise_model
+from opustomo.data.mrc import read_volume
+from opustomo.data.noise import estimate_noise
+from opustomo.data.observe import Noise, observe, observe_all, working_mask
 from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles
 from opustomo.data.stacks import read_stack
 from opustomo.errors import UserError
-from opustomo.physics.fourier import band_frequencies, fourier_resize
+from opustomo.physics.fourier import band_frequencies, band_multiplicity, fourier_resize
 from opustomo.physics.grid import make_grid
 from opustomo.physics.images import backproject, image_shells, image_spectra
-from opustomo.physics.observation import insert_squares, insert_tilts, negative_log_likelihood
+from opustomo.physics.observation import (
+    insert_squares,
+    insert_tilts,
+    model_band,
+    negative_log_likelihood,
+    quadratic_form,
+)
 from opustomo.physics.volume import centre_crop, spherical_mask
 from opustomo.simulate.dataset import Preset, simulate
 from stack_writers import Set, native_turns, put_stack, two_states_set
@@ -113,6 +123,35 @@ def test_weight_is_what_the_images_of_a_volume_hold(tmp_path: Path) -> None:
             assert gains[1] < min(gains[0], gains[2]), f"premultiplied {twice}: {gains}"
 
 
+def test_images_tell_as_much_of_the_state_as_the_subtomograms_made_of_them(tmp_path: Path) -> None:
+    """Information ``<d, W d>`` on the difference of two states, in units of the density, and each particle's score."""
+    simulate(
+        tmp_path, Preset(n=24, states=(1, 2), box=32, pixel_size=12.0, snr=0.3, rot_err=0, shift_err=0), 3, {}, True
+    )
+    one, other = (
+        fourier_resize(torch.from_numpy(read_volume(tmp_path / f"gt/state{i}_hinge+0.0.mrc")[0]), 24) for i in (1, 2)
+    )
+    apart, middle = other - one, (one + other) / 2
+    grid = make_grid(32, 12.0, 0.75, 16)
+    mask = working_mask(torch.from_numpy(read_volume(tmp_path / "mask.mrc")[0]), grid)
+    scores, worth = [], []
+    for star in ("particles.star", "stacks/optimisation_set.star"):
+        particles = read_particles(tmp_path / star, InputOptions())
+        noise = estimate_noise(particles, grid, mask, contrast="white", normalisation="auto", workers=1)
+        rows = list(observe_all(particles, range(24), grid, noise, 1))
+        bands = model_band(torch.stack([apart, middle]), 24)
+        of_model, of_data, information = (torch.tensor(column) for column in zip(*(
+            (float(quadratic_form(bands[1], w, 24)), float((b * middle).sum()), float(quadratic_form(bands[0], w, 24)))
+            for _, b, w in rows
+        ), strict=True))  # fmt: skip
+        scale = float(of_data.sum() / of_model.sum())  # units of the files
+        worth.append(scale**2 * float(information.mean()))
+        cross = (bands[0].conj() * bands[1]).real * band_multiplicity(24)
+        scores.append([float((b * apart).sum() - scale * (cross * w).sum()) for _, b, w in rows])
+    assert 0.9 < worth[1] / worth[0] < 1.2, worth
+    assert np.corrcoef(scores)[0, 1] > 0.97
+
+
 def known(folder: Path, made: Set) -> Known:
     particles = read_particles(made.write_set(folder), InputOptions())
     density = np.stack([beads.density(32) for beads in made.states])
@@ -162,3 +201,32 @@ def test_mask_of_the_calibration_holds_the_states(tmp_path: Path) -> None:
     inside = working_mask(found.mask, found.grid())
     assert float(inside.mean()) < 0.6
     assert float((found.density * found.mask).square().sum() / found.density.square().sum()) > 0.98
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_noise_tells_whether_images_are_premultiplied(tmp_path: Path, twice: bool) -> None:
+    """Whether the file says so, says the contrary or says nothing."""
+    star = two_states_set(8, 12.0, step=12.0, twice=twice, scattered=6000.0).write_set(tmp_path)
+    table = star.with_name("particles.star")
+    text = table.read_text()
+    for said, level in ((twice, "ok"), (not twice, "warning"), (None, "warning" if twice else "ok")):
+        table.write_text(flagged(text, said))
+        particles = read_particles(star, InputOptions())
+        assert particles.premultiplied == bool(said)
+        assert ("the file has no rln" in particles.notes[-1]) == (said is None)
+        grid = make_grid(32, 7.5, 1.0, 16)
+        noise = noise_model(particles, grid)
+        assert isinstance(noise, Noise)
+        [found] = premultiplied_findings(particles, grid, noise)
+        assert found.level == level, (said, found)
+        assert (f"correct it to {int(twice)}" in found.action) == (level == "warning")
+
+
+def flagged(text: str, premultiplied: bool | None) -> str:
+    """The particle table with another flag, the last column of its optics, or without one."""
+    if premultiplied is None:
+        return text.replace("_rlnCtfDataAreCtfPremultiplied", "_rlnOther")
+    lines = text.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("1 a "))
+    lines[row] = " ".join([*lines[row].split()[:-1], str(int(premultiplied))])
+    return "\n".join(lines) + "\n"

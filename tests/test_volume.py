@@ -20,6 +20,7 @@ from opustomo.physics.volume import (
     randomise_phases,
     rotate_volume,
     sample_at,
+    sample_cubic,
     sample_spline,
     shell_counts,
     shell_numbers,
@@ -107,6 +108,15 @@ def test_trilinear_reading_at_voxels_returns_them() -> None:
     volume = torch.randn((8, 8, 8))
     assert torch.allclose(sample_at(volume, centred_coordinates(8)), volume, atol=1e-5)
     assert float(sample_at(volume, torch.tensor([[9.0, 0.0, 0.0]])).abs().max()) == 0
+
+
+def test_cubic_reading_is_scipys_and_passes_through_the_voxels() -> None:
+    volume = torch.randn((8, 8, 8))
+    assert torch.allclose(sample_cubic(volume, centred_coordinates(8)), volume, atol=1e-5)
+    points = torch.from_numpy(np.random.default_rng(4).uniform(-3.5, 2.5, (40, 3))).float()
+    at = points.numpy()[:, ::-1].T + 4
+    expected = ndimage.map_coordinates(volume.numpy(), at, order=3, mode="grid-wrap")
+    assert np.abs(sample_cubic(volume, points).numpy() - expected).max() < 1e-5
 
 
 def test_points_are_xyz() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +135,9 @@ def main(config: EncodeConfig) -> int:
     else:
         code, sigma = start.linear.codes.centre().float(), start.linear.codes.spread().float()
     _write(config, run, start, code, sigma)
+    out = shlex.quote(str(config.output))
     log.info("%d particles encoded with epoch %d of %s; next: opustomo analyze %s ; opustomo report %s",
-             len(code), run.epoch, run.path, config.output, config.output)  # fmt: skip
+             len(code), run.epoch, run.path, out, out)  # fmt: skip
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
+import shlex
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,8 @@ def main(config: TrainConfig, given: frozenset[str] | None) -> int:
     mean = centre_crop(full, inputs.grid.crop) * inputs.mask
     state = {"mask": inputs.mask, "mean": mean, "components": mean.new_zeros((0, *mean.shape))}
     _write_run(config, dataclasses.replace(inputs, particles=particles), noise, state, typical)
-    log.info("next: opustomo report %s%s", config.output, _select_line(config) if config.estpose else "")
+    select = _select_line(config) if config.estpose else ""
+    log.info("next: opustomo report %s%s", shlex.quote(str(config.output)), select)
     return 0
 
 
@@ -127,5 +128,5 @@ def _write_run(
 
 
 def _select_line(config: TrainConfig) -> str:
-    out: Path = config.output
-    return f" ; opustomo select {config.star} --run {out} -o {out}/corrected --corrected"
+    star, run, out = (shlex.quote(str(path)) for path in (config.star, config.output, config.output / "corrected"))
+    return f" ; opustomo select {star} --run {run} -o {out} --corrected"

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def main(config: LinearConfig) -> int:
     assert make_rows.noise is not None
     _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result)
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
-    log.info("next: opustomo analyze %s ; opustomo report %s", config.output, config.output)
+    out = shlex.quote(str(config.output))
+    log.info("next: opustomo analyze %s ; opustomo report %s", out, out)
     return 0
 
 

@@ -240,7 +240,8 @@ def voxel_mask(
             voxels = ndimage.binary_erosion(voxels, iterations=erode)
         mask, words = grown(voxels, 0.0, edge), f"threshold {body.level:.4g}, {body.parts} connected parts found"
     if float(mask.max()) == 0:
-        raise UserError(f"{source}: the mask is empty ({words}); lower the threshold, or erode and open less")
+        mend = "move its middle into the box" if radius else "lower the threshold, or erode and open less"
+        raise UserError(f"{source}: the mask is empty ({words}); {mend}")
     write_volume(output, mask.numpy(), pixel_size or 1.0)
     unset = "" if pixel_size else f"; the header of {source} states no pixel size, so the mask has 1 A"
     return f"{words}: {100 * float(mask.mean()):.1f} % of the box written to {output}{unset}"

@@ -8,6 +8,7 @@ stage's.
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from dataclasses import dataclass
 
@@ -135,8 +136,9 @@ def fit(job: Job, start: Start | None) -> None:
     assert codes is not None  # the last epoch is always saved
     used = start.linear.model.size
     warn_of_codes(config, start, codes[0][:, :used], codes[1][:, :used], gain)
+    out = shlex.quote(str(config.output))
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
-             time.time() - job.started, peak_memory_gb(), config.output, config.output)  # fmt: skip
+             time.time() - job.started, peak_memory_gb(), out, out)  # fmt: skip
 
 
 def set_back(learner: Learner, files: Files, trouble: RanAway) -> None:

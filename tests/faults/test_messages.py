@@ -162,6 +162,7 @@ FILES: list[tuple[str, str, str, Change]] = [
     ("tomograms of a set", "a projection that scales", "tomograms", text("[0.500000000,", "[1.500000000,")),
     ("tomograms of a set", "a word in a projection", "tomograms", text("[0.500000000,", "[half,")),
     ("tomograms of a set", "no defocus", "tomograms", text("_rlnDefocusU", "_rlnOther")),
+    ("pseudo-subtomograms", "not said to be premultiplied", "pseudo", text("CtfDataAreCtfPremultiplied", "Other")),
     ("one row per image", "no number of the image", "series", text("\n1@", "\none@")),
     ("one row per image", "images of a particle in two stacks", "series", text("\n2@all", "\n2@other")),
     ("one row per image", "no voltage", "series", text("_rlnVoltage", "_rlnOther")),

@@ -6,6 +6,7 @@ Owns: the files of ``RUN/analyze.N`` (verb ``analyze``), under the names that sc
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ def main(config: AnalyzeConfig) -> None:
         log.info("class sizes: %s", ", ".join(f"{k}: {n}" for k, n in enumerate(sizes)))
         log.info("written: %s", result.folder)
         more = options_of(codes, rows is not None)
-        log.info("next: opustomo volumes %s%s --kmeans %d ; opustomo report %s", run.path, more, len(sizes), run.path)
+        path = shlex.quote(str(run.path))
+        log.info("next: opustomo volumes %s%s --kmeans %d ; opustomo report %s", path, more, len(sizes), path)
 
 
 def analysis_folder(run: Run) -> Path:

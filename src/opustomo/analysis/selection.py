@@ -20,6 +20,7 @@ from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
+from opustomo.data.readers.files import FOLDERS, MANIFEST, Locator
 from opustomo.data.readers.relion import identities
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import StarFile
@@ -214,6 +215,13 @@ def rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64]
     return rows
 
 
+def _looked_in(star: Path, run: Path) -> list[Path]:
+    """Where the files that ``star`` names are looked for: by the run, which may have a --datadir, and now."""
+    typed = stored(run).get("datadir")
+    datadir = Path(typed) if typed and Path(typed).is_dir() else None
+    return Locator(star, datadir).folders
+
+
 def write_manifest(
     config: SelectConfig | ExportConfig, classes: Classes, paths: list[Path], more: dict[str, Any]
 ) -> None:
@@ -230,7 +238,9 @@ def write_manifest(
         "corrected_poses": config.corrected,
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "files": [str(path.relative_to(config.output)) for path in paths],
+        # names in these files are as they were, relative to one of these
+        FOLDERS: [str(folder) for folder in _looked_in(classes.star, config.run)],
         "version": __version__,
         **more,
     }
-    write_text(config.output / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_text(config.output / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -168,6 +168,8 @@ def box_and_pixel(box: float, angpix: float, names: tuple[str, str]) -> None:
 
 def existing_file(path: Path) -> Path:
     """``path`` when it is a file; raises ``UserError`` otherwise."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a file")
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the name and the working directory")
     return path

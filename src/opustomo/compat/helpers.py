@@ -8,6 +8,7 @@ set (a binning of 4, 7.84 A, a factor of 2.132) there is none here.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from opustomo.compat.arguments import Command, Given, count, existing_file, note
@@ -37,6 +38,29 @@ def star_path(path: Path) -> Path:
     return existing_file(path)
 
 
+def other_file(option: str, out: Path, *read: Path) -> Path:
+    """The file to write; UserError where it is one of those that are read, which it would replace."""
+    if out.resolve() in {path.resolve() for path in read}:
+        raise UserError(f"{option} {out}: is a file that is read here; give another name")
+    return out
+
+
+def kilovolts(text: str) -> float:
+    """A voltage, for argparse."""
+    value = positive(text)
+    if not 10 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is no voltage of a microscope in kV, as 300 is")
+    return value
+
+
+def ctf_template(text: str) -> str:
+    """A name with {ts_name} and {i}, for argparse."""
+    left = text.replace("{ts_name}", "").replace("{i}", "")
+    if "{" in left or "}" in left:
+        raise argparse.ArgumentTypeError(f"'{text}' has braces other than {{ts_name}} and {{i}}")
+    return text
+
+
 def combine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stars", metavar="STAR", type=Path, nargs="+", help="STAR files to join, two or more")
     parser.add_argument("out", metavar="OUT", type=Path, help="STAR file to write")
@@ -55,7 +79,7 @@ def warp_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("star", metavar="STAR", type=Path, help="particles of a species of M (wrpCoordinateX1, ...), or any other list")
     add("angpix", metavar="ANGPIX", type=positive, help="pixel size, in A, that the coordinates are to count")
-    add("--kv", type=positive, default=300.0, help="voltage written")
+    add("--kv", type=kilovolts, default=300.0, help="voltage written, in kV")
     add("--cs", type=positive, default=2.7, help="spherical aberration written, in mm")
     add("-o", dest="out", metavar="OUT", type=Path, help="file to write (default: <stem>_relion.star beside STAR)")
 
@@ -65,7 +89,7 @@ def convert_warp(arguments: argparse.Namespace, given: Given) -> None:
 
     star = star_path(arguments.star)
     out = arguments.out or star.with_name(f"{star.stem}_relion.star")
-    tell(warp_to_relion(star, out, arguments.angpix, arguments.kv, arguments.cs))
+    tell(warp_to_relion(star, other_file("-o", out, star), arguments.angpix, arguments.kv, arguments.cs))
 
 
 def tomogram_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -89,7 +113,8 @@ def convert_pytom(arguments: argparse.Namespace, given: Given) -> None:
     from opustomo.data.convert import picks_of_tomogram
 
     out = arguments.out or Path(f"{plain_name(arguments.mic)}_norm.star")
-    tell(picks_of_tomogram(existing_file(arguments.star), arguments.mic, out))
+    star = existing_file(arguments.star)
+    tell(picks_of_tomogram(star, arguments.mic, other_file("-o", out, star)))
 
 
 def xml_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +126,8 @@ def xml_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bin-size", type=positive, default=1.0, help="factor on coordinates and shifts: PyTom's binning")
     add("--pixel-size", metavar="A", type=positive, help="of the voxels that are then counted (default: not written)")
     add("--magnification", type=positive, default=10000.0, help="written with --pixel-size")
-    add("--ctf-template", metavar="NAME", help="rlnCtfImage of each row; {ts_name}: its tomogram, {i}: the row, from 1")
+    named = "rlnCtfImage of each row; {ts_name}: its tomogram, {i}: the row, from 1"
+    add("--ctf-template", metavar="NAME", type=ctf_template, help=named)
     add("--workers", type=count, default=1, help="accepted; lists are read one after the other, which takes seconds")
 
 
@@ -116,10 +142,10 @@ def convert_pytom_to_star(arguments: argparse.Namespace, given: Given) -> None:
         paths = [existing_file(arguments.input)]
     elif not (paths := sorted(arguments.input_dir.glob(arguments.pattern))):
         raise UserError(f"--input-dir {arguments.input_dir}: has no file {arguments.pattern}; see --pattern")
+    sizes = arguments.bin_size, arguments.pixel_size, arguments.magnification
+    tell(lists_to_star(paths, other_file("--output", arguments.out, *paths), *sizes, arguments.ctf_template))
     if arguments.pixel_size is None:
         note("dsdsh convert_pytom_to_star", "no --pixel-size: none is written, and programs will ask for it")
-    sizes = arguments.bin_size, arguments.pixel_size, arguments.magnification
-    tell(lists_to_star(paths, arguments.out, *sizes, arguments.ctf_template))
 
 
 def artiax_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,10 +162,8 @@ def convert_artiax(arguments: argparse.Namespace, given: Given) -> None:
 
     star, mic = existing_file(arguments.star), arguments.mic
     out = arguments.out or Path(f"{star.stem}_{plain_name(mic)}.star")
-    if out.resolve() == star.resolve():
-        raise UserError(f"-o {out}: is the file to convert; give another name")
     columns = arguments.micrograph_col, arguments.data_block
-    tell(artiax_of_tomogram(star, mic, out, arguments.factor, arguments.deduplicate, *columns))
+    tell(artiax_of_tomogram(star, mic, other_file("-o", out, star), arguments.factor, arguments.deduplicate, *columns))
 
 
 def relion30_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +209,9 @@ def extract_tomo_cubes(arguments: argparse.Namespace, given: Given) -> None:
     if arguments.start_index < 0:
         raise UserError(f"--start-index {arguments.start_index}: must be at least 0")
     a = arguments
+    for option, path in (("--out-star", a.out_star), ("--write-stack", a.write_stack)):
+        if path is not None:
+            other_file(option, path, a.tomo, a.star)
     named = {} if a.coord_cols is None else {"columns": tuple(a.coord_cols)}
     wanted = Cubes(
         existing_file(a.tomo), existing_file(a.star), a.output, a.box_size, **named, block=a.data_block,
@@ -215,8 +242,7 @@ def create_mask(arguments: argparse.Namespace, given: Given) -> None:
     from opustomo.mask import voxel_mask
 
     a = arguments
-    if a.out.resolve() == existing_file(a.input).resolve():
-        raise UserError(f"-o {a.out}: is the map; give another name")
+    other_file("-o", a.out, existing_file(a.input))
     if a.threshold is not None and "percentile" in given:
         raise UserError("--threshold and --percentile are both thresholds; give one")
     for name in ("open", "close", "dilate", "erode", "soft_edge"):
@@ -289,7 +315,7 @@ def prepare_subtomos(arguments: argparse.Namespace, given: Given) -> None:
         *particles.notes,
         f"{len(particles)} subtomograms of {particles.box} voxels of {particles.pixel_size:g} A with their weights, "
         f"CTF-premultiplied: {a.output / 'particles.star'}",
-        f"next: opustomo check {a.output / 'particles.star'}",
+        f"next: opustomo check {shlex.quote(str(a.output / 'particles.star'))}",
     )
 
 

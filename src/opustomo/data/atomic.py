@@ -42,6 +42,8 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         _to_disk(temporary)
         temporary.replace(path)
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, and a file is to be written; give another name") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another output folder") from error

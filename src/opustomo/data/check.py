@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from opustomo.config import CheckConfig, GridOptions, InputOptions
-from opustomo.data.checks import crop, hand, headers, images, signal, transfer, wedge
+from opustomo.data.checks import crop, hand, headers, images, premultiplied, signal, transfer, wedge
 from opustomo.data.checks import particles as table
 from opustomo.data.findings import Finding, Report
 from opustomo.data.observe import one_thread_each, sample_rows
@@ -116,8 +116,8 @@ def _data_findings(
         return found, [Finding("error", "CTF", str(noise))]
     found += signal.signal_findings(noise, few, grid, config.input)
     turned = hand.hand_findings(few, grid, noise)
-    if particles.stacks:
-        return found, turned  # images have no wedge to compare with
+    if particles.stacks:  # images have no wedge to compare with
+        return found, [*premultiplied.premultiplied_findings(few, grid, noise), *turned]
     return found, [*wedge.wedge_findings(wedge.sample_power(few, grid, noise.mean_normalised)), *turned]
 
 
@@ -136,7 +136,9 @@ def _file_findings(star: Path, options: InputOptions) -> list[Finding]:
         return []  # nothing to add to the message that says so
     present = [(Path(place[0]), name) for place, name in zip(places, names, strict=True) if place is not None]
     survey = headers.survey_headers([path for path, _ in present], [name for _, name in present])
-    found = [*headers.missing_findings(names, absent, "subtomograms"), *headers.box_findings(survey)]
+    stacks = relion.has_stacks(particles) or relion.has_series(particles)
+    what = "stacks" if stacks else "subtomograms"
+    found = [*headers.missing_findings(names, absent, what), *headers.box_findings(survey, stacks)]
     return [*found, *(headers.pixel_findings(survey, particles, stated[0]) if stated else [])]
 
 

@@ -7,6 +7,7 @@ equal become one, others are numbered anew, and file names stay right where the 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pandas as pd
 
 from opustomo.data.export import optimisation_blocks
 from opustomo.data.readers import relion
+from opustomo.data.readers.files import Locator
 from opustomo.data.readers.sampling import differ
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import Block, StarFile, write_star
@@ -63,6 +65,7 @@ def combine(paths: Sequence[Path], output: Path, common: bool = False) -> list[s
         set_path = output.with_name(f"{output.stem}_optimisation_set.star")
         write_star(set_path, optimisation_blocks(first.optimisation, first.whole.path, output))
         lines.append(f"{set_path} names them with their tomograms")
+        lines += _told_folder(first, paths[0], output)
     counts = " + ".join(str(len(source)) for source in sources)
     return [*lines, f"{counts} = {sum(map(len, sources))} particles written to {output}"]
 
@@ -133,6 +136,15 @@ def _names_from(source: Source, folder: Path, lines: list[str]) -> StarFile:
             ]
     lines.append(f"{star.path}: file names are now relative to {folder}")
     return StarFile(star.path, {**star.blocks, star.particle_block: table.assign(**changed)})
+
+
+def _told_folder(source: Source, path: Path, output: Path) -> list[str]:
+    """A line that says where the names of an optimisation set lead from, where that is neither beside it nor here."""
+    name = str(relion.image_names(source.whole)[0])
+    found = next((folder for folder in Locator(path, None).folders if (folder / name).exists()), None)
+    if found is None or found.resolve() in (output.parent.resolve(), Path.cwd().resolve()):
+        return []
+    return [f"file names in both are relative to {found}: read them with --datadir {shlex.quote(str(found))}"]
 
 
 def _optics(stars: Sequence[StarFile]) -> tuple[pd.DataFrame | None, list[pd.DataFrame]]:

@@ -50,12 +50,12 @@ def extract_cubes(wanted: Cubes) -> list[str]:
     star = read_star(wanted.star)
     block = star.particle_block if wanted.block is None else wanted.block.removeprefix("data_")
     rows = _rows(star, block, wanted)
-    names = [name.removeprefix("_") for name in wanted.columns]
-    place = np.stack([star.numbers(block, name, "the places of the cubes") for name in names], 1)[rows]
+    columns = [name.removeprefix("_") for name in wanted.columns]
+    place = np.stack([star.numbers(block, name, "the places of the cubes") for name in columns], 1)[rows]
     place = ROUND[wanted.rounding](place * wanted.scale - wanted.one_based)
     if not (np.abs(place) < 1e6).all():
         raise UserError(
-            f"{wanted.star}: column _{names[0]} or its like has values that are no voxels; see --coord-scale"
+            f"{wanted.star}: column _{columns[0]} or its like has values that are no voxels; see --coord-scale"
         )
     volume, pixel_size = map_volume(wanted.tomogram)
     corner, size = place.astype(np.int64) - wanted.box // 2, np.array(volume.shape[::-1])
@@ -75,6 +75,9 @@ def extract_cubes(wanted: Cubes) -> list[str]:
         if wanted.stack is not None:  # else one at a time is held
             cubes.append(cube)
     lines = [f"{len(kept)} cubes of {len(place)} places written to {wanted.output}"]
+    if (names := _several(star, block, wanted)) is not None:
+        lines.append(f"note: the table names several tomograms ({names}), all rows are taken for this one's; "
+                     "--tomo-col and --tomo-id choose")  # fmt: skip
     if left := len(place) - len(kept):
         lines.append(f"{left} are {'outside the tomogram' if wanted.pad else 'not wholly inside it (--pad-outside)'}")
     if pixel_size == 0:
@@ -87,6 +90,15 @@ def extract_cubes(wanted: Cubes) -> list[str]:
         write_star(wanted.out_star, {**star.blocks, block: table})
         lines.append(f"their rows in {wanted.out_star}")
     return lines
+
+
+def _several(star: StarFile, block: str, wanted: Cubes) -> str | None:
+    """The tomograms that the rows name where none was chosen and there is more than one."""
+    column = next((name for name in ("rlnTomoName", "rlnMicrographName") if star.has(block, name)), None)
+    if column is None or wanted.tomogram_column is not None:
+        return None
+    names = dict.fromkeys(map(str, star.text(block, column, "telling tomograms apart")))
+    return f"{', '.join(list(names)[:3])}{' ...' if len(names) > 3 else ''}" if len(names) > 1 else None
 
 
 def _rows(star: StarFile, block: str, wanted: Cubes) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def main(config: ExtractConfig) -> int:
     }
     table = pd.DataFrame(columns)[inside].reset_index(drop=True)
     table.insert(4, "rlnImageName", names)
-    write_star(config.output / "particles.star", {"optics": pd.DataFrame([optics]), "particles": table})
+    star = config.output / "particles.star"
+    write_star(star, {"optics": pd.DataFrame([optics]), "particles": table})
     log.info("wrote %d subtomograms of %d voxels of %g A: %s; next: opustomo check %s", len(names), config.box,
-             pixel_size, config.output / "particles.star", config.output / "particles.star")  # fmt: skip
+             pixel_size, star, shlex.quote(str(star)))  # fmt: skip
     return 0
 
 

@@ -122,6 +122,8 @@ def _header(path: Path) -> tuple[MrcHeader, np.dtype[Any], int]:
             size = file.seek(0, 2)
     except FileNotFoundError:
         raise UserError(f"{path}: no such volume; check the name and --datadir") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give an MRC file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name and permissions") from error
     if len(raw) < _HEADER_BYTES:

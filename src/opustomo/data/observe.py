@@ -37,7 +37,7 @@ from opustomo.physics.observation import (
     insert_tilts,
     matched_filter,
     resample_numerator,
-    rotate_transfer,
+    rotate_weight,
 )
 from opustomo.physics.volume import centre_crop
 
@@ -132,7 +132,7 @@ def _weight_band(particles: Particles, i: int, grid: Grid, noise: Noise, matrix:
     transfer = transfer_band(particles.ctf_files[i], grid)
     top = transfer.clamp(min=0.0) if particles.transfer == "weight_volume" else transfer.square()
     weight = torch.where(is_covered(transfer), top / noise.power, 0.0)
-    return rotate_transfer(weight, matrix, grid.working_box, band_frequencies(grid.working_box)).clamp(min=0.0)
+    return rotate_weight(weight, matrix, grid.working_box, band_frequencies(grid.working_box))
 
 
 def observe(particles: Particles, i: int, grid: Grid, noise: Noise, crop: int | None = None) -> tuple[Tensor, Tensor]:

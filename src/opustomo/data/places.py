@@ -15,7 +15,7 @@ from opustomo.data.readers import optimisation_set, relion
 from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
 
-_ENDINGS = (".tomostar", ".mrc", ".mrcs", ".rec", ".st", ".ali", ".hdf", ".star")
+_ENDINGS = (".tomostar", ".mrc", ".mrcs", ".rec", ".st", ".ali", ".hdf", ".em", ".star")
 
 
 def tomogram_key(name: str) -> str:

@@ -44,6 +44,12 @@ class StarFile:
         found = named or [name for name in tables if _match(self.blocks[name], "rlnImageName")]
         if not found:
             blocks = ", ".join("data_" + name for name in self.blocks)
+            column = "rlnTomoParticlesFile"
+            if (block := next((name for name in self.blocks if self.has(name, column)), None)) is not None:
+                raise UserError(
+                    f"{self.path}: is an optimisation set; give the table of particles that it names here, "
+                    f"{self.text(block, column, 'the set')[0]}"
+                )
             raise UserError(
                 f"{self.path}: has no table of particles (blocks found: {blocks}); "
                 "give the STAR file with one row per subtomogram, e.g. run_data.star"

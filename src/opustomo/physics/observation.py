@@ -19,11 +19,14 @@ from opustomo.physics.volume import (
     centre_crop,
     centre_pad,
     sample_at,
+    sample_cubic,
     sample_spline,
     spline_coefficients,
     turned_coordinates,
 )
 
+# of the linear reading: a spline falls to zero between slices of a thin set, where the numerator does not
+LEAST_OF_LINEAR = 0.15
 MIN_COVERAGE = 1e-3  # below this multiplicity a voxel says nothing: B = W = 0
 
 
@@ -124,10 +127,12 @@ def resample_numerator(band: Tensor, matrix: Tensor, origin: Tensor, size: int, 
     return sample_spline(spline_coefficients(from_band(band, size)), points)
 
 
-def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tensor:
-    """Real, even transfer or weight on the band, read at ``A k`` by trilinear interpolation: (n,).
+def rotate_weight(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tensor:
+    """Real, even weight (0 or more) on the band, read at ``A k`` by a cubic spline: (n,).
 
-    For data sets that come with a CTF or weight volume; tilt series are evaluated directly by ``insert_tilts``.
+    For data sets that come with a CTF or weight volume; tilt series are evaluated directly by ``insert_tilts``.  Read
+    linearly, the image that W makes of a density would fall off towards the box's edge once more: the slices in it have
+    a linear kernel already.  Not below a part of what linear reading gives.
     band: (n,) real; matrix: (3, 3); k: (n, 3) frequencies of the consensus frame.
     """
     half = from_band(band, size)
@@ -138,7 +143,8 @@ def rotate_transfer(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tenso
     full[..., : size // 2 + 1] = half
     mirrored = torch.roll(half.flip(0, 1), (1, 1), (0, 1))
     full[..., size // 2 + 1 :] = mirrored[..., 1 : size // 2].flip(-1)
-    return sample_at(torch.fft.fftshift(full), k @ matrix.T.to(k))
+    centred, points = torch.fft.fftshift(full), k @ matrix.T.to(k)
+    return torch.maximum(sample_cubic(centred, points), LEAST_OF_LINEAR * sample_at(centred, points))
 
 
 def model_band(volume: Tensor, size: int) -> Tensor:

@@ -79,9 +79,24 @@ def sample_spline(coefficients: Tensor, points: Tensor) -> Tensor:
 
     coefficients: (2M, 2M, 2M) of ``spline_coefficients``.  Each value is the sum of 4 x 4 x 4 coefficients about it.
     """
+    return _read_spline(coefficients, points * 2.0)
+
+
+def sample_cubic(volume: Tensor, points: Tensor) -> Tensor:
+    """Cubic spline through the voxels of (N, N, N) at points (..., 3), (x, y, z) relative to voxel N//2; zero outside.
+
+    For what has no band limit, so that a finer grid would only add ringing; periodic like the transform.
+    """
+    n = volume.shape[-1]
+    line = 3.0 / (2.0 + torch.cos(frequencies(n, volume.device) * (2.0 * torch.pi / n)))
+    return _read_spline(irfft3(rfft3(volume) * line.prod(-1).to(volume)), points)
+
+
+def _read_spline(coefficients: Tensor, points: Tensor) -> Tensor:
+    """Values at points (..., 3), (x, y, z) voxels of the coefficients' own grid (n, n, n) relative to voxel n//2."""
     n = coefficients.shape[-1]
     wide = n + 4  # two more on either side: the volume is periodic
-    at = points.reshape(-1, 3).T.to(coefficients) * 2.0 + (n // 2 + 2)
+    at = points.reshape(-1, 3).T.to(coefficients) + (n // 2 + 2)
     inside = torch.nonzero(((at >= 2) & (at <= n + 1)).all(0))[:, 0]
     flat = functional.pad(coefficients[None, None], (2,) * 6, mode="circular").flatten()
     # places are half as long as torch's default: reading them is most of the work

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -395,4 +396,5 @@ def main(config: SimulateConfig) -> None:
     log.info("written: %s", config.output / "particles.star")
     if config.stacks:
         log.info("written: %s", config.output / "stacks" / "optimisation_set.star")
-    log.info("next: opustomo check %s --mask %s", config.output / "particles.star", config.output / "mask.mrc")
+    star, mask = (shlex.quote(str(config.output / name)) for name in ("particles.star", "mask.mrc"))
+    log.info("next: opustomo check %s --mask %s", star, mask)

@@ -127,7 +127,10 @@ def _of_tilt_images(
         found = series.read_series(source, pixel_size)
     else:
         found = optimisation_set.read_tilt_series(source, images, pixel_size, options.datadir, good)
-    kind = "CTF-premultiplied" if relion.premultiplied(source.table) else "not CTF-premultiplied"
+    if relion.constant(source.table, relion.PREMULTIPLIED) is None:
+        kind = f"taken as not CTF-premultiplied, the file has no {relion.PREMULTIPLIED}"
+    else:
+        kind = "CTF-premultiplied" if relion.premultiplied(source.table) else "not CTF-premultiplied"
     notes = [*notes, *found.notes, f"the images are {kind}"]
     return found._asdict() | {"transfer": "tilts", "ctf_files": (), "notes": tuple(notes)}
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opustomo.errors import UserError
 
+MANIFEST, FOLDERS = "manifest.json", "folders"  # of ``select`` and ``export``, and the key in it
 Names = Sequence[str]
 
 
 class Locator:
     """Finds files below ``--datadir``, else the STAR's folder, else the working directory (names as given).
 
-    Below ``--datadir`` a file may also lie without the folders in its name, as with the earlier program, where
-    that is unambiguous.  Folder listings are kept, so that a set of 100,000 particles costs one listing a folder.
+    STAR files of ``select`` and ``export`` name files as the one did that they are of: last of all they are looked for
+    where that one's were, which the manifest beside them says.  Below ``--datadir`` a file may also lie without the
+    folders in its name, as with the earlier program, where that is unambiguous.  Folder listings are kept, so that a
+    set of 100,000 particles costs one listing a folder.
     """
 
     def __init__(self, star: Path, datadir: Path | None) -> None:
@@ -23,6 +27,7 @@ class Locator:
         self.datadir = datadir
         self.absent: frozenset[int] | None = None  # particles (``most``) whose files are not asked for any more
         self._listings: dict[str, frozenset[str]] = {}
+        self._handed = _folders_of_manifest(star.absolute().parent / MANIFEST)
         if datadir is not None and not datadir.is_dir():
             raise UserError(f"--datadir {datadir}: no such folder; give the folder in front of the names in {star}")
 
@@ -68,15 +73,16 @@ class Locator:
         return self.datadir is not None and not paths[0].is_relative_to(self.datadir.absolute())
 
     @property
-    def _folders(self) -> list[Path]:
+    def folders(self) -> list[Path]:
+        """Where files are looked for, in this order."""
         given = [] if self.datadir is None else [self.datadir.absolute()]
-        return list(dict.fromkeys([*given, self.star.absolute().parent, Path.cwd()]))
+        return list(dict.fromkeys([*given, self.star.absolute().parent, Path.cwd(), *self._handed]))
 
     def _places(self, names: Names) -> Iterator[list[str]]:
         # as text: a Path costs microseconds, several for every particle
-        for folder in self._folders:
+        for folder in self.folders:
             yield [os.path.join(folder, name) for name in names]  # noqa: PTH118
-            if folder == self._folders[0] and self.datadir is not None:
+            if folder == self.folders[0] and self.datadir is not None:
                 flat = [os.path.basename(name) for name in names]  # noqa: PTH119
                 if len(set(flat)) == len(set(names)):
                     yield [os.path.join(folder, name) for name in flat]  # noqa: PTH118
@@ -85,7 +91,7 @@ class Locator:
         best = max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))
         absent = [i for i, path in enumerate(best) if not self.exists(path)]
         count = f"{len(absent)} of {len(names)} {what} missing"
-        tried = ", ".join(str(folder) for folder in self._folders)
+        tried = ", ".join(str(folder) for folder in self.folders)
         first = names[absent[0]]
         return f"{self.star}: {count}, first: {first} (row {absent[0] + 1}); folders tried: {tried}; {self._fix(first)}"
 
@@ -98,3 +104,15 @@ class Locator:
             if self.exists(folder / name):
                 return f"try --datadir {folder}"
         return "give the folder in front of these names with --datadir"
+
+
+def _folders_of_manifest(path: Path) -> list[Path]:
+    """The folders that a manifest beside a STAR file says; none where it is another program's, or not there."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    listed = found.get(FOLDERS) if isinstance(found, dict) else None
+    if not isinstance(listed, list):
+        return []
+    return [Path(name) for name in listed if isinstance(name, str) and "\0" not in name]

@@ -55,9 +55,12 @@ def read_tilt_series(
     """
     star = source.table
     if source.tomograms is None:
+        names = (f"{star.path.stem}_optimisation_set.star", "optimisation_set.star")
+        beside = next((path for name in names if (path := star.path.with_name(name)).is_file()), None)
         raise UserError(
             f"{star.path}: particles are stacks of tilt images, whose tilt angles are in the tomograms' STAR file; "
-            "give the optimisation set (the STAR file with _rlnTomoParticlesFile and _rlnTomoTomogramsFile) instead"
+            f"give the optimisation set ({beside or 'the STAR file'} with _rlnTomoParticlesFile and "
+            "_rlnTomoTomogramsFile) instead"
         )
     tomograms = _read_tomograms(source.tomograms, star, pixel_size, datadir)
     euler, rotation, origin, origin_note = poses(star, pixel_size)

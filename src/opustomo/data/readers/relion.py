@@ -15,6 +15,7 @@ from opustomo.errors import UserError
 from opustomo.physics.geometry import euler_to_matrix
 
 AXES = ("X", "Y", "Z")
+PREMULTIPLIED = "rlnCtfDataAreCtfPremultiplied"
 
 
 def version(star: StarFile) -> str:
@@ -162,8 +163,9 @@ def image_size(star: StarFile) -> int | None:
 
 
 def premultiplied(star: StarFile) -> bool:
-    """Whether the subtomograms are CTF-premultiplied (rlnCtfDataAreCtfPremultiplied); UserError if groups differ."""
-    return bool(constant(star, "rlnCtfDataAreCtfPremultiplied") or 0)
+    """Whether the data are CTF-premultiplied; not where the file does not say, as RELION has it.  UserError if groups
+    differ."""
+    return bool(constant(star, PREMULTIPLIED) or 0)
 
 
 def microscope(star: StarFile) -> dict[str, float]:

@@ -104,8 +104,8 @@ def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int, first: Path
     if kind == "ctf_volume" and layout.startswith("RELION 4"):
         raise UserError(
             f"{star.path}: {first.name} holds CTF^2 and multiplicity, so these are CTF-premultiplied "
-            "pseudo-subtomograms, but the file does not say so; add the column _rlnCtfDataAreCtfPremultiplied with 1 "
-            "(to data_optics if there)"
+            "pseudo-subtomograms, but the file does not say so; write 1 in the column _rlnCtfDataAreCtfPremultiplied "
+            "(of data_optics if there)"
         )
     what = "weight volumes (data are CTF-premultiplied)" if kind == "weight_volume" else "CTF volumes"
     note = f"CTF from {len(set(files))} {what}: {layout}"
