@@ -64,10 +64,34 @@ def test_lower_layers_import_only_what_is_below_them(layer: str) -> None:
             assert any(is_in(target, allowed) for allowed in (layer, *ALLOWED[layer])), f"{module} imports {target}"
 
 
+def test_the_explorer_looks_at_runs_from_outside() -> None:
+    """It may load checkpoints, and use what the verbs after training use; only the command line starts it."""
+    inside = (
+        "train",
+        "start",
+        "job",
+        "keeping",
+        "course",
+        "guard",
+        "objective",
+        "linear",
+        "linear_fit",
+        "model",
+        "cli",
+    )
+    for module, tree in MODULES.items():
+        for target in imports(module):
+            if is_in(module, "explore"):
+                assert not any(is_in(target, layer) for layer in inside), f"{module} imports {target}"
+            else:
+                assert not is_in(target, "explore"), f"{module} imports {target}"
+        assert is_in(module, "explore") or "http.server" not in ast.unparse(tree), f"{module} serves"
+
+
 def test_data_knows_no_model_and_nothing_above() -> None:
     above = (
         "model", "train", "start", "linear", "linear_fit", "linear_stage", "mixture", "preparation", "reconstruct",
-        "objective", "bodies", "analysis", "cli", "compat",
+        "objective", "bodies", "analysis", "explore", "cli", "compat",
     )  # fmt: skip
     assert all(any(is_in(name, layer) for name in MODULES) for layer in (*above, *ALLOWED))
     for module in filter(lambda name: is_in(name, "data"), MODULES):

@@ -100,6 +100,7 @@ VERBS = {
         waits=True,
     ),
     "report": Verb("analysis.report", "ReportConfig", "opustomo report run"),
+    "explore": Verb("explore.server", "ExploreConfig", "opustomo explore run"),
     "demo": Verb("demo", "DemoConfig", "opustomo demo -o demo"),
 }
 
@@ -127,6 +128,7 @@ After training
   select     STAR files of chosen classes, in the dialect that came in
   export     all classes as STAR files or lists for Warp, M and ArtiaX, with ChimeraX scripts that put them back
   report     one self-contained HTML page about a run
+  explore    look at a run in the browser: turn the molecule at any code, pick particles, watch training
 Known truth
   simulate   a data set with CTF, tilt scheme, noise and pose errors of which everything is known
   evaluate   compare a run with the truth of a simulated set

@@ -286,6 +286,8 @@ class SelectConfig(ClassChoice):
     """Output folder."""
     classes: tuple[int, ...] = ()
     """Classes to join into selected.star (default: one file per class)."""
+    selection: Annotated[str | None, arg(metavar="NAME")] = None
+    """Instead of classes the particles of a selection made by hand with explore (RUN/selections/NAME.json)."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,18 @@ class ReportConfig(OfEpoch):
     """K of the k-means analysis shown (0: the largest present)."""
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="HTML")] = None
     """Page to write (default RUN/report.html)."""
+
+
+@dataclass(frozen=True)
+class ExploreConfig:
+    """Look at runs in a browser: codes, maps, particles, selections, and training while it goes on."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")]
+    """Run folders of train, linear or encode."""
+    port: int = 0
+    """Port of 127.0.0.1 (default: 8642, or the next one that is free)."""
+    no_browser: Switch = False
+    """Only print the link."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ class AnalyzeConfig(OfEpoch):
     """Which codes: composition, the conformation of bodies (--masks), or joint, both together; all: the first two."""
     within: Annotated[str | None, arg(metavar="K:2-5,8")] = None
     """A second round: only particles in these classes of analyze.N/kmeansK; writes analyze.filter.N."""
+    selection: Annotated[str | None, arg(metavar="NAME")] = None
+    """A second round of a selection made by hand with explore (RUN/selections/NAME.json) instead."""
     dynamics: Switch = False
     """Also fit two rigid parts to the maps along each component: which is a motion, about which axis (dynamics.csv)."""
     skip_umap: Switch = False

@@ -42,7 +42,7 @@ from opustomo.objective import (
     total_variation,
 )
 from opustomo.physics.fourier import from_band, irfft3
-from opustomo.physics.observation import model_band
+from opustomo.physics.observation import seen_through
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import prepare_process
 from opustomo.profiling import Profile, part
@@ -401,8 +401,7 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     numerator, weight = read_batch(context, shown)
     code = posterior_of(model, context, known(context, shown), numerator, weight).centre().float()
     volume = model.linear(code) + model.nonlinear(code)
-    size = context.grid.working_box
-    seen = centre_crop(irfft3(from_band(model_band(volume, size) * weight, size)), context.grid.crop)
+    seen = seen_through(volume, weight, context.grid.working_box)
     checkpoint.write_map(config.output / f"{config.tmp_prefix}.mrc", volume[0].cpu(), context.grid)
     pictures = torch.stack([numerator, seen, numerator * model.mask], 1).sum(-3).cpu().numpy()
     titles = ("subtomogram", "reconstruction through its CTF", "masked subtomogram")

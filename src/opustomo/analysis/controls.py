@@ -23,7 +23,7 @@ from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.data.atomic import write_text
 from opustomo.data.readers.relion import tomograms
-from opustomo.data.star import StarFile
+from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def write_controls(run: Run, embedding: Floats, names: tuple[str, str], folder: 
 
 def numeric_columns(run: Run) -> dict[str, Floats]:
     """Columns of the run's particles that are all finite numbers and vary, (P,) each."""
-    star = _particles(run)
-    if star is None:
+    known = run_particles(run)
+    if known is None:
         return {}
-    rows, found = star[1], {}
-    table = star[0].particles.iloc[rows]
+    rows, found = known[1], {}
+    table = known[0].table.particles.iloc[rows]
     for name in table.columns:
         value = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64)
         if np.isfinite(value).all() and np.ptp(value) > 0:
@@ -114,28 +114,28 @@ def write_tomograms(run: Run, labels: NDArray[np.integer], folder: Path) -> None
 
 def tomogram_names(run: Run) -> NDArray[np.str_] | None:
     """(P,) tomogram of every particle; None without the STAR file or where there is but one."""
-    star = _particles(run)
-    if star is None:
+    known = run_particles(run)
+    if known is None:
         return None
-    names = tomograms(star[0]).astype(str)[star[1]]
+    names = tomograms(known[0].table).astype(str)[known[1]]
     return names if len(np.unique(names)) > 1 else None
 
 
-def _particles(run: Run) -> tuple[StarFile, NDArray[np.int64]] | None:
-    """The run's STAR file and its rows there; None, with a warning, where it is gone or not what it was.
+def run_particles(run: Run) -> tuple[Source, NDArray[np.int64]] | None:
+    """The run's particles in their STAR file, and its rows; None, with a warning, where it is gone or another one.
 
     Particles may be elsewhere by now; their codes are here.
     """
     if not run.star.is_file():
         return None
     try:
-        table = source_of(run.star, run.config).table
-        trained = trained_rows(run.path, table)
+        source = source_of(run.star, run.config)
+        trained = trained_rows(run.path, source.table)
     except UserError as error:
         log.warning("columns of the STAR file are not compared with the codes: %s", error)
         return None
-    rows = np.arange(len(table.particles)) if trained is None else trained
-    return (table, rows) if len(rows) == len(run.codes) else None
+    rows = np.arange(len(source)) if trained is None else trained
+    return (source, rows) if len(rows) == len(run.codes) else None
 
 
 def write_convergence(run: Run, clusters: int, folder: Path, seed: int = 0) -> Path | None:

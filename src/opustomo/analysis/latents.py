@@ -22,6 +22,7 @@ from sklearn.decomposition import PCA
 
 from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.axes import as_text, nearest, write_axes
+from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import options_of, rows_within
 from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
@@ -78,7 +79,7 @@ def main(config: AnalyzeConfig) -> None:
     from opustomo.checkpoint import open_run
 
     run = open_run(config.run, config.epoch)
-    rows = None if config.within is None else rows_within(run.path, run.epoch, config.within)
+    rows = _rows_chosen(config, run)
     wanted: list[Codes] = [config.codes] if config.codes != "all" else ["composition"]
     if config.codes == "all" and run.conformation is not None:
         wanted.append("conformation")
@@ -96,6 +97,15 @@ def main(config: AnalyzeConfig) -> None:
         more = options_of(codes, rows is not None)
         path = shlex.quote(str(run.path))
         log.info("next: opustomo volumes %s%s --kmeans %d ; opustomo report %s", path, more, len(sizes), path)
+
+
+def _rows_chosen(config: AnalyzeConfig, run: Run) -> NDArray[np.int64] | None:
+    """Rows of a second round; None: all particles."""
+    if config.selection is not None:
+        if config.within is not None:
+            raise UserError("--selection and --within: give one of them")
+        return read_selection(run.path, config.selection)
+    return None if config.within is None else rows_within(run.path, run.epoch, config.within)
 
 
 def analysis_folder(run: Run) -> Path:
@@ -123,7 +133,7 @@ def analyze(
         log.warning("the codes vary along %d component(s) only: pc%d and beyond stand still", used, used + 1)
     _write_components(components, pcs, folder)
     labels, centre_index = cluster(codes, clusters, seed, run.typical)
-    embedding = _stored_umap(folder, len(codes)) if skip_umap else embed(codes, seed)
+    embedding = stored_umap(folder, len(codes)) if skip_umap else embed(codes, seed)
     if embedding is not None and not skip_umap:
         save_pickle(folder / "umap.pkl", embedding.astype(np.float32))
     result = Analysis(folder, components.scores, components.explained, labels, centre_index, embedding)
@@ -174,7 +184,7 @@ def stored_analysis(run: Run, clusters: int = 0) -> Analysis | None:
     if len(labels) != len(codes) or labels.max() >= len(index) or index.max() >= len(codes):
         return None
     components = principal_components(codes)
-    umap = _stored_umap(folder, len(codes))
+    umap = stored_umap(folder, len(codes))
     return Analysis(folder, components.scores, components.explained, labels, index, umap)
 
 
@@ -299,7 +309,8 @@ def _check(codes: Floats, pcs: int, clusters: int, where: Path) -> None:
         log.warning("the codes of all %d particles are equal: one class, no variance", len(codes))
 
 
-def _stored_umap(folder: Path, particles: int) -> Floats | None:
+def stored_umap(folder: Path, particles: int) -> Floats | None:
+    """(P, 2) of umap.pkl in ``folder``; None, and a line in the log, where it is not there or of other particles."""
     path = folder / "umap.pkl"
     with reading(path, "run `opustomo analyze` again"):
         found = np.asarray(load_pickle(path), np.float64) if path.is_file() else None

@@ -1,6 +1,7 @@
 """Classes back to STAR files (``opustomo select``), with a manifest that says where they come from.
 
-Owns: the names of these files: ``preI.star`` for class I (0-based, as reference I), ``selected.star`` for a union.
+Owns: the names of these files: ``preI.star`` for class I (0-based, as reference I), ``selected.star`` for a union or a
+selection by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo import __version__
+from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import stem
 from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
@@ -31,14 +33,20 @@ log = logging.getLogger(__name__)
 
 
 def main(config: SelectConfig) -> int:
-    """Write one STAR per class, or the union of ``classes``, and ``manifest.json`` into the output folder."""
+    """Write one STAR per class, the union of ``classes`` or a selection, and ``manifest.json`` into the output."""
+    if config.selection is not None and config.classes:
+        raise UserError("--selection and --classes: give one of them")
     chosen = read_classes(config, config.star)
     source, labels, rows, poses = chosen.source, chosen.labels, chosen.rows, chosen.poses
-    if config.classes:
+    if config.selection is not None:
+        paths = [config.output / "selected.star"]
+        write_subset(source, rows_of(source.table, labels, rows), paths[0], poses=poses)
+    elif config.classes:
         paths = [_write_union(source, labels, config.classes, config.output, rows, poses)]
     else:
         paths = write_classes(source, labels, config.output, rows, poses)
-    kept = {"selected": sorted(set(config.classes)) or np.unique(labels).tolist()}
+    classes = sorted(set(config.classes)) or np.unique(labels).tolist()
+    kept = {"selected": classes if config.selection is None else []}
     write_manifest(config, chosen, paths, kept)
     for path in paths:
         log.info("wrote %s", path)
@@ -59,10 +67,13 @@ class Classes(NamedTuple):
 def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
     """The classes chosen by ``config`` of the particles of ``star``.
 
-    UserError: no such classes, another STAR file than the run's.
+    UserError: no such classes or selection, another STAR file than the run's.
     """
     values = stored(config.run)
-    if values.get("kind") == "map":
+    picked = config.selection if isinstance(config, SelectConfig) else None
+    if picked is not None:
+        labels, epoch = _picked(config.run, picked), _epoch_of_poses(config.run, config.epoch)
+    elif values.get("kind") == "map":
         labels, epoch = np.zeros(int(values["particles"]), np.int64), 0
     else:
         place = stem(config.codes, config.filtered)
@@ -71,9 +82,21 @@ def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
     source = source_of(star, values)
     rows = trained_rows(config.run, source.table)
     poses = _corrected(config.run, epoch) if config.corrected else None
-    if config.filtered:
+    if config.filtered or picked is not None:
         labels, rows, poses = in_classes(source.table, labels, rows, poses)
     return Classes(star, source, labels, rows, poses, epoch)
+
+
+def _picked(run: Path, name: str) -> NDArray[np.int64]:
+    """(P,) 0 for the particles of a selection by hand, -1 for the others."""
+    labels = np.full(int(read_config(run)["particles"]), -1, np.int64)
+    labels[read_selection(run, name)] = 0
+    return labels
+
+
+def _epoch_of_poses(run: Path, epoch: int) -> int:
+    found = (re.fullmatch(r"pose\.(\d+)\.pkl", path.name) for path in run.glob("pose.*.pkl"))
+    return epoch if epoch >= 0 else max((int(match[1]) for match in found if match), default=0)
 
 
 def in_classes(
@@ -227,13 +250,15 @@ def write_manifest(
 ) -> None:
     """``manifest.json`` of the output folder: where its files come from; ``more`` is added."""
     values, counts = np.unique(classes.labels, return_counts=True)
-    name = class_folder(config)[0]
+    picked = config.selection if isinstance(config, SelectConfig) else None
+    name = class_folder(config)[0] if picked is None else ""
     manifest = {
         "source": str(classes.star.absolute()),
         "run": str(config.run.absolute()),
         "epoch": classes.epoch,
         "kmeans": config.kmeans if name.startswith("kmeans") else None,
-        "classes": name,
+        "classes": name or None,
+        "selection": picked,
         "analysis": stem(config.codes, config.filtered),
         "corrected_poses": config.corrected,
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},

@@ -1,0 +1,520 @@
+// The page: what is shown, what is selected, and how the parts are tied together.
+import { $, css, json, keep, make, packet, post, run, say, short, told } from "./api.js";
+import { Cloud, clean, palette, trackball, viridis } from "./cloud.js";
+import { axes, curves, grey, prepared } from "./charts.js";
+import { watch } from "./live.js";
+import { Map3d } from "./map.js";
+import * as three from "./three.module.min.js";
+
+const state = { about: null, epoch: -1, columns: {}, picked: -1, path: [], tool: "pick", label: null, tomogram: null };
+const columns = new Map(); // by name, of the epoch shown: { values, names, colours }
+const ORDER = ["umap:1", "umap:2", "pc:1", "pc:2", "z:1", "z:2"];
+
+// --- columns ---------------------------------------------------------------------------------------------------
+
+async function column(name) {
+  if (!columns.has(name)) {
+    const [header, values] = await packet("column", { name, epoch: state.epoch });
+    columns.set(name, { ...header, values: clean(values) });
+  }
+  return columns.get(name);
+}
+
+function fill(select, entries, chosen) {
+  select.replaceChildren(...entries.map(([value, label]) => make("option", { value, textContent: label })));
+  if (entries.some(([value]) => value === chosen)) select.value = chosen;
+}
+
+function offer() {
+  const names = Object.entries(state.columns), numbers = names.filter(([name]) => !/^(class|tomogram)/.test(name));
+  const usual = ORDER.filter((name) => state.columns[name]);
+  fill($("x"), numbers, $("x").value || usual[0]);
+  fill($("y"), numbers, $("y").value || usual[1] || usual[0]);
+  const first = names.map(([name]) => name).filter((name) => name.startsWith("class:")).at(-1);
+  fill($("colour"), [["density", "density"], ...names], $("colour").value || first);
+}
+
+// --- the plane of codes ----------------------------------------------------------------------------------------
+
+const cloud = new Cloud($("points"), true);
+const view = { x: 0, y: 0, sx: 1, sy: 1 };
+
+function extent(values) {
+  const step = Math.max(1, Math.floor(values.length / 20000)), some = [];
+  for (let i = 0; i < values.length; i += step) if (values[i] > -1e38) some.push(values[i]);
+  some.sort((a, b) => a - b);
+  return some.length ? [some[Math.floor(0.001 * some.length)], some[Math.ceil(0.999 * (some.length - 1))]] : [0, 1];
+}
+
+function home() {
+  for (const [axis, values] of [["x", cloud.x], ["y", cloud.y]]) {
+    const [low, high] = extent(values);
+    view[axis] = (low + high) / 2;
+    view[`s${axis}`] = 1.8 / (high - low || 1);
+  }
+  cloud.draw();
+}
+
+cloud.before = () => cloud.uniforms.frame.value.set(
+  view.sx, 0, 0, -view.x * view.sx, 0, view.sy, 0, -view.y * view.sy, 0, 0, 1, 0, 0, 0, 0, 1);
+const screen = (i, width, height) => [((cloud.x[i] - view.x) * view.sx + 1) * width / 2, (1 - (cloud.y[i] - view.y) * view.sy) * height / 2];
+
+cloud.after = () => {
+  const [pen, width, height] = prepared($("ink"));
+  axes(pen, width, height, [view.x - 1 / view.sx, view.x + 1 / view.sx, view.y - 1 / view.sy, view.y + 1 / view.sy],
+    [$("x").selectedOptions[0]?.label ?? "", $("y").selectedOptions[0]?.label ?? ""]);
+  pen.strokeStyle = pen.fillStyle = css("ink");
+  pen.lineWidth = 1.5;
+  if (state.path.length) {
+    pen.beginPath();
+    state.path.forEach((row, i) => pen[i ? "lineTo" : "moveTo"](...screen(row, width, height)));
+    pen.stroke();
+  }
+  for (const row of state.picked >= 0 ? [...state.path, state.picked] : state.path) {
+    pen.beginPath();
+    pen.arc(...screen(row, width, height), 7, 0, 7);
+    pen.stroke();
+  }
+  if (state.drawn?.length > 1) {
+    pen.fillStyle = css("accent") + "22";
+    pen.strokeStyle = css("accent");
+    pen.fill(outline(state.drawn));
+    pen.stroke(outline(state.drawn));
+  }
+  if (!state.painted) { state.painted = true; performance.mark("first-points"); }
+};
+
+const outline = (points) => new Path2D(`M${points.map((p) => p.join(",")).join("L")}Z`);
+
+async function place() {
+  const [x, y] = await Promise.all([column($("x").value), column($("y").value)]);
+  const other = cloud.x !== x.values || cloud.y !== y.values;
+  cloud.place(x.values, y.values);
+  if (other) home();
+  if ($("colour").value === "density") await colour();
+  cloud.draw();
+}
+
+// How many particles are near each, on a grid of the plane, smoothed.
+function density() {
+  const m = 256, grid = new Float32Array(m * m), { x, y } = cloud, values = new Float32Array(x.length);
+  const [[x0, x1], [y0, y1]] = [extent(x), extent(y)], fx = (m - 9) / (x1 - x0 || 1), fy = (m - 9) / (y1 - y0 || 1);
+  const cell = (i) => Math.max(0, Math.min(m - 1, ((y[i] - y0) * fy + 4) | 0)) * m + Math.max(0, Math.min(m - 1, ((x[i] - x0) * fx + 4) | 0));
+  for (let i = 0; i < x.length; i++) grid[cell(i)]++;
+  const width = x.length > 20000 ? 1 : 3;
+  for (const step of [1, m]) for (let pass = 0; pass < 2; pass++) {
+    const old = grid.slice();
+    for (let i = width * step; i < grid.length - width * step; i++) {
+      let sum = 0;
+      for (let k = -width; k <= width; k++) sum += old[i + k * step];
+      grid[i] = sum / (2 * width + 1);
+    }
+  }
+  for (let i = 0; i < x.length; i++) values[i] = Math.sqrt(grid[cell(i)]);
+  return { values, names: null };
+}
+
+async function colour() {
+  const name = $("colour").value;
+  const found = name === "density" ? density() : await column(name);
+  state.label = found;
+  if (found.names) cloud.tint(found.values, -0.5, found.names.length - 0.5, palette(found.colours, false));
+  else {
+    const [low, high] = extent(found.values);
+    Object.assign(found, { low, high });
+    cloud.tint(found.values, low, high > low ? high : low + 1, viridis);
+  }
+  legend(name);
+  cloud.draw();
+}
+
+function legend(name) {
+  const { values, names, colours, low, high } = state.label, rgb = (c) => `rgb(${c.map((v) => Math.round(255 * v))})`;
+  if (names) {
+    const sizes = new Array(names.length).fill(0);
+    for (const v of values) if (v >= 0) sizes[v]++;
+    $("legend").replaceChildren(...names.map((label, i) => {
+      const dot = make("i");
+      dot.style.background = rgb(colours[i]);
+      return make("button", { title: `Select ${label}`, onclick: () => choose((row) => values[row] === i) },
+        dot, label, make("em", { textContent: sizes[i].toLocaleString("en") }));
+    }));
+    return;
+  }
+  const bar = make("canvas", { width: 256, height: 1 }), pen = bar.getContext("2d");
+  pen.putImageData(new ImageData(new Uint8ClampedArray(viridis), 256, 1), 0, 0);
+  const [from, to] = [low, high].map((v, i) => make("input", { type: "number", step: "any", value: short(v), ariaLabel: i ? "to" : "from" }));
+  const button = make("button", { textContent: "Select this range", id: "range",
+    onclick: () => choose((row) => values[row] >= Number(from.value) && values[row] <= Number(to.value)) });
+  $("legend").replaceChildren(make("div", { className: "scale" }, bar, from, to, ...(name === "density" ? [] : [button])));
+}
+
+// --- the selection ---------------------------------------------------------------------------------------------
+
+let marks = new Uint8Array(0);
+const past = [], future = [], ROOM = 64e6; // bytes that undo may take
+
+export const selection = () => {
+  const rows = new Uint32Array(marks.reduce((sum, m) => sum + m, 0));
+  for (let i = 0, at = 0; i < marks.length; i++) if (marks[i]) rows[at++] = i;
+  return rows;
+};
+
+function change(next) {
+  past.push(marks);
+  while (past.length > Math.max(2, ROOM / marks.length)) past.shift();
+  future.length = 0;
+  show(next);
+}
+
+function show(next) {
+  marks = next;
+  let count = 0;
+  for (const m of marks) count += m;
+  $("count").textContent = count ? `${count.toLocaleString("en")} of ${marks.length.toLocaleString("en")} selected` : "nothing selected";
+  $("undo").disabled = !past.length;
+  $("redo").disabled = !future.length;
+  cloud.mark(marks, count > 0);
+  cloud.draw();
+  if (!$("tomograms").hidden) space();
+}
+
+// The rows that a test takes, joined with the selection as the menu says.
+function choose(test) {
+  const next = new Uint8Array(marks.length), mode = $("mode").value;
+  for (let i = 0; i < next.length; i++) {
+    const hit = test(i) ? 1 : 0;
+    next[i] = mode === "replace" ? hit : mode === "add" ? marks[i] | hit : mode === "subtract" ? marks[i] & ~hit : marks[i] & hit;
+  }
+  change(next);
+}
+
+function back(from, to) {
+  if (!from.length) return;
+  to.push(marks);
+  show(from.pop());
+}
+
+// Points inside an outline in pixels, by painting it: as exact as the hand that drew it.
+function inside(points) {
+  performance.mark("lasso-begin");
+  const { clientWidth: width, clientHeight: height } = $("points");
+  const pen = make("canvas", { width, height }).getContext("2d", { willReadFrequently: true });
+  pen.fill(outline(points));
+  const painted = pen.getImageData(0, 0, width, height).data, { x, y } = cloud;
+  const ax = view.sx * width / 2, bx = width / 2 - view.x * ax, ay = -view.sy * height / 2, by = height / 2 - view.y * ay;
+  choose((i) => {
+    const u = (x[i] * ax + bx) | 0, v = (y[i] * ay + by) | 0;
+    return u >= 0 && v >= 0 && u < width && v < height && painted[4 * (v * width + u) + 3] > 127;
+  });
+  performance.measure("lasso", "lasso-begin");
+}
+
+function nearestTo(px, py) {
+  const { clientWidth: width, clientHeight: height } = $("points");
+  let best = -1, least = 12 ** 2;
+  for (let i = 0; i < cloud.x.length; i++) {
+    const dx = ((cloud.x[i] - view.x) * view.sx + 1) * width / 2 - px, dy = (1 - (cloud.y[i] - view.y) * view.sy) * height / 2 - py;
+    if (dx * dx + dy * dy < least) [best, least] = [i, dx * dx + dy * dy];
+  }
+  return best;
+}
+
+// --- the pointer and the keys ----------------------------------------------------------------------------------
+
+function tool(name) {
+  state.tool = $("points").dataset.tool = name;
+  for (const button of $("tools").children) button.setAttribute("aria-pressed", button.dataset.tool === name);
+  if (name === "path") { state.path = []; say("click the particles that the way is to pass"); cloud.draw(); }
+}
+
+function pick(row) {
+  state.picked = row;
+  $("row").value = row + 1;
+  cloud.draw();
+  if (!$("particle").hidden) return particle();
+  return map.show(`row:${row}`, `particle ${row + 1}`);
+}
+
+function pointers() {
+  const canvas = $("points"), at = (event) => [event.offsetX, event.offsetY];
+  let start = null;
+  canvas.addEventListener("pointerdown", (event) => {
+    canvas.setPointerCapture(event.pointerId);
+    start = at(event);
+    if (state.tool === "lasso" || state.tool === "box") state.drawn = [start];
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    if (!start) return;
+    const here = at(event);
+    if (state.tool === "lasso") state.drawn.push(here);
+    else if (state.tool === "box") state.drawn = [start, [here[0], start[1]], here, [start[0], here[1]]];
+    else {
+      view.x -= event.movementX / canvas.clientWidth * 2 / view.sx;
+      view.y += event.movementY / canvas.clientHeight * 2 / view.sy;
+    }
+    cloud.draw();
+  });
+  canvas.addEventListener("pointerup", told(async (event) => {
+    const [from, to, drawn] = [start, at(event), state.drawn];
+    [start, state.drawn] = [null, null];
+    if (!from) return;
+    if (drawn) {
+      if (drawn.length > 2) inside(drawn); else cloud.draw();
+      return;
+    }
+    if (Math.hypot(to[0] - from[0], to[1] - from[1]) > 4) return;
+    const row = nearestTo(...to);
+    if (row < 0) return;
+    if (state.tool !== "path") return pick(row);
+    if (state.path.at(-1) !== row) state.path.push(row);
+    cloud.draw();
+    if (state.path.length > 1) map.way(state.path);
+  }));
+  canvas.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 500), ...at(event));
+  }, { passive: false });
+  canvas.addEventListener("keydown", (event) => {
+    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    if (arrow) { view.x += arrow[0] / 5 / view.sx; view.y += arrow[1] / 5 / view.sy; cloud.draw(); }
+    else if (event.key === "+" || event.key === "-") zoom(event.key === "+" ? 1.25 : 0.8, canvas.clientWidth / 2, canvas.clientHeight / 2);
+    else if (event.key === "0") home();
+    else return;
+    event.preventDefault();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+    const key = event.key.toLowerCase(), ctrl = event.ctrlKey || event.metaKey;
+    if (ctrl && key === "z") back(...(event.shiftKey ? [future, past] : [past, future]));
+    else if (ctrl && key === "y") back(future, past);
+    else if (ctrl || event.altKey) return;
+    else if (key in { p: 1, l: 1, b: 1, w: 1 }) tool({ p: "pick", l: "lasso", b: "box", w: "path" }[key]);
+    else if (key === "i") $("invert").click();
+    else if (key === "escape") { state.path = []; $("clear").click(); }
+    else return;
+    event.preventDefault();
+  });
+}
+
+function zoom(factor, px, py) {
+  const u = 2 * px / $("points").clientWidth - 1, v = 1 - 2 * py / $("points").clientHeight;
+  view.x += u / view.sx * (1 - 1 / factor);
+  view.y += v / view.sy * (1 - 1 / factor);
+  view.sx *= factor;
+  view.sy *= factor;
+  cloud.draw();
+}
+
+// --- a particle, the tomograms, what is kept -------------------------------------------------------------------
+
+async function particle() {
+  const row = Number($("row").value) - 1;
+  const [facts, values] = await packet("particle", { row, epoch: state.epoch });
+  const list = (v) => v.map(short).join(", ");
+  const lines = [["tomogram", facts.tomogram], ["place (Å)", facts.place && list(facts.place)],
+    ["rot, tilt, psi", list(facts.euler)], ["origin (pixels)", list(facts.origin)],
+    ["as given", facts.origin_given && list(facts.origin_given)],
+    ["turned by", facts.turn !== undefined && `${short(facts.turn)}°, moved by ${short(facts.shift)} Å`],
+    ...facts.notes.map((note) => ["not shown", note])].filter(([, value]) => value);
+  $("facts").replaceChildren(make("table", {}, ...lines.map(([name, value]) =>
+    make("tr", {}, make("th", { textContent: name, scope: "row" }), make("td", { textContent: value })))));
+  let offset = 0;
+  $("pictures").replaceChildren(...facts.pictures.map(({ title, width, height }) => {
+    const canvas = make("canvas", { width, height, role: "img", ariaLabel: title }), pen = canvas.getContext("2d");
+    const part = values.subarray(offset, offset + width * height), sorted = part.slice().sort();
+    offset += width * height;
+    const [low, high] = [0.01, 0.99].map((q) => sorted[Math.floor(q * (sorted.length - 1))]);
+    pen.putImageData(grey(pen.createImageData(width, height), part, 0, 1, low, high), 0, 0);
+    return make("figure", {}, canvas, make("figcaption", { textContent: title }));
+  }));
+  state.picked = row;
+  cloud.draw();
+}
+
+function neighbour(step) {
+  const rows = selection(), now = Number($("row").value) - 1, count = marks.length;
+  const at = rows.length ? rows.findIndex((row) => row >= now) : -1;
+  const next = rows.length ? rows.at(((at < 0 ? 0 : rows[at] === now || step < 0 ? at + step : at) + rows.length) % rows.length) : (now + step + count) % count;
+  $("row").value = next + 1;
+  return particle();
+}
+
+const cube = new Cloud($("space"), false);
+const turn = { turn: new three.Quaternion().setFromEuler(new three.Euler(-0.9, 0, 0.4)), zoom: 1, middle: new three.Vector3(), size: 1 };
+trackball($("space"), turn, () => cube.draw());
+cube.before = (width, height) => {
+  const scale = turn.zoom * 1.7 / turn.size, least = Math.min(width, height);
+  cube.uniforms.frame.value.makeScale(scale * least / width, scale * least / height, -scale / 20)
+    .multiply(new three.Matrix4().makeRotationFromQuaternion(turn.turn))
+    .multiply(new three.Matrix4().makeTranslation(turn.middle.clone().negate()));
+};
+
+async function space() {
+  if (!state.columns.tomogram) {
+    $("shares").replaceChildren(make("tr", {}, make("td", { textContent: "The STAR file does not say where the particles are." })));
+    return;
+  }
+  const [where, ...xyz] = await Promise.all(["tomogram", "place:x", "place:y", "place:z"].map(column));
+  const total = new Array(where.names.length).fill(0), chosen = total.slice(), any = marks.some(Boolean);
+  for (let i = 0; i < marks.length; i++) { total[where.values[i]]++; chosen[where.values[i]] += marks[i]; }
+  if ($("tomogram").options.length !== where.names.length) fill($("tomogram"), where.names.map((name, i) => [i, name]));
+  if (state.picked >= 0 && state.tomogram !== state.picked) $("tomogram").value = where.values[state.tomogram = state.picked];
+  const rows = [];
+  where.values.forEach((value, row) => { if (value === Number($("tomogram").value)) rows.push(row); });
+  const part = (values) => Float32Array.from(rows, (row) => values[row]), [x, y, z] = xyz.map((c) => part(c.values));
+  const spans = [x, y, z].map((values) => [Math.min(...values), Math.max(...values)]);
+  turn.middle.set(...spans.map(([low, high]) => (low + high) / 2));
+  turn.size = Math.hypot(...spans.map(([low, high]) => high - low)) || 1;
+  cube.place(x, y, z);
+  const { names, colours, low, high } = state.label;
+  cube.tint(part(state.label.values), ...(names ? [-0.5, names.length - 0.5, palette(colours, false)] : [low, high, viridis]));
+  cube.mark(Uint8Array.from(rows, (row) => marks[row]), any);
+  cube.uniforms.size.value = Math.max(4, 40 * rows.length ** -0.3) * devicePixelRatio;
+  cube.draw();
+  const head = make("tr", {}, ...["tomogram", "particles", "selected", "share of it"].map((text) => make("th", { textContent: text, scope: "col" })));
+  const order = where.names.map((_, i) => i).sort((a, b) => chosen[b] / total[b] - chosen[a] / total[a]);
+  $("shares").replaceChildren(head, ...order.map((i) => make("tr", {}, make("td", { textContent: where.names[i] }),
+    make("td", { className: "n", textContent: total[i] }), make("td", { className: "n", textContent: chosen[i] }),
+    make("td", {}, make("meter", { value: chosen[i] / total[i], max: 1, title: `${(100 * chosen[i] / total[i]).toFixed(1)} %` })))));
+}
+
+function kept(names) {
+  state.about.selections = names;
+  const ask = (name, address, more) => told(async () => {
+    const job = await post(address, { selection: name, ...more() }, { epoch: state.epoch });
+    line(job.command);
+    say(`${job.title}: begun`);
+    await jobs();
+  });
+  const mean = names.map((name) => [`selection:${name}`, `mean of ${name}`]);
+  map.offer(state.about, mean);
+  $("kept").replaceChildren(...names.map((name) => make("div", { className: "item bar" }, make("b", { textContent: name }),
+    make("button", { textContent: "Select", onclick: told(async () => {
+      const rows = new Set((await packet("selection", { name }, Uint32Array))[1]);
+      choose((row) => rows.has(row));
+    }) }),
+    make("button", { textContent: "Write STAR", onclick: ask(name, "export", () => ({ corrected: $("corrected").checked })) }),
+    make("button", { textContent: "Classify again", onclick: ask(name, "analyze", () => ({ clusters: Number($("clusters").value), umap: $("umap").checked })) }))));
+}
+
+function line(text) {
+  $("line").textContent = text;
+  document.querySelector("[data-of=line]").hidden = !text;
+}
+
+let ended = new Set();
+export async function jobs() {
+  const found = await json("jobs");
+  $("jobs").replaceChildren(...found.reverse().map((job) => make("div", { className: "item" },
+    make("div", { textContent: `${job.title}: ${job.state}${job.seconds ? `, ${short(job.seconds)} s` : ""} ${job.message}` }),
+    ...job.files.filter((name) => !/^reference\d/.test(name)).flatMap((name) => [make("button", { textContent: name, title: `Download ${name}`,
+      onclick: () => keep("file", { job: job.number, name }) }), " "]), make("div", { className: "bar" }, make("code", { textContent: job.command })))));
+  for (const job of found) if ((job.state === "done" || job.state === "failed") && !ended.has(job.number)) {
+    ended.add(job.number);
+    say(`${job.title}: ${job.state} ${job.message}`, job.state === "failed");
+    if (job.title.includes("classes of") && job.state === "done") await told(open)(state.epoch);
+  }
+  if (found.some((job) => job.state === "waiting" || job.state === "running")) setTimeout(told(jobs), 700);
+}
+
+// --- tabs, buttons, beginning ----------------------------------------------------------------------------------
+
+function tab(name) {
+  for (const button of $("tabs").children) {
+    const own = button.id === `tab-${name}`;
+    button.setAttribute("aria-selected", own);
+    button.tabIndex = own ? 0 : -1;
+    $(button.getAttribute("aria-controls")).hidden = !own;
+  }
+  const work = { particle, tomograms: space, act: jobs, map: () => map.redraw() }[name];
+  if (work && state.about) told(work)();
+}
+
+const map = new Map3d({ epoch: () => state.epoch, jobs: () => { tab("act"); return jobs(); } });
+
+function wire() {
+  for (const button of $("tools").children) button.onclick = () => tool(button.dataset.tool);
+  for (const button of $("tabs").children) {
+    button.onclick = () => tab(button.id.slice(4));
+    button.onkeydown = (event) => {
+      const next = { ArrowRight: button.nextElementSibling, ArrowLeft: button.previousElementSibling }[event.key];
+      if (next) { next.focus(); next.click(); }
+    };
+  }
+  $("x").onchange = $("y").onchange = told(place);
+  $("colour").onchange = told(async () => { await colour(); if (!$("tomograms").hidden) await space(); });
+  $("invert").onclick = () => change(marks.map((m) => 1 - m));
+  $("clear").onclick = () => change(new Uint8Array(marks.length));
+  $("undo").onclick = () => back(past, future);
+  $("redo").onclick = () => back(future, past);
+  $("nearest").onclick = told(async () => {
+    if (state.picked < 0) throw new Error("pick a particle first: the nearest to it are meant");
+    const rows = new Set((await packet("nearest", { row: state.picked, k: $("k").value, epoch: state.epoch }, Uint32Array))[1]);
+    choose((row) => rows.has(row));
+  });
+  $("row").onchange = told(particle);
+  $("before").onclick = told(() => neighbour(-1));
+  $("next").onclick = told(() => neighbour(1));
+  $("tomogram").onchange = told(space);
+  $("save").onsubmit = told(async (event) => {
+    event.preventDefault();
+    const rows = selection();
+    if (!rows.length) throw new Error("nothing is selected yet");
+    const answer = await post("selection", rows, { name: $("name").value });
+    kept(answer.selections);
+    line(answer.command);
+    say(`${rows.length.toLocaleString("en")} particles kept as ${$("name").value}`);
+  });
+  for (const button of document.querySelectorAll(".copy")) button.onclick = told(async () => {
+    await navigator.clipboard.writeText($(button.dataset.of).textContent);
+    say("copied");
+  });
+  $("epoch").onchange = told(() => open(Number($("epoch").value)));
+  $("run").onchange = () => { location.search = `?run=${$("run").value}`; };
+  matchMedia("(prefers-color-scheme: dark)").onchange = () => { cloud.draw(); cube.draw(); map.redraw(); };
+}
+
+// Show an epoch (-1: the latest); the selection stays, it is of particles.
+async function open(epoch) {
+  const about = await json("about", { epoch });
+  state.about = about;
+  state.epoch = about.epoch;
+  columns.clear();
+  state.columns = about.columns;
+  $("title").textContent = about.name;
+  document.title = `${about.name} – opustomo explore`;
+  $("about").textContent = `${about.particles.toLocaleString("en")} particles · ${about.pixel.toFixed(2)} Å voxels`;
+  fill($("epoch"), about.epochs.map((e) => [String(e), e]), String(about.epoch));
+  $("empty").hidden = true;
+  offer();
+  if (marks.length !== about.particles) { marks = new Uint8Array(about.particles); past.length = future.length = 0; }
+  cloud.mark(marks, marks.some(Boolean));
+  await place();
+  await colour();
+  show(marks);
+  kept(about.selections);
+  await map.show($("what").value || "mean");
+  json("columns", { epoch: about.epoch }).then((more) => {
+    state.columns = { ...about.columns, ...more };
+    offer();
+  }).catch((error) => say(error.message, true));
+}
+
+wire();
+tool("pick");
+tab("map");
+pointers();
+history.replaceState(null, "", `/?run=${run}`);
+fetch("/api/runs").then((answer) => answer.json()).then((runs) => {
+  fill($("run"), runs.map((path, i) => [String(i), path]), String(run));
+  $("runs").hidden = runs.length < 2;
+});
+told(async () => {
+  try { await open(-1); } catch (error) {
+    $("empty").hidden = false;
+    $("empty").textContent = error.message;
+    tab("live");
+  }
+  watch(async (latest) => { if (latest !== state.epoch) await open(latest); });
+})();
