@@ -92,6 +92,11 @@ class Desk:
         self.decoder.close()
         self.jobs.close()
 
+    def warm(self) -> None:
+        """Open the run before the page asks for it; what is wrong with it the page is told."""
+        with suppress(UserError):
+            about(self, {})
+
     def view(self, query: Query) -> View:
         """The run at the epoch asked for (the latest, where none is)."""
         epoch = number(query, "epoch", -1)

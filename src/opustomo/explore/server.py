@@ -46,6 +46,8 @@ def main(config: ExploreConfig) -> int:
     print(f"opustomo explore: {', '.join(str(run) for run in config.runs)}\n\n  {link}\n\n"
           f"from another machine: ssh -L {server.server_port}:{LOOPBACK[0]}:{server.server_port} {here}, and open the "
           "same link there.\nThe link lets in whoever has it; Ctrl-C ends it.", flush=True)  # fmt: skip
+    for desk in server.desks:
+        threading.Thread(target=desk.warm, daemon=True).start()
     with _browser(link, not config.no_browser and _has_screen()):
         return serve(server)
 

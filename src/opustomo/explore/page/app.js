@@ -7,15 +7,16 @@ import { Map3d } from "./map.js";
 import * as three from "./three.module.min.js";
 
 const state = { about: null, epoch: -1, columns: {}, picked: -1, path: [], tool: "pick", label: null, tomogram: null };
-const columns = new Map(); // by name, of the epoch shown: { values, names, colours }
+const columns = new Map(); // by name, of the epoch shown: promises of { values, names, colours }
 const ORDER = ["umap:1", "umap:2", "pc:1", "pc:2", "z:1", "z:2"];
 
 // --- columns ---------------------------------------------------------------------------------------------------
 
-async function column(name) {
+function column(name) {
   if (!columns.has(name)) {
-    const [header, values] = await packet("column", { name, epoch: state.epoch });
-    columns.set(name, { ...header, values: clean(values) });
+    const coming = packet("column", { name, epoch: state.epoch }).then(([header, values]) => ({ ...header, values: clean(values) }));
+    coming.catch(() => columns.delete(name));
+    columns.set(name, coming);
   }
   return columns.get(name);
 }
@@ -59,7 +60,8 @@ cloud.before = () => cloud.uniforms.frame.value.set(
   view.sx, 0, 0, -view.x * view.sx, 0, view.sy, 0, -view.y * view.sy, 0, 0, 1, 0, 0, 0, 0, 1);
 const screen = (i, width, height) => [((cloud.x[i] - view.x) * view.sx + 1) * width / 2, (1 - (cloud.y[i] - view.y) * view.sy) * height / 2];
 
-cloud.after = () => {
+// Axes, the way, what is being drawn: over the points.
+function ink() {
   const [pen, width, height] = prepared($("ink"));
   axes(pen, width, height, [view.x - 1 / view.sx, view.x + 1 / view.sx, view.y - 1 / view.sy, view.y + 1 / view.sy],
     [$("x").selectedOptions[0]?.label ?? "", $("y").selectedOptions[0]?.label ?? ""]);
@@ -81,6 +83,10 @@ cloud.after = () => {
     pen.fill(outline(state.drawn));
     pen.stroke(outline(state.drawn));
   }
+}
+
+cloud.after = () => {
+  ink();
   if (!state.painted) { state.painted = true; performance.mark("first-points"); }
 };
 
@@ -171,7 +177,7 @@ function show(next) {
   marks = next;
   let count = 0;
   for (const m of marks) count += m;
-  $("count").textContent = count ? `${count.toLocaleString("en")} of ${marks.length.toLocaleString("en")} selected` : "nothing selected";
+  $("count").textContent = count ? `${count.toLocaleString("en")} selected` : "nothing selected";
   $("undo").disabled = !past.length;
   $("redo").disabled = !future.length;
   cloud.mark(marks, count > 0);
@@ -237,7 +243,10 @@ function pick(row) {
 }
 
 function pointers() {
-  const canvas = $("points"), at = (event) => [event.offsetX, event.offsetY];
+  const canvas = $("points"), at = (event) => {
+    const box = canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
   let start = null;
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
@@ -247,12 +256,14 @@ function pointers() {
   canvas.addEventListener("pointermove", (event) => {
     if (!start) return;
     const here = at(event);
-    if (state.tool === "lasso") state.drawn.push(here);
-    else if (state.tool === "box") state.drawn = [start, [here[0], start[1]], here, [start[0], here[1]]];
-    else {
-      view.x -= event.movementX / canvas.clientWidth * 2 / view.sx;
-      view.y += event.movementY / canvas.clientHeight * 2 / view.sy;
+    if (state.tool === "lasso" || state.tool === "box") {
+      if (state.tool === "box") state.drawn = [start, [here[0], start[1]], here, [start[0], here[1]]];
+      else state.drawn.push(...(event.getCoalescedEvents?.() ?? []).map(at), here); // of a slow frame, too
+      state.inked ??= requestAnimationFrame(() => { state.inked = undefined; ink(); }); // the points stay as they are
+      return;
     }
+    view.x -= event.movementX / canvas.clientWidth * 2 / view.sx;
+    view.y += event.movementY / canvas.clientHeight * 2 / view.sy;
     cloud.draw();
   });
   canvas.addEventListener("pointerup", told(async (event) => {
@@ -260,7 +271,7 @@ function pointers() {
     [start, state.drawn] = [null, null];
     if (!from) return;
     if (drawn) {
-      if (drawn.length > 2) inside(drawn); else cloud.draw();
+      if (drawn.length > 2) inside(drawn); else ink();
       return;
     }
     if (Math.hypot(to[0] - from[0], to[1] - from[1]) > 4) return;
@@ -490,6 +501,7 @@ async function open(epoch) {
   offer();
   if (marks.length !== about.particles) { marks = new Uint8Array(about.particles); past.length = future.length = 0; }
   cloud.mark(marks, marks.some(Boolean));
+  if ($("colour").value !== "density") column($("colour").value).catch(() => {}); // comes while the points are placed
   await place();
   await colour();
   show(marks);
