@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies clean
+.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies bench-explore browser clean
 
 setup: $(VENV)/.ready
 
@@ -21,8 +21,13 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/opustomo demo -o demo
 
-test: setup lint
+test: setup lint | browser
 	$(BIN)/python -m pytest
+
+# for the tests of the page of `explore`, which are skipped without it
+browser:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || { apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qqy install chromium chromium-driver; } >/dev/null 2>&1 || true
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
@@ -49,6 +54,9 @@ bench-scale: setup
 
 bench-bodies: setup
 	$(BIN)/python benchmarks/bodies.py -o bench/bodies --markdown docs/benchmarks.md
+
+bench-explore: setup
+	$(BIN)/python benchmarks/explore.py --markdown docs/benchmarks.md
 
 bench-cost: setup
 	$(BIN)/python benchmarks/cost.py --markdown docs/scaling.md

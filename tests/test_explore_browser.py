@@ -25,7 +25,7 @@ from small_set import PARTICLES, SmallSet, copy_run
 
 pytestmark = pytest.mark.skipif(bool(headless.why_not()), reason=headless.why_not())
 
-SHOTS = os.environ.get("OPUSTOMO_SCREENSHOTS")  # a folder; the picture of the documents is docs/images/explore.png
+DRAWN = os.environ.get("OPUSTOMO_SCREENSHOT")  # a run, demo/run for docs/images/explore.png
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +79,27 @@ def rows_kept(run: Path, page: Page, name: str) -> np.ndarray:
     return picked.read_selection(run, name)
 
 
+# what can be used but has no name for a screen reader, and what does not fit into the window
+NAMELESS = """[...document.querySelectorAll('button, input, select, canvas, img')].filter(e => e.offsetParent &&
+  !e.ariaHidden && !(e.ariaLabel || e.textContent.trim() || e.alt || e.closest('label') || e.title))
+  .map(e => e.outerHTML)"""
+BEYOND = """[...document.querySelectorAll('#latent *, #map *, header *')].filter(e => {
+  const b = e.getBoundingClientRect();
+  return e.offsetParent && !e.closest('#legend') && e.tagName !== 'OPTION' && b.width &&
+    (b.right > innerWidth + 1 || b.bottom > innerHeight + 1 || b.left < 0);
+}).map(e => e.outerHTML.slice(0, 80))"""
 AROUND_ALL = [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)]
 
 
 def test_it_loads(page: Page, link: str) -> None:
-    assert page.js("document.title") == "run – opustomo explore" and f"{PARTICLES} particles" in page.text("about")
+    assert page.js("document.title") == "run · opustomo explore" and f"{PARTICLES} particles" in page.text("about")
     assert "token" not in page.js("location.href"), "the link stays in nobody's history"
     assert covered(pixels(page, "points")) > 0.002 and covered(pixels(page, "molecule")) > 0.02
 
 
 def test_colours_follow_the_menu(page: Page) -> None:
     before = pixels(page, "points")
-    assert page.text("legend").split() == ["class", "0", "class", "1", "class", "2"] or "class 0" in page.text("legend")
+    assert "class 0" in page.text("legend")
     for name in ("evidence", "tomogram", "density", "turn"):
         page.choose("colour", name)
         page.wait(lambda before=before: np.abs(pixels(page, "points") - before).max() > 60)
@@ -146,8 +155,9 @@ def test_a_lasso_takes_the_points_inside(page: Page, run: Path) -> None:
     ))  # fmt: skip
     inside = np.zeros(PARTICLES, bool)
     inside[left] = True
-    assert (0 < len(left) < PARTICLES and score[inside].max() <= score[~inside].min() + 1e-6) or True
-    assert score[inside].mean() < score[~inside].mean()
+    assert 5 < len(left) < PARTICLES - 5
+    # but for those above and below the picture
+    assert (score[~inside] < score[inside].max()).sum() <= 4
     page.click("clear")
     page.click("[data-tool=pick]")
 
@@ -159,13 +169,9 @@ def test_range_and_nearest(page: Page, run: Path) -> None:
     many = int(page.text("count").split()[0])
     assert many >= PARTICLES - 4
     page.choose("colour", "class:kmeans3")
-    page.click("nearest")
-    page.wait(lambda: page.text("status"))
-    if "pick a particle" in page.text("status"):
-        page.click("tab-particle")
-        page.wait(lambda: page.text("facts"))
-        page.click("tab-map")
-        page.click("nearest")
+    page.click("tab-particle")
+    page.wait(lambda: page.text("facts"))
+    page.click("tab-map")
     page.set("k", 7)
     page.click("nearest")
     page.wait(lambda: page.text("count") == "7 selected")
@@ -214,8 +220,9 @@ def test_a_second_map_and_the_difference(page: Page) -> None:
     page.click("hold")
     page.wait(lambda: page.find("fsc").is_displayed())
     page.map_after(lambda: page.choose("what", "class:kmeans3:2"))
-    page.choose("show", "difference")
-    page.wait(lambda: (lambda p: (p[..., 0] - p[..., 2]).max())(pixels(page, "molecule")) > 80)  # orange: less
+    whole = covered(pixels(page, "molecule"))
+    page.choose("show", "difference")  # the map in grey, and what it has more or less in colours
+    page.wait(lambda: 0.0005 < covered(pixels(page, "molecule")) < 0.9 * whole)
     assert "class 0 of kmeans3" in page.text("caption")
     assert pixels(page, "fsc").std() > 3
     page.click("hold")
@@ -299,11 +306,7 @@ def test_it_can_be_used_with_the_keyboard_and_read_aloud(page: Page) -> None:
     page.keys("points", "+", "+")
     page.wait(lambda: np.abs(pixels(page, "ink") - before).max() > 60)
     page.keys("points", "0")
-    nameless = page.js(
-        "[...document.querySelectorAll('button, input, select, canvas, img')].filter(e => e.offsetParent && !e.ariaHidden "
-        "&& !(e.ariaLabel || e.textContent.trim() || e.alt || e.closest('label') || e.title)).map(e => e.outerHTML)"
-    )
-    assert nameless == []
+    assert page.js(NAMELESS) == []
     assert page.find("status").get_attribute("aria-live") == "polite"
 
 
@@ -312,15 +315,8 @@ def test_everything_has_its_place(page: Page, size: tuple[int, int]) -> None:
     """Nothing is cut off at the size of a laptop's screen, nor needs scrolling."""
     page.size(*size)
     page.wait(lambda: page.js("innerWidth") == size[0])
-    beyond = page.js(
-        "[...document.querySelectorAll('#latent *, #map *, header *')].filter(e => e.offsetParent && !e.closest('#legend') "
-        "&& e.tagName !== 'OPTION').filter(e => { const b = e.getBoundingClientRect(); return b.width && (b.right > "
-        "innerWidth + 1 || b.bottom > innerHeight + 1 || b.left < 0); }).map(e => e.outerHTML.slice(0, 80))"
-    )
-    assert beyond == []
+    assert page.js(BEYOND) == []
     assert page.find("points").size["height"] > 0.6 * size[1] and page.find("molecule").size["height"] > 0.3 * size[1]
-    if SHOTS:
-        page.driver.save_screenshot(str(Path(SHOTS) / f"explore-{size[0]}.png"))
     page.size(1280, 720)
 
 
@@ -375,3 +371,26 @@ def test_a_run_that_has_only_begun(page: Page, run: Path, tmp_path: Path) -> Non
         time.sleep(0.1)
         page.js("location.reload()")
         page.wait(lambda: page.times("map-shown"))
+
+
+@pytest.mark.skipif(not DRAWN, reason="only where OPUSTOMO_SCREENSHOT names a run, for the documents")
+def test_the_picture_of_the_documents(page: Page) -> None:
+    with served(Path(DRAWN or "")) as (_, link):
+        page.open(link)
+        page.wait(lambda: page.times("map-shown"))
+        classes = page.find("colour").get_attribute("value").removeprefix("class:")
+        page.choose("x", "pc:1")
+        page.choose("y", "pc:2")
+        page.map_after(lambda: page.choose("what", f"class:{classes}:1"))
+        page.click("hold")
+        page.map_after(lambda: page.choose("what", f"class:{classes}:0"))
+        page.choose("show", "difference")
+        page.click("[data-tool=lasso]")
+        page.drag("points", [(0.32 + 0.27 * np.cos(a), 0.2 + 0.22 * np.sin(a)) for a in np.linspace(0, 6.2, 40)])
+        page.wait(lambda: "selected" in page.text("count"))
+        page.js("document.activeElement.blur()")
+        time.sleep(0.5)
+        path = Path(__file__).parents[1] / "docs" / "images" / "explore.png"
+        shown = Image.open(BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
+        shown.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        assert path.stat().st_size < 400_000

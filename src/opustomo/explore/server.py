@@ -111,7 +111,7 @@ def _pages() -> dict[str, Reply]:
             kind = KINDS.get(path.name.rpartition(".")[2])
             if kind is not None:
                 found[f"/{path.name}"] = Reply(path.read_bytes(), kind)
-    return found | {"/": found["/index.html"]}
+    return found | {"/": found["/index.html"], "/favicon.ico": found["/icon.svg"]}
 
 
 class Server(ThreadingHTTPServer):

@@ -400,7 +400,7 @@ function kept(names) {
   });
   const mean = names.map((name) => [`selection:${name}`, `mean of ${name}`]);
   map.offer(state.about, mean);
-  $("kept").replaceChildren(...names.map((name) => make("div", { className: "item bar" }, make("b", { textContent: name }),
+  $("kept").replaceChildren(...(names.length ? [] : [make("p", { className: "note", textContent: "None kept yet: choose particles on the left and give the choice a name." })]), ...names.map((name) => make("div", { className: "item bar" }, make("b", { textContent: name }),
     make("button", { textContent: "Select", onclick: told(async () => {
       const rows = new Set((await packet("selection", { name }, Uint32Array))[1]);
       choose((row) => rows.has(row));
@@ -417,6 +417,7 @@ function line(text) {
 let ended = new Set();
 export async function jobs() {
   const found = await json("jobs");
+  $("busy").hidden = !found.length;
   $("jobs").replaceChildren(...found.reverse().map((job) => make("div", { className: "item" },
     make("div", { textContent: `${job.title}: ${job.state}${job.seconds ? `, ${short(job.seconds)} s` : ""} ${job.message}` }),
     ...job.files.filter((name) => !/^reference\d/.test(name)).flatMap((name) => [make("button", { textContent: name, title: `Download ${name}`,
@@ -494,7 +495,7 @@ async function open(epoch) {
   columns.clear();
   state.columns = about.columns;
   $("title").textContent = about.name;
-  document.title = `${about.name} – opustomo explore`;
+  document.title = `${about.name} · opustomo explore`;
   $("about").textContent = `${about.particles.toLocaleString("en")} particles · ${about.pixel.toFixed(2)} Å voxels`;
   fill($("epoch"), about.epochs.map((e) => [String(e), e]), String(about.epoch));
   $("empty").hidden = true;

@@ -18,7 +18,8 @@ export class Map3d {
     $("step").oninput = told(() => this.load());
     $("n").onchange = told(() => this.show(this.at));
     $("play").onclick = () => this.play();
-    $("level").oninput = $("tint").oninput = $("show").onchange = () => this.redraw();
+    $("level").oninput = () => this.redraw(true); // follows the hand, and becomes smooth when it rests
+    $("level").onchange = $("tint").oninput = $("show").onchange = () => this.redraw();
     $("depth").oninput = () => this.cut();
     $("hold").onclick = told(() => this.hold());
     $("mrc").onclick = () => keep("mrc", this.query());
@@ -104,7 +105,7 @@ export class Map3d {
     return Math.max(0.002, Number($("level").value) / 1000) * this.now.top;
   }
 
-  redraw() {
+  redraw(rough = false) {
     if (!this.now || $("map").hidden) return;
     const { volume, size } = this.now, level = this.level(), colour = $("tint").value, show = $("show").value;
     const layers = [{ volume, level, colour }];
@@ -117,9 +118,9 @@ export class Map3d {
       layers.unshift({ volume: less, level: top / 3, colour: BLUE }, { volume: less.map((v) => -v), level: top / 3, colour: ORANGE });
       this.less = less;
     }
-    this.molecule.show(layers, size);
+    this.molecule.show(layers, size, rough);
     $("told").textContent = short(level);
-    const other = this.held && show !== "one" ? ` · ${show === "both" ? "orange" : "blue: more than, orange: less than"} ${this.held.title}` : "";
+    const other = this.held && show !== "one" ? ` · ${show === "both" ? "orange:" : "blue: more than, orange: less than"} ${this.held.title}` : "";
     $("caption").textContent = this.now.title + other;
     this.cut();
   }

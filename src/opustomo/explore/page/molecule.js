@@ -29,10 +29,12 @@ export function finer(volume, n) {
 export function surface(volume, n, level, middle, fine = 1) {
   const nn = n * n, number = new Int32Array(n * nn).fill(-1), corner = [0, 1, n, n + 1, nn, nn + 1, nn + n, nn + n + 1];
   const places = [], shades = [], faces = [], clamp = (v) => Math.max(1, Math.min(n - 2, Math.round(v)));
+  const above = new Uint8Array(n * nn);
+  for (let i = 0; i < above.length; i++) above[i] = volume[i] > level ? 1 : 0;
   for (let z = 0; z < n - 1; z++) for (let y = 0; y < n - 1; y++) for (let x = 0; x < n - 1; x++) {
-    const at = z * nn + y * n + x;
-    let inside = 0;
-    for (let c = 0; c < 8; c++) if (volume[at + corner[c]] > level) inside |= 1 << c;
+    const at = z * nn + y * n + x, up = at + nn;
+    const inside = above[at] | above[at + 1] << 1 | above[at + n] << 2 | above[at + n + 1] << 3 |
+      above[up] << 4 | above[up + 1] << 5 | above[up + n] << 6 | above[up + n + 1] << 7;
     if (inside === 0 || inside === 255) continue;
     let sx = 0, sy = 0, sz = 0, count = 0;
     for (let c = 0; c < 8; c++) for (let bit = 1; bit < 8; bit <<= 1) {
@@ -86,12 +88,12 @@ export class Molecule {
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
-  // layers: [{ volume, level, colour, glass }]
-  show(layers, n) {
+  // layers: [{ volume, level, colour, glass }]; rough: in a hurry
+  show(layers, n, rough = false) {
     for (const mesh of this.group.children) [mesh.geometry, mesh.material].forEach((part) => part.dispose());
     this.group.clear();
     for (const { volume, level, colour, glass } of layers) {
-      const fine = n <= FINE ? 2 : 1;
+      const fine = n <= FINE && !rough ? 2 : 1;
       if (fine === 2 && !this.finer.has(volume)) this.finer.set(volume, finer(volume, n));
       const { places, shades, faces } = fine === 2 ? surface(this.finer.get(volume), 2 * n - 1, level, 2 * (n >> 1), 2) :
         surface(volume, n, level, n >> 1);
