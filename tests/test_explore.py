@@ -135,7 +135,9 @@ def test_a_tunnel_may_have_any_port(site: Site, host: str) -> None:
     assert site.ask("/api/0/about", Host=host)[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.org", "127.0.0.1.evil.org", "localhost.:80", "", "127.0.0.1:x", "[::1", "a@b"])
+@pytest.mark.parametrize(
+    "host", ["evil.org", "127.0.0.1.evil.org", "localhost.:80", "", "127.0.0.1:x", "[::1", "a@localhost", "localhost/x"]
+)
 def test_another_host_is_refused(site: Site, host: str) -> None:
     """A name that somebody has pointed at this machine reads nothing, even with the cookie."""
     status, _, body = site.ask("/api/0/about", Host=host)
@@ -242,6 +244,7 @@ def test_malformed_requests_get_one_line(site: Site) -> None:
         ("column?name=" + "a" * 9000, "no column"),
         ("about?epoch=17", "no epoch 17"),
         ("nearest?row=3&k=x", "whole number"),
+        ("nearest?row=-1&k=3", "rows 0 to 59"),
         ("particle?row=60", "rows 0 to 59"),
         ("selection?name=../../config", "is no name"),
         ("file?job=99&name=x", "no such file"),
@@ -312,6 +315,7 @@ def test_maps_are_the_decoders(site: Site, run: Path) -> None:
     header, volume = site.packet("/api/0/map?at=class:kmeans3:1")
     assert np.allclose(volume, opened.decode(centre).ravel(), atol=1e-5)
     assert header["command"] == f"opustomo volumes {run} --kmeans 3" and 0 < header["level"] < volume.max()
+    assert site.packet("/api/0/map?at=pc:1&epoch=1")[0]["command"] == f"opustomo volumes {run} --pc 1 --epoch 1"
     steps = read_codes(run / "analyze.2" / "pc1" / "z_pc.txt", opened.codes.shape[1])
     assert np.allclose(site.packet("/api/0/map?at=pc:1&i=4")[1], opened.decode(steps[[4]]).ravel(), atol=1e-4)
 
@@ -461,6 +465,8 @@ def test_a_movie(site: Site, run: Path) -> None:
     assert site.ask(f"/api/0/file?job={job['number']}&name=reference.gif")[2].startswith(b"GIF8")
     assert (run / "explore" / "pc1_3.2" / "reference.gif").is_file()
     assert cli.main([*job["command"].split()[1:], "--size", "64"]) == 0
+    way = site.job("movie", at="between:3-11", n=2, level=0.01)["command"]
+    assert way == f"opustomo movie {run} --between 3 11 --points 2 --level 0.01" and cli.parse_verb(way.split()[1:])
     high = site.job("movie", at="pc:1", n=3, level=1e9)
     assert high["state"] == "failed" and "--level" in high["message"]
 

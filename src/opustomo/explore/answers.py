@@ -114,7 +114,12 @@ class Desk:
         place = view.place(at, points)
         if not 0 <= index < len(place.codes):
             raise Refused(400, f"i={index}: there are maps 0 to {len(place.codes) - 1}")
-        return self._decoded(view, place.codes[index]), place.titles[index], self.line(place.command)
+        return self._decoded(view, place.codes[index]), place.titles[index], self._told(view, place.command)
+
+    def _told(self, view: View, command: str) -> str:
+        """The line of a command about the epoch that is shown."""
+        earlier = view.run.epoch != max(epochs_of(self.path), default=view.run.epoch)
+        return self.line(command + f" --epoch {view.run.epoch}" * (earlier and bool(command)))
 
     def _decoded(self, view: View, code: NDArray[Any]) -> NDArray[np.float32]:
         ready = np.asarray(code, np.float32)
@@ -333,8 +338,9 @@ def film(desk: Desk, query: Query, body: bytes) -> Reply:
             made = movie.write_movie(maps, view.run.grid.working_pixel, paths, folder / "reference", level)
         return [*made, *paths]
 
-    told = shlex.quote(str(folder))
-    return as_json(desk.jobs.start(f"movie {at}", f"opustomo movie {told}", work).told())
+    command = place.command.replace("volumes", "movie", 1) or f"movie {shlex.quote(str(folder))}"
+    line = desk._told(view, command) + ("" if level is None else f" --level {level:g}")
+    return as_json(desk.jobs.start(f"movie {at}", line, work).told())
 
 
 Get = Callable[[Desk, Query], Reply]

@@ -41,10 +41,10 @@ KINDS = {"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf
 def main(config: ExploreConfig) -> int:
     """Verb ``explore``: serve until Ctrl-C."""
     server = open_server(config.runs, config.port)
-    link = f"http://{LOOPBACK[0]}:{server.server_port}/?token={server.token}"
+    link = f"http://{LOOPBACK}:{server.server_port}/?token={server.token}"
     here = socket.gethostname()
     print(f"opustomo explore: {', '.join(str(run) for run in config.runs)}\n\n  {link}\n\n"
-          f"from another machine: ssh -L {server.server_port}:{LOOPBACK[0]}:{server.server_port} {here}, and open the "
+          f"from another machine: ssh -L {server.server_port}:{LOOPBACK}:{server.server_port} {here}, and open the "
           "same link there.\nThe link lets in whoever has it; Ctrl-C ends it.", flush=True)  # fmt: skip
     for desk in server.desks:
         threading.Thread(target=desk.warm, daemon=True).start()
@@ -123,13 +123,13 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int, desks: Sequence[Desk], token: str | None = None) -> None:
         self.desks, self.token, self.pages = list(desks), token or secrets.token_urlsafe(24), _pages()
         self._free = threading.BoundedSemaphore(AT_ONCE)
-        super().__init__((LOOPBACK[0], port), Handler)
+        super().__init__((LOOPBACK, port), Handler)
 
     def server_bind(self) -> None:
         """Without looking up the machine's name, which may ask a name server."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
-        self.server_name, self.server_port = LOOPBACK[0], self.socket.getsockname()[1]
+        self.server_name, self.server_port = LOOPBACK, self.socket.getsockname()[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread of its own; who comes when all are taken is sent away."""

@@ -231,7 +231,7 @@ class View:
 
     def checked(self, text: str) -> int:
         """A row number of this run.  UserError where it has no such particle."""
-        if len(text) > 12 or int(text) >= len(self.run.codes):
+        if not text.isdigit() or len(text) > 12 or int(text) >= len(self.run.codes):
             raise UserError(f"{self.run.path}: has rows 0 to {len(self.run.codes) - 1}, not {text[:20]}")
         return int(text)
 
