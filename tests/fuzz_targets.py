@@ -19,6 +19,7 @@ from atom_files import two_models
 from dialect_writers import Subtomograms
 from opustomo.analysis.class_quality import read_quality
 from opustomo.analysis.data_maps import read_fsc
+from opustomo.analysis.picked import read_selection
 from opustomo.analysis.volumes import read_codes
 from opustomo.compat import legacy_files as legacy
 from opustomo.config import InputOptions
@@ -115,6 +116,15 @@ def atoms(path: Path) -> None:
     assert np.isfinite(length) and len(beads.weight) and (beads.sigma > 0).all()
 
 
+def selection(path: Path) -> None:
+    """A selection by hand, in a run of that many particles."""
+    run = path.parent / "picked"
+    (run / "selections").mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(f"particles: {COUNT}\nidentity: x\n")
+    path.replace(run / "selections" / "mine.json")
+    assert set(read_selection(run, "mine")) <= set(range(COUNT))
+
+
 TARGETS: dict[str, Callable[[Path], object]] = {
     "star": star,
     "particles": particles,
@@ -149,6 +159,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "ndjson": listed(".ndjson"),
     "m_source": read_sources,
     "atoms": atoms,
+    "selection": selection,
 }
 
 
@@ -193,6 +204,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "pytom": "<ParticleList><Particle><Rotation X='1' Z1='2' Z2='3'/><Shift X='0' Y='1' Z='2'/><PickPosition "
         "Origin='a.mrc' X='4' Y='5' Z='6'/><Score Value='0.5'/></Particle></ParticleList>",
         "ndjson": '{"location": {"x": 1, "y": 2.5, "z": 3}, "xyz_rotation_matrix": [[0,1,0],[-1,0,0],[0,0,1]]}\n' * 2,
+        "selection": json.dumps({"name": "mine", "particles": COUNT, "identity": "x", "rows": [0, 2]}),
         "m_source": '<DataSource><Files><File Hash="0A" Name="a.tomostar" /></Files></DataSource>',
     }
     names = [

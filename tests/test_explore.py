@@ -425,7 +425,7 @@ def test_a_selection_is_of_these_particles(
         ("other", {"identity": "0" * 64}, "is of other particles"),
         ("fewer", {"particles": 59}, "is of other particles"),
         ("beyond", {"rows": [1, 60]}, "rows 1 to 60 where the run has 0 to 59"),
-        ("none", {"rows": []}, "save the selection again"),
+        ("none", {"rows": []}, "the selection is empty"),
         ("words", {"rows": ["1"]}, "rows are no row numbers"),
         ("deep", {"rows": [[1]]}, "rows are no row numbers"),
     ):

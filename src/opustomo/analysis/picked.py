@@ -66,7 +66,7 @@ def read_selection(run: Path, name: str) -> NDArray[np.int64]:
             raise ValueError("too large")
         kept = json.loads(path.read_text(encoding="utf-8"))
         rows, whose = np.array(kept["rows"]), (kept["particles"], kept["identity"])
-        if rows.ndim != 1 or rows.dtype.kind != "i":
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind != "i"):
             raise ValueError("rows are no row numbers")
     if whose != (config.get("particles"), config.get("identity")):
         raise UserError(

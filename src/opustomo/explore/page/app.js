@@ -1,30 +1,13 @@
 // The page: what is shown, what is selected, and how the parts are tied together.
 import { $, css, json, keep, make, packet, post, run, say, short, told } from "./api.js";
-import { Cloud, clean, palette, trackball, viridis } from "./cloud.js";
-import { axes, curves, grey, prepared } from "./charts.js";
+import { axes, prepared } from "./charts.js";
+import { Cloud, palette, viridis } from "./cloud.js";
 import { watch } from "./live.js";
 import { Map3d } from "./map.js";
-import * as three from "./three.module.min.js";
+import { cube, neighbour, particle, space } from "./particles.js";
+import { column, columns, fill, selection, state } from "./state.js";
 
-const state = { about: null, epoch: -1, columns: {}, picked: -1, path: [], tool: "pick", label: null, tomogram: null };
-const columns = new Map(); // by name, of the epoch shown: promises of { values, names, colours }
 const ORDER = ["umap:1", "umap:2", "pc:1", "pc:2", "z:1", "z:2"];
-
-// --- columns ---------------------------------------------------------------------------------------------------
-
-function column(name) {
-  if (!columns.has(name)) {
-    const coming = packet("column", { name, epoch: state.epoch }).then(([header, values]) => ({ ...header, values: clean(values) }));
-    coming.catch(() => columns.delete(name));
-    columns.set(name, coming);
-  }
-  return columns.get(name);
-}
-
-function fill(select, entries, chosen) {
-  select.replaceChildren(...entries.map(([value, label]) => make("option", { value, textContent: label })));
-  if (entries.some(([value]) => value === chosen)) select.value = chosen;
-}
 
 function offer() {
   const names = Object.entries(state.columns), numbers = names.filter(([name]) => !/^(class|tomogram)/.test(name));
@@ -157,47 +140,40 @@ function legend(name) {
 
 // --- the selection ---------------------------------------------------------------------------------------------
 
-let marks = new Uint8Array(0);
 const past = [], future = [], ROOM = 64e6; // bytes that undo may take
 
-export const selection = () => {
-  const rows = new Uint32Array(marks.reduce((sum, m) => sum + m, 0));
-  for (let i = 0, at = 0; i < marks.length; i++) if (marks[i]) rows[at++] = i;
-  return rows;
-};
-
 function change(next) {
-  past.push(marks);
-  while (past.length > Math.max(2, ROOM / marks.length)) past.shift();
+  past.push(state.marks);
+  while (past.length > Math.max(2, ROOM / state.marks.length)) past.shift();
   future.length = 0;
   show(next);
 }
 
 function show(next) {
-  marks = next;
+  state.marks = next;
   let count = 0;
-  for (const m of marks) count += m;
+  for (const m of state.marks) count += m;
   $("count").textContent = count ? `${count.toLocaleString("en")} selected` : "nothing selected";
   $("undo").disabled = !past.length;
   $("redo").disabled = !future.length;
-  cloud.mark(marks, count > 0);
+  cloud.mark(state.marks, count > 0);
   cloud.draw();
   if (!$("tomograms").hidden) space();
 }
 
 // The rows that a test takes, joined with the selection as the menu says.
 function choose(test) {
-  const next = new Uint8Array(marks.length), mode = $("mode").value;
+  const next = new Uint8Array(state.marks.length), mode = $("mode").value;
   for (let i = 0; i < next.length; i++) {
     const hit = test(i) ? 1 : 0;
-    next[i] = mode === "replace" ? hit : mode === "add" ? marks[i] | hit : mode === "subtract" ? marks[i] & ~hit : marks[i] & hit;
+    next[i] = mode === "replace" ? hit : mode === "add" ? state.marks[i] | hit : mode === "subtract" ? state.marks[i] & ~hit : state.marks[i] & hit;
   }
   change(next);
 }
 
 function back(from, to) {
   if (!from.length) return;
-  to.push(marks);
+  to.push(state.marks);
   show(from.pop());
 }
 
@@ -241,6 +217,8 @@ function pick(row) {
   if (!$("particle").hidden) return particle();
   return map.show(`row:${row}`, `particle ${row + 1}`);
 }
+
+document.addEventListener("picked", () => cloud.draw());
 
 function pointers() {
   const canvas = $("points"), at = (event) => {
@@ -317,78 +295,7 @@ function zoom(factor, px, py) {
   cloud.draw();
 }
 
-// --- a particle, the tomograms, what is kept -------------------------------------------------------------------
-
-async function particle() {
-  const row = Number($("row").value) - 1;
-  const [facts, values] = await packet("particle", { row, epoch: state.epoch });
-  const list = (v) => v.map(short).join(", ");
-  const lines = [["tomogram", facts.tomogram], ["place (Å)", facts.place && list(facts.place)],
-    ["rot, tilt, psi", list(facts.euler)], ["origin (pixels)", list(facts.origin)],
-    ["as given", facts.origin_given && list(facts.origin_given)],
-    ["turned by", facts.turn !== undefined && `${short(facts.turn)}°, moved by ${short(facts.shift)} Å`],
-    ...facts.notes.map((note) => ["not shown", note])].filter(([, value]) => value);
-  $("facts").replaceChildren(make("table", {}, ...lines.map(([name, value]) =>
-    make("tr", {}, make("th", { textContent: name, scope: "row" }), make("td", { textContent: value })))));
-  let offset = 0;
-  $("pictures").replaceChildren(...facts.pictures.map(({ title, width, height }) => {
-    const canvas = make("canvas", { width, height, role: "img", ariaLabel: title }), pen = canvas.getContext("2d");
-    const part = values.subarray(offset, offset + width * height), sorted = part.slice().sort();
-    offset += width * height;
-    const [low, high] = [0.01, 0.99].map((q) => sorted[Math.floor(q * (sorted.length - 1))]);
-    pen.putImageData(grey(pen.createImageData(width, height), part, 0, 1, low, high), 0, 0);
-    return make("figure", {}, canvas, make("figcaption", { textContent: title }));
-  }));
-  state.picked = row;
-  cloud.draw();
-}
-
-function neighbour(step) {
-  const rows = selection(), now = Number($("row").value) - 1, count = marks.length;
-  const at = rows.length ? rows.findIndex((row) => row >= now) : -1;
-  const next = rows.length ? rows.at(((at < 0 ? 0 : rows[at] === now || step < 0 ? at + step : at) + rows.length) % rows.length) : (now + step + count) % count;
-  $("row").value = next + 1;
-  return particle();
-}
-
-const cube = new Cloud($("space"), false);
-const turn = { turn: new three.Quaternion().setFromEuler(new three.Euler(-0.9, 0, 0.4)), zoom: 1, middle: new three.Vector3(), size: 1 };
-trackball($("space"), turn, () => cube.draw());
-cube.before = (width, height) => {
-  const scale = turn.zoom * 1.7 / turn.size, least = Math.min(width, height);
-  cube.uniforms.frame.value.makeScale(scale * least / width, scale * least / height, -scale / 20)
-    .multiply(new three.Matrix4().makeRotationFromQuaternion(turn.turn))
-    .multiply(new three.Matrix4().makeTranslation(turn.middle.clone().negate()));
-};
-
-async function space() {
-  if (!state.columns.tomogram) {
-    $("shares").replaceChildren(make("tr", {}, make("td", { textContent: "The STAR file does not say where the particles are." })));
-    return;
-  }
-  const [where, ...xyz] = await Promise.all(["tomogram", "place:x", "place:y", "place:z"].map(column));
-  const total = new Array(where.names.length).fill(0), chosen = total.slice(), any = marks.some(Boolean);
-  for (let i = 0; i < marks.length; i++) { total[where.values[i]]++; chosen[where.values[i]] += marks[i]; }
-  if ($("tomogram").options.length !== where.names.length) fill($("tomogram"), where.names.map((name, i) => [i, name]));
-  if (state.picked >= 0 && state.tomogram !== state.picked) $("tomogram").value = where.values[state.tomogram = state.picked];
-  const rows = [];
-  where.values.forEach((value, row) => { if (value === Number($("tomogram").value)) rows.push(row); });
-  const part = (values) => Float32Array.from(rows, (row) => values[row]), [x, y, z] = xyz.map((c) => part(c.values));
-  const spans = [x, y, z].map((values) => [Math.min(...values), Math.max(...values)]);
-  turn.middle.set(...spans.map(([low, high]) => (low + high) / 2));
-  turn.size = Math.hypot(...spans.map(([low, high]) => high - low)) || 1;
-  cube.place(x, y, z);
-  const { names, colours, low, high } = state.label;
-  cube.tint(part(state.label.values), ...(names ? [-0.5, names.length - 0.5, palette(colours, false)] : [low, high, viridis]));
-  cube.mark(Uint8Array.from(rows, (row) => marks[row]), any);
-  cube.uniforms.size.value = Math.max(4, 40 * rows.length ** -0.3) * devicePixelRatio;
-  cube.draw();
-  const head = make("tr", {}, ...["tomogram", "particles", "selected", "share of it"].map((text) => make("th", { textContent: text, scope: "col" })));
-  const order = where.names.map((_, i) => i).sort((a, b) => chosen[b] / total[b] - chosen[a] / total[a]);
-  $("shares").replaceChildren(head, ...order.map((i) => make("tr", {}, make("td", { textContent: where.names[i] }),
-    make("td", { className: "n", textContent: total[i] }), make("td", { className: "n", textContent: chosen[i] }),
-    make("td", {}, make("meter", { value: chosen[i] / total[i], max: 1, title: `${(100 * chosen[i] / total[i]).toFixed(1)} %` })))));
-}
+// --- what is kept -------------------------------------------------------------------
 
 function kept(names) {
   state.about.selections = names;
@@ -414,8 +321,8 @@ function line(text) {
   document.querySelector("[data-of=line]").hidden = !text;
 }
 
-let ended = new Set();
-export async function jobs() {
+const ended = new Set();
+async function jobs() {
   const found = await json("jobs");
   $("busy").hidden = !found.length;
   $("jobs").replaceChildren(...found.reverse().map((job) => make("div", { className: "item" },
@@ -456,8 +363,8 @@ function wire() {
   }
   $("x").onchange = $("y").onchange = told(place);
   $("colour").onchange = told(async () => { await colour(); if (!$("tomograms").hidden) await space(); });
-  $("invert").onclick = () => change(marks.map((m) => 1 - m));
-  $("clear").onclick = () => change(new Uint8Array(marks.length));
+  $("invert").onclick = () => change(state.marks.map((m) => 1 - m));
+  $("clear").onclick = () => change(new Uint8Array(state.marks.length));
   $("undo").onclick = () => back(past, future);
   $("redo").onclick = () => back(future, past);
   $("nearest").onclick = told(async () => {
@@ -500,12 +407,12 @@ async function open(epoch) {
   fill($("epoch"), about.epochs.map((e) => [String(e), e]), String(about.epoch));
   $("empty").hidden = true;
   offer();
-  if (marks.length !== about.particles) { marks = new Uint8Array(about.particles); past.length = future.length = 0; }
-  cloud.mark(marks, marks.some(Boolean));
+  if (state.marks.length !== about.particles) { state.marks = new Uint8Array(about.particles); past.length = future.length = 0; }
+  cloud.mark(state.marks, state.marks.some(Boolean));
   if ($("colour").value !== "density") column($("colour").value).catch(() => {}); // comes while the points are placed
   await place();
   await colour();
-  show(marks);
+  show(state.marks);
   kept(about.selections);
   await map.show($("what").value || "mean");
   json("columns", { epoch: about.epoch }).then((more) => {

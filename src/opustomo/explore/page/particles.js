@@ -1,0 +1,77 @@
+// A particle with its pictures, and the tomograms that particles lie in.
+import { $, make, packet, short } from "./api.js";
+import { grey } from "./charts.js";
+import { Cloud, palette, trackball, viridis } from "./cloud.js";
+import { column, fill, selection, state } from "./state.js";
+import * as three from "./three.module.min.js";
+
+export async function particle() {
+  const row = Number($("row").value) - 1;
+  const [facts, values] = await packet("particle", { row, epoch: state.epoch });
+  const list = (v) => v.map(short).join(", ");
+  const lines = [["tomogram", facts.tomogram], ["place (Å)", facts.place && list(facts.place)],
+    ["rot, tilt, psi", list(facts.euler)], ["origin (pixels)", list(facts.origin)],
+    ["as given", facts.origin_given && list(facts.origin_given)],
+    ["turned by", facts.turn !== undefined && `${short(facts.turn)}°, moved by ${short(facts.shift)} Å`],
+    ...facts.notes.map((note) => ["not shown", note])].filter(([, value]) => value);
+  $("facts").replaceChildren(make("table", {}, ...lines.map(([name, value]) =>
+    make("tr", {}, make("th", { textContent: name, scope: "row" }), make("td", { textContent: value })))));
+  let offset = 0;
+  $("pictures").replaceChildren(...facts.pictures.map(({ title, width, height }) => {
+    const canvas = make("canvas", { width, height, role: "img", ariaLabel: title }), pen = canvas.getContext("2d");
+    const part = values.subarray(offset, offset + width * height), sorted = part.slice().sort();
+    offset += width * height;
+    const [low, high] = [0.01, 0.99].map((q) => sorted[Math.floor(q * (sorted.length - 1))]);
+    pen.putImageData(grey(pen.createImageData(width, height), part, 0, 1, low, high), 0, 0);
+    return make("figure", {}, canvas, make("figcaption", { textContent: title }));
+  }));
+  state.picked = row;
+  document.dispatchEvent(new Event("picked"));
+}
+
+export function neighbour(step) {
+  const rows = selection(), now = Number($("row").value) - 1, count = state.marks.length;
+  const at = rows.length ? rows.findIndex((row) => row >= now) : -1;
+  const next = rows.length ? rows.at(((at < 0 ? 0 : rows[at] === now || step < 0 ? at + step : at) + rows.length) % rows.length) : (now + step + count) % count;
+  $("row").value = next + 1;
+  return particle();
+}
+
+export const cube = new Cloud($("space"), false);
+const turn = { turn: new three.Quaternion().setFromEuler(new three.Euler(-0.9, 0, 0.4)), zoom: 1, middle: new three.Vector3(), size: 1 };
+trackball($("space"), turn, () => cube.draw());
+cube.before = (width, height) => {
+  const scale = turn.zoom * 1.7 / turn.size, least = Math.min(width, height);
+  cube.uniforms.frame.value.makeScale(scale * least / width, scale * least / height, -scale / 20)
+    .multiply(new three.Matrix4().makeRotationFromQuaternion(turn.turn))
+    .multiply(new three.Matrix4().makeTranslation(turn.middle.clone().negate()));
+};
+
+export async function space() {
+  if (!state.columns.tomogram) {
+    $("shares").replaceChildren(make("tr", {}, make("td", { textContent: "The STAR file does not say where the particles are." })));
+    return;
+  }
+  const [where, ...xyz] = await Promise.all(["tomogram", "place:x", "place:y", "place:z"].map(column));
+  const total = new Array(where.names.length).fill(0), chosen = total.slice(), any = state.marks.some(Boolean);
+  for (let i = 0; i < state.marks.length; i++) { total[where.values[i]]++; chosen[where.values[i]] += state.marks[i]; }
+  if ($("tomogram").options.length !== where.names.length) fill($("tomogram"), where.names.map((name, i) => [i, name]));
+  if (state.picked >= 0 && state.tomogram !== state.picked) $("tomogram").value = where.values[state.tomogram = state.picked];
+  const rows = [];
+  where.values.forEach((value, row) => { if (value === Number($("tomogram").value)) rows.push(row); });
+  const part = (values) => Float32Array.from(rows, (row) => values[row]), [x, y, z] = xyz.map((c) => part(c.values));
+  const spans = [x, y, z].map((values) => [Math.min(...values), Math.max(...values)]);
+  turn.middle.set(...spans.map(([low, high]) => (low + high) / 2));
+  turn.size = Math.hypot(...spans.map(([low, high]) => high - low)) || 1;
+  cube.place(x, y, z);
+  const { names, colours, low, high } = state.label;
+  cube.tint(part(state.label.values), ...(names ? [-0.5, names.length - 0.5, palette(colours, false)] : [low, high, viridis]));
+  cube.mark(Uint8Array.from(rows, (row) => state.marks[row]), any);
+  cube.uniforms.size.value = Math.max(4, 40 * rows.length ** -0.3) * devicePixelRatio;
+  cube.draw();
+  const head = make("tr", {}, ...["tomogram", "particles", "selected", "share of it"].map((text) => make("th", { textContent: text, scope: "col" })));
+  const order = where.names.map((_, i) => i).sort((a, b) => chosen[b] / total[b] - chosen[a] / total[a]);
+  $("shares").replaceChildren(head, ...order.map((i) => make("tr", {}, make("td", { textContent: where.names[i] }),
+    make("td", { className: "n", textContent: total[i] }), make("td", { className: "n", textContent: chosen[i] }),
+    make("td", {}, make("meter", { value: chosen[i] / total[i], max: 1, title: `${(100 * chosen[i] / total[i]).toFixed(1)} %` })))));
+}
