@@ -121,8 +121,8 @@ def selection(path: Path) -> None:
     run = path.parent / "picked"
     (run / "selections").mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(f"particles: {COUNT}\nidentity: x\n")
-    path.replace(run / "selections" / "mine.json")
-    assert set(read_selection(run, "mine")) <= set(range(COUNT))
+    path.replace(run / "selections" / "list.json")
+    assert set(read_selection(run, "list")) <= set(range(COUNT))
 
 
 TARGETS: dict[str, Callable[[Path], object]] = {

@@ -364,13 +364,13 @@ def test_a_run_that_has_only_begun(page: Page, run: Path, tmp_path: Path) -> Non
         shutil.copy(run / name, begun)
     with served(begun) as (_, link):
         page.open(link)
-        page.wait(lambda: "no finished epoch" in page.text("empty"))
+        page.wait(lambda: "No epoch has ended yet" in page.text("empty"))
         assert page.find("tab-live").get_attribute("aria-selected") == "true"
         for name in ("weights", "pose", "z"):
             shutil.copy(run / f"{name}.1.pkl", begun)
-        time.sleep(0.1)
         page.js("location.reload()")
         page.wait(lambda: page.times("map-shown"))
+    assert page.complaints() == []
 
 
 @pytest.mark.skipif(not DRAWN, reason="only where OPUSTOMO_SCREENSHOT names a run, for the documents")

@@ -32,6 +32,7 @@ from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of
 from opustomo.data.readers.source import Source
 from opustomo.data.sections import Pictures, sections, sections_of
+from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError
 from opustomo.physics.observation import seen_through
 
@@ -107,7 +108,9 @@ class View:
             found |= {f"umap:{i + 1}": (f"UMAP{i + 1}", self._number(umap, i)) for i in range(2)}
         found |= {f"z:{i + 1}": (f"code {i + 1}", self._number(run.codes, i)) for i in range(run.codes.shape[1])}
         found |= dict(self._classes())
-        for name, values in (run.linear_results() or {}).items():
+        own = run.path / "linear.npz"  # of the linear stage as a run of its own
+        fitted = read_arrays(own, "restore it from a copy") if own.is_file() else run.linear_results()
+        for name, values in (fitted or {}).items():
             if name in ("evidence", "gain", "outlier"):
                 found[name] = ({"outlier": "outlier score"}.get(name, name), self._number(values))
         found["beam"] = ("beam axis to z (degrees)", self._number(self._beam))
@@ -291,7 +294,7 @@ def kind_of(column: pd.Series[Any]) -> str:
     value = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
     if np.isfinite(value).all():
         return "number" if np.ptp(value) > 0 else ""
-    return "names" if 1 < column.nunique() <= MOST_NAMES else ""
+    return "names" if 1 < column.nunique() <= min(MOST_NAMES, len(column) - 1) else ""
 
 
 def _numeric(column: pd.Series[Any]) -> Column:

@@ -431,7 +431,10 @@ fetch("/api/runs").then((answer) => answer.json()).then((runs) => {
   $("runs").hidden = runs.length < 2;
 });
 told(async () => {
-  try { await open(-1); } catch (error) {
+  try {
+    if (!(await json("live")).epochs.length) throw new Error("No epoch has ended yet. Training is shown meanwhile; the codes come by themselves.");
+    await open(-1);
+  } catch (error) {
     $("empty").hidden = false;
     $("empty").textContent = error.message;
     tab("live");
