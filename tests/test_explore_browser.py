@@ -117,7 +117,7 @@ def test_lasso_box_and_set_operations(page: Page, run: Path) -> None:
     sizes = np.bincount(labels)
     page.click("[data-tool=lasso]")
     page.drag("points", [*AROUND_ALL[:2], (0.98, 0.5), *AROUND_ALL[2:]][::-1])
-    page.wait(lambda: "selected" in page.text("count"))
+    page.wait(lambda: "selected" in page.text("count") and page.times("lasso"))
     assert len(page.times("lasso")) == 1 and page.times("lasso")[0]["duration"] < 500
     everyone = int(page.text("count").split()[0])
     assert everyone >= PARTICLES - 4  # a tail may lie outside of what is shown

@@ -41,7 +41,8 @@ function home() {
 
 cloud.before = () => cloud.uniforms.frame.value.set(
   view.sx, 0, 0, -view.x * view.sx, 0, view.sy, 0, -view.y * view.sy, 0, 0, 1, 0, 0, 0, 0, 1);
-const screen = (i, width, height) => [((cloud.x[i] - view.x) * view.sx + 1) * width / 2, (1 - (cloud.y[i] - view.y) * view.sy) * height / 2];
+const screen = (i, width, height) => [
+  ((cloud.x[i] - view.x) * view.sx + 1) * width / 2, (1 - (cloud.y[i] - view.y) * view.sy) * height / 2];
 
 // Axes, the way, what is being drawn: over the points.
 function ink() {
@@ -88,7 +89,8 @@ async function place() {
 function density() {
   const m = 256, grid = new Float32Array(m * m), { x, y } = cloud, values = new Float32Array(x.length);
   const [[x0, x1], [y0, y1]] = [extent(x), extent(y)], fx = (m - 9) / (x1 - x0 || 1), fy = (m - 9) / (y1 - y0 || 1);
-  const cell = (i) => Math.max(0, Math.min(m - 1, ((y[i] - y0) * fy + 4) | 0)) * m + Math.max(0, Math.min(m - 1, ((x[i] - x0) * fx + 4) | 0));
+  const within = (v) => Math.max(0, Math.min(m - 1, v | 0));
+  const cell = (i) => within((y[i] - y0) * fy + 4) * m + within((x[i] - x0) * fx + 4);
   for (let i = 0; i < x.length; i++) grid[cell(i)]++;
   const width = x.length > 20000 ? 1 : 3;
   for (const step of [1, m]) for (let pass = 0; pass < 2; pass++) {
@@ -132,7 +134,8 @@ function legend(name) {
   }
   const bar = make("canvas", { width: 256, height: 1 }), pen = bar.getContext("2d");
   pen.putImageData(new ImageData(new Uint8ClampedArray(viridis), 256, 1), 0, 0);
-  const [from, to] = [low, high].map((v, i) => make("input", { type: "number", step: "any", value: short(v), ariaLabel: i ? "to" : "from" }));
+  const [from, to] = [[low, "from"], [high, "to"]].map(([value, ariaLabel]) =>
+    make("input", { type: "number", step: "any", value: short(value), ariaLabel }));
   const button = make("button", { textContent: "Select this range", id: "range",
     onclick: () => choose((row) => values[row] >= Number(from.value) && values[row] <= Number(to.value)) });
   $("legend").replaceChildren(make("div", { className: "scale" }, bar, from, to, ...(name === "density" ? [] : [button])));
@@ -163,11 +166,10 @@ function show(next) {
 
 // The rows that a test takes, joined with the selection as the menu says.
 function choose(test) {
-  const next = new Uint8Array(state.marks.length), mode = $("mode").value;
-  for (let i = 0; i < next.length; i++) {
-    const hit = test(i) ? 1 : 0;
-    next[i] = mode === "replace" ? hit : mode === "add" ? state.marks[i] | hit : mode === "subtract" ? state.marks[i] & ~hit : state.marks[i] & hit;
-  }
+  const { marks } = state, next = new Uint8Array(marks.length);
+  const join = { replace: (old, hit) => hit, add: (old, hit) => old | hit, subtract: (old, hit) => old & ~hit,
+    intersect: (old, hit) => old & hit }[$("mode").value];
+  for (let i = 0; i < next.length; i++) next[i] = join(marks[i], test(i) ? 1 : 0);
   change(next);
 }
 
@@ -189,15 +191,17 @@ function inside(points) {
     const u = (x[i] * ax + bx) | 0, v = (y[i] * ay + by) | 0;
     return u >= 0 && v >= 0 && u < width && v < height && painted[4 * (v * width + u) + 3] > 127;
   });
-  performance.measure("lasso", "lasso-begin");
+  // until it is seen
+  requestAnimationFrame(() => requestAnimationFrame(() => performance.measure("lasso", "lasso-begin")));
 }
 
 function nearestTo(px, py) {
   const { clientWidth: width, clientHeight: height } = $("points");
   let best = -1, least = 12 ** 2;
   for (let i = 0; i < cloud.x.length; i++) {
-    const dx = ((cloud.x[i] - view.x) * view.sx + 1) * width / 2 - px, dy = (1 - (cloud.y[i] - view.y) * view.sy) * height / 2 - py;
-    if (dx * dx + dy * dy < least) [best, least] = [i, dx * dx + dy * dy];
+    const dx = ((cloud.x[i] - view.x) * view.sx + 1) * width / 2 - px;
+    const dy = (1 - (cloud.y[i] - view.y) * view.sy) * height / 2 - py;
+    if (dx * dx + dy * dy < least) { best = i; least = dx * dx + dy * dy; }
   }
   return best;
 }
@@ -267,7 +271,8 @@ function pointers() {
   canvas.addEventListener("keydown", (event) => {
     const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
     if (arrow) { view.x += arrow[0] / 5 / view.sx; view.y += arrow[1] / 5 / view.sy; cloud.draw(); }
-    else if (event.key === "+" || event.key === "-") zoom(event.key === "+" ? 1.25 : 0.8, canvas.clientWidth / 2, canvas.clientHeight / 2);
+    else if (event.key === "+") zoom(1.25, canvas.clientWidth / 2, canvas.clientHeight / 2);
+    else if (event.key === "-") zoom(0.8, canvas.clientWidth / 2, canvas.clientHeight / 2);
     else if (event.key === "0") home();
     else return;
     event.preventDefault();
@@ -307,13 +312,18 @@ function kept(names) {
   });
   const mean = names.map((name) => [`selection:${name}`, `mean of ${name}`]);
   map.offer(state.about, mean);
-  $("kept").replaceChildren(...(names.length ? [] : [make("p", { className: "note", textContent: "None kept yet: choose particles on the left and give the choice a name." })]), ...names.map((name) => make("div", { className: "item bar" }, make("b", { textContent: name }),
+  const none = make("p", { className: "note",
+    textContent: "None kept yet: choose particles on the left and give the choice a name." });
+  $("kept").replaceChildren(...(names.length ? [] : [none]), ...names.map((name) => make("div", { className: "item bar" },
+    make("b", { textContent: name }),
     make("button", { textContent: "Select", onclick: told(async () => {
       const rows = new Set((await packet("selection", { name }, Uint32Array))[1]);
       choose((row) => rows.has(row));
     }) }),
-    make("button", { textContent: "Write STAR", onclick: ask(name, "export", () => ({ corrected: $("corrected").checked })) }),
-    make("button", { textContent: "Classify again", onclick: ask(name, "analyze", () => ({ clusters: Number($("clusters").value), umap: $("umap").checked })) }))));
+    make("button", { textContent: "Write STAR",
+      onclick: ask(name, "export", () => ({ corrected: $("corrected").checked })) }),
+    make("button", { textContent: "Classify again",
+      onclick: ask(name, "analyze", () => ({ clusters: Number($("clusters").value), umap: $("umap").checked })) }))));
 }
 
 function line(text) {
@@ -325,10 +335,12 @@ const ended = new Set();
 async function jobs() {
   const found = await json("jobs");
   $("busy").hidden = !found.length;
+  const file = (job, name) => make("button", { textContent: name, title: `Download ${name}`,
+    onclick: () => keep("file", { job: job.number, name }) });
   $("jobs").replaceChildren(...found.reverse().map((job) => make("div", { className: "item" },
-    make("div", { textContent: `${job.title}: ${job.state}${job.seconds ? `, ${short(job.seconds)} s` : ""} ${job.message}` }),
-    ...job.files.filter((name) => !/^reference\d/.test(name)).flatMap((name) => [make("button", { textContent: name, title: `Download ${name}`,
-      onclick: () => keep("file", { job: job.number, name }) }), " "]), make("div", { className: "bar" }, make("code", { textContent: job.command })))));
+    make("div", { textContent: `${job.title}: ${job.state} ${job.seconds ? `in ${short(job.seconds)} s` : ""} ${job.message}` }),
+    ...job.files.filter((name) => !/^reference\d/.test(name)).flatMap((name) => [file(job, name), " "]),
+    make("div", { className: "bar" }, make("code", { textContent: job.command })))));
   for (const job of found) if ((job.state === "done" || job.state === "failed") && !ended.has(job.number)) {
     ended.add(job.number);
     say(`${job.title}: ${job.state} ${job.message}`, job.state === "failed");
@@ -369,7 +381,8 @@ function wire() {
   $("redo").onclick = () => back(future, past);
   $("nearest").onclick = told(async () => {
     if (state.picked < 0) throw new Error("pick a particle first: the nearest to it are meant");
-    const rows = new Set((await packet("nearest", { row: state.picked, k: $("k").value, epoch: state.epoch }, Uint32Array))[1]);
+    const query = { row: state.picked, k: $("k").value, epoch: state.epoch };
+    const rows = new Set((await packet("nearest", query, Uint32Array))[1]);
     choose((row) => rows.has(row));
   });
   $("row").onchange = told(particle);
@@ -407,7 +420,10 @@ async function open(epoch) {
   fill($("epoch"), about.epochs.map((e) => [String(e), e]), String(about.epoch));
   $("empty").hidden = true;
   offer();
-  if (state.marks.length !== about.particles) { state.marks = new Uint8Array(about.particles); past.length = future.length = 0; }
+  if (state.marks.length !== about.particles) {
+    state.marks = new Uint8Array(about.particles);
+    past.length = future.length = 0;
+  }
   cloud.mark(state.marks, state.marks.some(Boolean));
   if ($("colour").value !== "density") column($("colour").value).catch(() => {}); // comes while the points are placed
   await place();
@@ -432,7 +448,8 @@ fetch("/api/runs").then((answer) => answer.json()).then((runs) => {
 });
 told(async () => {
   try {
-    if (!(await json("live")).epochs.length) throw new Error("No epoch has ended yet. Training is shown meanwhile; the codes come by themselves.");
+    if (!(await json("live")).epochs.length)
+      throw new Error("No epoch has ended yet. Training is shown meanwhile; the codes come by themselves.");
     await open(-1);
   } catch (error) {
     $("empty").hidden = false;

@@ -24,7 +24,8 @@ export function axes(pen, width, height, [left, right, bottom, top], names, marg
   pen.fillStyle = css("muted");
   pen.strokeStyle = css("grid");
   pen.lineWidth = 1;
-  const x = (v) => margin + ((v - left) / (right - left)) * (width - margin), y = (v) => height - margin / 2 - ((v - bottom) / (top - bottom)) * (height - margin);
+  const x = (v) => margin + ((v - left) / (right - left)) * (width - margin);
+  const y = (v) => height - margin / 2 - ((v - bottom) / (top - bottom)) * (height - margin);
   pen.textAlign = "center";
   for (const v of ticks(left, right, width / 110)) {
     if (margin) { pen.beginPath(); pen.moveTo(x(v), 0); pen.lineTo(x(v), height); pen.stroke(); }

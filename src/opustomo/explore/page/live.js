@@ -9,8 +9,11 @@ function draw(found) {
   const { status } = found;
   if (status) {
     const words = [`${status.state}${status.epoch === null ? "" : `, epoch ${status.epoch} of ${status.epochs}`}`];
-    if (status.state === "running" && status.seconds_left !== null) words.push(`about ${time(status.seconds_left)} left at ${status.particles_per_second.toPrecision(3)} particles/s`);
-    if (status.held_out !== null) words.push(`held out ${status.held_out.toFixed(2)} nats, linear stage ${status.linear.toFixed(2)}, best after epoch ${status.best_epoch}`);
+    if (status.state === "running" && status.seconds_left !== null)
+      words.push(`about ${time(status.seconds_left)} left at ${status.particles_per_second.toPrecision(3)} particles/s`);
+    if (status.held_out !== null)
+      words.push(`held out ${status.held_out.toFixed(2)} nats, linear stage ${status.linear.toFixed(2)}`,
+        `best after epoch ${status.best_epoch}`);
     if (status.next) words.push(`go on with: ${status.next}`);
     $("state").textContent = words.join(" · ");
     $("warnings").replaceChildren(...status.warnings.map((text) => make("li", { textContent: text })));
@@ -19,7 +22,8 @@ function draw(found) {
   const ended = found.val_elbo.map((v, i) => [v, i]).filter(([v]) => v !== null), epochs = ended.map((_, i) => i);
   const linear = found.linear_val_elbo.filter((v) => v !== null);
   curves($("bound"), [{ x: epochs, y: ended.map(([v]) => v), colour: "#0072b2", name: "held out" },
-    { x: epochs, y: linear.slice(0, epochs.length), colour: "#d55e00", dashed: true, name: "linear stage" }], ["epoch", "bound, nats per particle"]);
+    { x: epochs, y: linear.slice(0, epochs.length), colour: "#d55e00", dashed: true, name: "linear stage" }],
+  ["epoch", "bound, nats per particle"]);
   const seen = found.particles.map((v, i) => [v, found.loss[i]]).filter(([v, loss]) => v !== null && loss !== null);
   curves($("loss"), [{ x: seen.map(([v]) => v), y: seen.map(([, v]) => v), colour: "#009e73" }], ["particles seen", "loss"]);
   $("preview").hidden = found.preview === null;

@@ -40,7 +40,8 @@ export class Map3d {
     const entries = [["mean", "mean code"], ...more];
     for (const [name, count] of Object.entries(about.classes)) {
       const short = name.slice(6);
-      if (/^(kmeans\d+|groups)$/.test(short)) for (let c = 0; c < count; c++) entries.push([`class:${short}:${c}`, `class ${c} of ${short}`]);
+      if (!/^(kmeans\d+|groups)$/.test(short)) continue;
+      for (let c = 0; c < count; c++) entries.push([`class:${short}:${c}`, `class ${c} of ${short}`]);
     }
     for (let pc = 1; pc <= about.used; pc++) entries.push([`pc:${pc}`, `along PC${pc}`]);
     this.entries = entries;
@@ -115,13 +116,14 @@ export class Map3d {
       let top = 0;
       for (const v of less) top = Math.max(top, Math.abs(v));
       layers[0] = { volume, level, colour: "#9aa5b1", glass: true };
-      layers.unshift({ volume: less, level: top / 3, colour: BLUE }, { volume: less.map((v) => -v), level: top / 3, colour: ORANGE });
+      const minus = less.map((v) => -v);
+      layers.unshift({ volume: less, level: top / 3, colour: BLUE }, { volume: minus, level: top / 3, colour: ORANGE });
       this.less = less;
     }
     this.molecule.show(layers, size, rough);
     $("told").textContent = short(level);
-    const other = this.held && show !== "one" ? ` · ${show === "both" ? "orange:" : "blue: more than, orange: less than"} ${this.held.title}` : "";
-    $("caption").textContent = this.now.title + other;
+    const other = { one: "", both: " · orange: ", difference: " · blue: more than, orange: less than " }[show];
+    $("caption").textContent = this.now.title + other + (other && this.held.title);
     this.cut();
   }
 
@@ -129,7 +131,8 @@ export class Map3d {
     if (!this.now) return;
     const difference = this.held && $("show").value === "difference";
     const [low, high] = this.now.limits, reach = (high - low) / 3;
-    sections($("slices"), difference ? this.less : this.now.volume, this.now.size, Number($("depth").value) / 1000, difference ? [-reach, reach] : [low, high]);
+    const [volume, range] = difference ? [this.less, [-reach, reach]] : [this.now.volume, [low, high]];
+    sections($("slices"), volume, this.now.size, Number($("depth").value) / 1000, range);
   }
 
   async hold() {
@@ -145,7 +148,8 @@ export class Map3d {
 
   async compare() {
     const a = this.query(), b = this.held.query;
-    const { frequency, fsc } = await json("fsc", { a: a.at, b: b.at, ia: a.i ?? 0, ib: b.i ?? 0, n: $("n").value, epoch: this.epoch() });
+    const query = { a: a.at, b: b.at, ia: a.i ?? 0, ib: b.i ?? 0, n: $("n").value, epoch: this.epoch() };
+    const { frequency, fsc } = await json("fsc", query);
     curves($("fsc"), [{ x: frequency, y: fsc, colour: BLUE }], ["1/Å", "FSC"], [Math.min(0, ...fsc), 1.02]);
   }
 

@@ -31,14 +31,19 @@ export async function particle() {
 
 export function neighbour(step) {
   const rows = selection(), now = Number($("row").value) - 1, count = state.marks.length;
-  const at = rows.length ? rows.findIndex((row) => row >= now) : -1;
-  const next = rows.length ? rows.at(((at < 0 ? 0 : rows[at] === now || step < 0 ? at + step : at) + rows.length) % rows.length) : (now + step + count) % count;
+  let next = (now + step + count) % count;
+  if (rows.length) {
+    const after = rows.findIndex((row) => row >= now); // itself, or the first beyond it
+    const at = after < 0 ? 0 : rows[after] === now || step < 0 ? after + step : after;
+    next = rows[(at + rows.length) % rows.length];
+  }
   $("row").value = next + 1;
   return particle();
 }
 
 export const cube = new Cloud($("space"), false);
-const turn = { turn: new three.Quaternion().setFromEuler(new three.Euler(-0.9, 0, 0.4)), zoom: 1, middle: new three.Vector3(), size: 1 };
+const tilted = new three.Quaternion().setFromEuler(new three.Euler(-0.9, 0, 0.4));
+const turn = { turn: tilted, zoom: 1, middle: new three.Vector3(), size: 1 };
 trackball($("space"), turn, () => cube.draw());
 cube.before = (width, height) => {
   const scale = turn.zoom * 1.7 / turn.size, least = Math.min(width, height);
@@ -49,7 +54,8 @@ cube.before = (width, height) => {
 
 export async function space() {
   if (!state.columns.tomogram) {
-    $("shares").replaceChildren(make("tr", {}, make("td", { textContent: "The STAR file does not say where the particles are." })));
+    const words = "The STAR file does not say where the particles are.";
+    $("shares").replaceChildren(make("tr", {}, make("td", { textContent: words })));
     return;
   }
   const [where, ...xyz] = await Promise.all(["tomogram", "place:x", "place:y", "place:z"].map(column));
@@ -69,7 +75,8 @@ export async function space() {
   cube.mark(Uint8Array.from(rows, (row) => state.marks[row]), any);
   cube.uniforms.size.value = Math.max(4, 40 * rows.length ** -0.3) * devicePixelRatio;
   cube.draw();
-  const head = make("tr", {}, ...["tomogram", "particles", "selected", "share of it"].map((text) => make("th", { textContent: text, scope: "col" })));
+  const titles = ["tomogram", "particles", "selected", "share of it"];
+  const head = make("tr", {}, ...titles.map((textContent) => make("th", { textContent, scope: "col" })));
   const order = where.names.map((_, i) => i).sort((a, b) => chosen[b] / total[b] - chosen[a] / total[a]);
   $("shares").replaceChildren(head, ...order.map((i) => make("tr", {}, make("td", { textContent: where.names[i] }),
     make("td", { className: "n", textContent: total[i] }), make("td", { className: "n", textContent: chosen[i] }),

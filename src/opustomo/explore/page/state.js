@@ -8,7 +8,8 @@ export const columns = new Map(); // by name, of the epoch shown: promises of { 
 
 export function column(name) {
   if (!columns.has(name)) {
-    const coming = packet("column", { name, epoch: state.epoch }).then(([header, values]) => ({ ...header, values: clean(values) }));
+    const coming = packet("column", { name, epoch: state.epoch })
+      .then(([header, values]) => ({ ...header, values: clean(values) }));
     coming.catch(() => columns.delete(name));
     columns.set(name, coming);
   }
