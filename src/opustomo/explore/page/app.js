@@ -14,7 +14,7 @@ function offer() {
   const usual = ORDER.filter((name) => state.columns[name]);
   fill($("x"), numbers, $("x").value || usual[0]);
   fill($("y"), numbers, $("y").value || usual[1] || usual[0]);
-  const first = names.map(([name]) => name).filter((name) => name.startsWith("class:")).at(-1);
+  const first = names.map(([name]) => name).filter((name) => /^class:\w+$/.test(name)).at(-1); // of all particles
   fill($("colour"), [["density", "density"], ...names], $("colour").value || first);
 }
 
@@ -191,6 +191,7 @@ function inside(points) {
     const u = (x[i] * ax + bx) | 0, v = (y[i] * ay + by) | 0;
     return u >= 0 && v >= 0 && u < width && v < height && painted[4 * (v * width + u) + 3] > 127;
   });
+  performance.measure("lasso-choice", "lasso-begin");
   // until it is seen
   requestAnimationFrame(() => requestAnimationFrame(() => performance.measure("lasso", "lasso-begin")));
 }

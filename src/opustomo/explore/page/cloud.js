@@ -46,6 +46,14 @@ export function palette(colours, smooth) {
 }
 export const viridis = palette(VIRIDIS, true);
 
+// A canvas that gets its size anew is made anew: only where it has changed.
+export function fit(renderer, width, height) {
+  const canvas = renderer.domElement, ratio = devicePixelRatio;
+  if (canvas.width === Math.floor(width * ratio) && canvas.height === Math.floor(height * ratio)) return;
+  renderer.setPixelRatio(ratio);
+  renderer.setSize(width, height, false);
+}
+
 export class Cloud {
   constructor(canvas, flat) {
     this.canvas = canvas;
@@ -101,8 +109,7 @@ export class Cloud {
       this.pending = undefined;
       const { clientWidth: width, clientHeight: height } = this.canvas;
       if (!width || !this.x || !this.geometry.getAttribute("mark")) return;
-      this.renderer.setPixelRatio(devicePixelRatio);
-      this.renderer.setSize(width, height, false);
+      fit(this.renderer, width, height);
       this.renderer.setClearColor(css("card"));
       this.uniforms.faint.value.set(css("faint")).convertLinearToSRGB();
       this.before?.(width, height);

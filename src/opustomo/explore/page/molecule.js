@@ -1,7 +1,7 @@
 // Iso-surfaces of density maps, made here, so that the contour follows the hand.
 import * as three from "./three.module.min.js";
 import { css } from "./api.js";
-import { trackball } from "./cloud.js";
+import { fit, trackball } from "./cloud.js";
 
 // Twice as fine, by cubic interpolation: (n, n, n) to (2 n - 1, ...), voxel i to 2 i.
 export function finer(volume, n) {
@@ -114,8 +114,7 @@ export class Molecule {
       this.pending = undefined;
       const { clientWidth: width, clientHeight: height } = this.canvas;
       if (!width) return;
-      this.renderer.setPixelRatio(devicePixelRatio);
-      this.renderer.setSize(width, height, false);
+      fit(this.renderer, width, height);
       this.renderer.setClearColor(css("card"));
       const reach = this.reach / this.state.zoom, wide = Math.max(1, width / height), high = Math.max(1, height / width);
       Object.assign(this.camera, { left: -reach * wide, right: reach * wide, top: reach * high, bottom: -reach * high,
