@@ -51,9 +51,19 @@ ALLOWED = {
     "objective": ("physics",),
     "reconstruct": ("physics",),
     "mixture": (),
-    "linear": ("physics", "reconstruct", "mixture"),
+    "linear": ("physics", "reconstruct", "mixture", "pose_scale"),
+    "pose_scale": (),
     "bodies": ("physics", "reconstruct", "linear", "objective"),
-    "linear_fit": ("physics", "reconstruct", "linear", "mixture", "errors", "data.particles", "data.poses"),
+    "linear_fit": (
+        "physics",
+        "reconstruct",
+        "linear",
+        "mixture",
+        "pose_scale",
+        "errors",
+        "data.particles",
+        "data.poses",
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from opustomo.physics.fourier import (
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop, spherical_mask
+from opustomo.pose_scale import USUAL_POSE, likeliest_pose_scale
 from opustomo.preparation import RowMaker
 from small_set import MemoryRows, SmallSet, even_weights, gaussians, observed
 
@@ -173,12 +174,11 @@ def test_rescaling_leaves_a_model_in_scale_alone_and_mends_one_out_of_scale(
     """Parameter expansion: components three times too small come back to scale in one step, their directions kept."""
     small = replace(fitted, components=fitted.components / 3)
     before = linear.infer(small, planted.rows, EVERY, GRID)
-    unmoved = torch.zeros(200, 6)
-    mended = linear.rescale(small, before, unmoved)
+    mended = linear.rescale(small, before, small.pose_scale)
     after = linear.infer(mended, planted.rows, EVERY, GRID)
     assert float(after.evidence.mean()) > float(before.evidence.mean()) + 0.5
     assert float(principal_cosines(mended.components, fitted.components).min()) > 0.9999
-    still = linear.rescale(fitted, linear.infer(fitted, planted.rows, EVERY, GRID), unmoved)
+    still = linear.rescale(fitted, linear.infer(fitted, planted.rows, EVERY, GRID), fitted.pose_scale)
     norms = still.components.flatten(1).norm(dim=1) / fitted.components.flatten(1).norm(dim=1)
     assert norms.numpy() == pytest.approx(1.0, abs=0.1)
 
@@ -361,18 +361,48 @@ def test_second_look_at_moved_poses_finds_the_same_pose_and_evidence() -> None:
     assert float((further * pose)[:, 3:].sum() / pose[:, 3:].square().sum()) > 1.02
 
 
-def test_scale_of_the_pose_errors_is_that_of_the_poses_given(planted: Planted) -> None:
-    """Rows at poses moved by all of the error: the scale is still that of the moves, not of what is left."""
+def moved_rows(planted: Planted) -> MemoryRows:
+    """At poses moved by all of their errors, of 0.04 radians and 0.35 voxels per axis."""
     moved = torch.randn((200, 6), generator=torch.Generator().manual_seed(8)) * torch.tensor([0.04] * 3 + [0.35] * 3)
-    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), (0.04, 0.35))
-    rows = MemoryRows(planted.rows.numerators, planted.rows.weights, moved)
-    scales = []
-    for _ in range(10):
-        post = linear.infer(model, rows, EVERY, GRID)
-        fresh = linear.rescale(model, post, linear.pose_prior(model, rows, EVERY))
-        model = replace(model, pose_scale=fresh.pose_scale)
-        scales.append(fresh.pose_scale)
-    assert scales[-1] == pytest.approx((0.04, 0.35), rel=0.15)
+    return MemoryRows(planted.rows.numerators, planted.rows.weights, moved)
+
+
+def scale_of(model: LinearModel, rows: MemoryRows) -> tuple[float, float]:
+    """The likeliest, at the model's density."""
+    moments = linear.statistics(linear.columns(model, GRID), rows, EVERY, GRID)
+    prior = linear.pose_prior(model, rows, EVERY)
+    return likeliest_pose_scale(model.pose_scale, *moments, torch.ones(len(EVERY)), prior)
+
+
+def test_scale_of_the_pose_errors_is_that_of_the_poses_given(planted: Planted) -> None:
+    """The scale is that of the moves, not of what is left."""
+    rows = moved_rows(planted)
+    for start in ((0.04, 0.35), (0.2, 0.05)):  # whatever is thought of them first
+        model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7), start)
+        assert scale_of(model, rows) == pytest.approx((0.04, 0.35), rel=0.15)
+
+
+def test_the_scale_of_the_pose_errors_is_where_the_evidence_is_highest(planted: Planted) -> None:
+    """Against the evidence of ``infer`` itself, on a grid about it, the prior of the scale taken into account."""
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7))
+    rows, ones = moved_rows(planted), torch.ones(len(EVERY))
+    found = scale_of(model, rows)
+
+    def worth(scale: tuple[float, float]) -> float:
+        evidence = linear.infer(replace(model, pose_scale=scale), rows, EVERY, GRID, ones).evidence
+        return float(evidence.double().sum()) - sum(s / u for s, u in zip(scale, USUAL_POSE, strict=True))
+
+    best = worth(found)
+    for other in ((1.3, 1.0), (0.7, 1.0), (1.0, 1.3), (1.0, 0.7)):
+        assert worth((found[0] * other[0], found[1] * other[1])) < best
+
+
+def test_pose_errors_that_the_data_do_not_show_are_taken_for_small(planted: Planted) -> None:
+    """A hundredth of the information: EM would stay where it began, and move poses by what noise says."""
+    faint = MemoryRows(planted.rows.numerators * 1e-4, planted.rows.weights * 1e-4)
+    model = LinearModel(planted.mean, planted.components, torch.ones(7), torch.ones(7))
+    turn, move = scale_of(model, faint)
+    assert turn < 0.1 * USUAL_POSE[0] and move < 0.1 * USUAL_POSE[1]
 
 
 def test_doubling_signal_and_noise_leaves_the_codes(small_set: SmallSet, tmp_path: Path) -> None:

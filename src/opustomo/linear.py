@@ -8,7 +8,6 @@ first-order pose error explains must not end up in the code z.  Training starts 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -27,6 +26,7 @@ from opustomo.physics.fourier import (
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates
+from opustomo.pose_scale import POSE, USUAL_POSE, likeliest_pose_scale
 from opustomo.reconstruct import (
     Rows,
     batch_size,
@@ -44,7 +44,6 @@ from opustomo.reconstruct import (
 log = logging.getLogger("opustomo")
 
 GAIN_VARIANCE = 0.01  # prior variance of a particle's contrast: 10 %
-POSE = 6  # columns of D: rotation about x, y, z; shift along x, y, z
 PROBES = 4  # random volumes from which each further component is found
 PRIOR_VARIANCE_SHARE = 0.45  # measured: full posterior variance overfits the components' spectrum (docs/experiments.md)
 
@@ -61,7 +60,7 @@ class LinearModel:
     components: Tensor
     mean_power: Tensor
     component_power: Tensor
-    pose_scale: tuple[float, float] = (math.radians(1.5), 0.25)
+    pose_scale: tuple[float, float] = USUAL_POSE
     amplitude: Tensor | None = None
 
     @property
@@ -291,24 +290,22 @@ def maximise(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, mask: Te
     )  # fmt: skip
 
 
-def rescale(model: LinearModel, post: Posterior, prior: Tensor, *, codes: bool = True) -> LinearModel:
-    """Bring codes, pose errors and gains to unit scale (parameter expansion: EM converges in fewer steps).
+def rescale(model: LinearModel, post: Posterior, pose_scale: tuple[float, float], *, codes: bool = True) -> LinearModel:
+    """Bring codes and gains to unit scale (parameter expansion: EM converges in fewer steps), and take a pose scale.
 
-    prior: (b, 6) prior means of the pose errors.  Without ``codes`` those stay as they are: a mixture has their scale.
+    Without ``codes`` those stay as they are: a mixture has their scale.
     """
     root = torch.eye(model.size)
     if codes:
         second = (post.mean.T @ post.mean / len(post.mean) + post.covariance.mean(0)).double()
         values, vectors = torch.linalg.eigh(second[:-POSE, :-POSE])
         root = ((vectors * values.clamp(min=1e-9).sqrt()) @ vectors.T).float()
-    error = (post.pose - prior).square().mean(0) + post.covariance.diagonal(dim1=-2, dim2=-1)[:, -POSE:].mean(0)
-    pose = error.unflatten(0, (2, 3)).mean(1).sqrt()
     gain = float(post.gain.mean())
     return replace(
         model,
         mean=model.mean * gain,
         components=gain * torch.einsum("kj,kzyx->jzyx", root, model.components),
-        pose_scale=(model.pose_scale[0] * float(pose[0]), model.pose_scale[1] * float(pose[1])),
+        pose_scale=pose_scale,
     )
 
 
@@ -355,7 +352,10 @@ def fit(
         if report is not None:
             report(step, float(post.evidence.mean()))
         model = maximise(model, rows, index, grid, mask, post)
-        model = rescale(model, infer(model, rows, index, grid), pose_prior(model, rows, index))
+        moments, prior = statistics(columns(model, grid), rows, index, grid), pose_prior(model, rows, index).double()
+        gain = estimate_gain(*moments, prior)
+        scale = likeliest_pose_scale(model.pose_scale, *moments, gain, prior)
+        model = rescale(model, to_single(posterior(*moments, gain.double(), prior)), scale)
     return principal_axes(model)
 
 

@@ -45,6 +45,7 @@ from opustomo.mixture import (
     refine_mixture,
 )
 from opustomo.physics.grid import Grid
+from opustomo.pose_scale import likeliest_pose_scale
 from opustomo.reconstruct import Rows
 
 log = logging.getLogger("opustomo")
@@ -258,8 +259,9 @@ def polish(
         gain = estimate_gain(*moments, prior, mixture)
         mixture = refine_mixture(mixture, reduce_statistics(*moments, gain, prior), MIXTURE_STEPS)
         post = to_single(posterior(*moments, gain.double(), prior, mixture))
+        scale = likeliest_pose_scale(model.pose_scale, *moments, gain, prior)
         model = maximise(model, rows, index, grid, mask, post)
-        model = rescale(model, post, prior, codes=False)
+        model = rescale(model, post, scale, codes=False)
         prior = pose_prior(model, rows, index).double()
     return model, mixture
 
