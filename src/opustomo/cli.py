@@ -148,7 +148,7 @@ The whole path:
   opustomo select particles.star --run run -o classes --kmeans 16
   opustomo report run                                     # open run/report.html
 
-opustomo --completion bash|zsh|fish prints what lets the shell complete verbs and options: source <(...) it.
+The shell completes verbs and options after: source <(opustomo --completion bash), or zsh, or fish.
 dsd and dsdsh accept the command lines of OPUS-TOMO on the same functions: dsd -h, dsdsh -h.
 OPUSTOMO_DEBUG=1 in the environment prints the traceback of a failure.
 """

@@ -39,8 +39,8 @@ HELP = Flag(("-h", "--help"), switch=True)
 def print_script(words: list[str]) -> int:
     """Print the script for the shell that is named; raises UserError for another."""
     if len(words) != 1 or words[0] not in SCRIPTS:
-        typed = f" {words[0]}" if words else ""
-        raise UserError(f"--completion{typed}: name one of {', '.join(SCRIPTS)}, e.g. opustomo --completion bash")
+        found = f"--completion {' '.join(words)}: not known" if words else "--completion: no shell named"
+        raise UserError(f"{found}; name one of {', '.join(SCRIPTS)}, e.g. opustomo --completion bash")
     print(SCRIPTS[words[0]](programs()), end="")
     return 0
 
