@@ -164,11 +164,18 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def test_no_gpu_is_no_fault(driver: Path) -> None:
+def test_no_gpu_is_no_fault(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.unlink()
+    monkeypatch.setattr(compute, "driver_cuda", lambda: None)
     for build in (None, "12.4"):
         [finding] = compute.gpu_findings(fake_torch(build))
         assert finding.level == "note" and "CPU" in finding.action
+
+
+def test_a_driver_that_is_seen_by_its_library_alone(driver: Path) -> None:
+    driver.unlink()  # as under WSL
+    [finding] = compute.gpu_findings(fake_torch(None))
+    assert finding.level == "warning" and "CPU build" in finding.found
 
 
 def test_a_driver_that_torch_makes_nothing_of(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,10 +382,34 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_disk_that_is_slow_or_gives_other_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "PROBE", host.BLOCK)
     monkeypatch.setattr(host, "SLOW", 1e15)
-    finding = host.disk_findings(tmp_path)[-1]
+    finding = host.disk_findings(tmp_path)[1]
     assert finding.level == "warning" and "--cache" in finding.action
     monkeypatch.setattr(host, "_read", lambda file: b"other")
-    assert host.disk_findings(tmp_path)[-1].level == "error"
+    assert host.disk_findings(tmp_path)[1].level == "error"
+
+
+def test_a_disk_is_measured_by_what_reaches_it_and_for_seconds_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block waits for the disk, not for the memory in front of it: a slow one ends the probe early."""
+    waits: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        waits.append(descriptor)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(host, "WRITE_SECONDS", 0.12)
+    values = host.disk_findings(tmp_path)[1].values
+    assert values["bytes"] == len(waits) * host.BLOCK < host.PROBE
+    assert values["write_bytes_per_second"] < host.BLOCK / 0.05
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "PROBE", host.BLOCK)
+    assert host.disk_findings(tmp_path)[-1].level == "ok"
+    monkeypatch.setattr("fcntl.flock", raising(OSError(errno.ENOLCK, "No locks available")))
+    assert host.disk_findings(tmp_path)[-1].level == "note"
 
 
 def test_the_report_names_the_folder_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,17 +40,18 @@ def gpu_findings(torch: Any) -> list[Finding]:
         words = f"{count} GPUs; one run uses one unless told"
         found.append(Finding("note", "several", words, f"opustomo train --num-gpus {count} --multigpu"))
         if not torch.distributed.is_nccl_available():
-            found.append(
-                Finding("error", "NCCL", "this torch has none, so --multigpu cannot work", f"another build: {BUILDS}")
-            )
+            fix = f"one GPU, or another build: {BUILDS}"
+            found.append(Finding("warning", "NCCL", "this torch has none: --multigpu cannot work", fix))
     return found
 
 
 def _none(built: str | None, driver: str | None, highest: tuple[int, int] | None) -> Finding:
     values = {"driver": driver, "driver_cuda": highest, "torch_cuda": built, "gpus": 0}
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if driver is None:
-        return Finding("note", "GPU", "none here: no NVIDIA driver", "runs use the CPU, which takes longer", values)
+    if driver is None and highest is None:
+        found = "none here that torch could use"
+        return Finding("note", "GPU", found, "runs use the CPU, which takes longer", values)
+    driver = driver or "of unknown version"  # its kernel part is not seen under WSL
     if built is None:
         found = f"an NVIDIA driver ({driver}) is here, but this torch is a CPU build"
         fix = f"to use the GPU: pip install --force-reinstall torch, in a CUDA build ({BUILDS})"

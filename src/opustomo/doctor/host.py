@@ -6,6 +6,7 @@ Owns: what is tried: a spawned process that reads shared memory, a port, a file 
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import shlex
@@ -142,7 +143,11 @@ def disk_findings(folder: Path) -> list[Finding]:
         return [Finding("error", "folder", f"{folder}: {found}", fix)]
     try:
         space = _space(folder)
-        return [space] if space.level == "error" else [space, _speed(folder)]
+        if space.level == "error":
+            return [space]
+        # it has no name, or loses it when it is closed
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            return [space, _speed(file), *_lock_findings(file)]
     except OSError as error:
         other = (f"cannot be written to ({error.strerror or error})", "choose another folder for -o")
         found, fix = REASONS.get(error.errno or 0, other)
@@ -164,20 +169,18 @@ def _space(folder: Path) -> Finding:
     return Finding("ok", "space", text, values=values)
 
 
-def _speed(folder: Path) -> Finding:
-    """Raises OSError where ``folder`` cannot be written to.  The file has no name, or loses it when it is closed."""
+def _speed(file: IO[bytes]) -> Finding:
+    """Raises OSError where nothing can be written."""
     blocks = [os.urandom(BLOCK) for _ in range(2)]  # what compresses would seem fast
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        start = time.perf_counter()
-        count = _fill(file, blocks)
-        os.fsync(file.fileno())
-        write = count * BLOCK / (time.perf_counter() - start)
-        with suppress(OSError, AttributeError):  # read from the disk, not from memory, where the system can
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        same = all(_read(file) == blocks[i % 2] for i in range(count))
-        read = count * BLOCK / (time.perf_counter() - start)
+    start = time.perf_counter()
+    count = _fill(file, blocks)
+    write = count * BLOCK / (time.perf_counter() - start)
+    with suppress(OSError, AttributeError):  # read from the disk, not from memory, where the system can
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file.seek(0)
+    start = time.perf_counter()
+    same = all(_read(file) == blocks[i % 2] for i in range(count))
+    read = count * BLOCK / (time.perf_counter() - start)
     values = {"write_bytes_per_second": write, "read_bytes_per_second": read, "bytes": count * BLOCK}
     text = f"{megabytes(count * BLOCK)} written to the disk at {_rate(write)}, read at {_rate(read)}"
     if not same:
@@ -190,12 +193,13 @@ def _speed(folder: Path) -> Finding:
 
 
 def _fill(file: IO[bytes], blocks: list[bytes]) -> int:
-    """Write blocks until the probe is whole or time is up, at least one; how many."""
+    """Write blocks to the disk, each at once, until the probe is whole or time is up; how many, at least one."""
     start, count = time.perf_counter(), 0
     while count * BLOCK < PROBE and (count == 0 or time.perf_counter() - start < WRITE_SECONDS):
         view = memoryview(blocks[count % 2])
         while view:
             view = view[file.write(view) :]
+        os.fsync(file.fileno())
         count += 1
     return count
 
@@ -205,6 +209,17 @@ def _read(file: IO[bytes]) -> bytes:
     while (left := BLOCK - sum(map(len, parts))) and (part := file.read(left)):
         parts.append(part)
     return b"".join(parts)
+
+
+def _lock_findings(file: IO[bytes]) -> list[Finding]:
+    """Locks keep two programs from writing into one folder; some network file systems have none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return [
+            Finding("note", "locks", "this file system has none", "take care that no two runs write into one folder")
+        ]
+    return [Finding("ok", "locks", "two programs that write into one folder are noticed")]
 
 
 def _rate(bytes_per_second: float) -> str:
