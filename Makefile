@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies bench-explore browser clean
+.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies bench-explore browser dist dist-check licences clean
 
 setup: $(VENV)/.ready
 
@@ -60,6 +60,20 @@ bench-explore: setup
 
 bench-cost: setup
 	$(BIN)/python benchmarks/cost.py --markdown docs/scaling.md
+
+# wheel and sdist, the wheel from the sdist
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# both installed into fresh environments, without extras and with each; others: PYTHONS="python3.12 python3.13"
+PYTHONS ?= $(PYTHON)
+dist-check: dist
+	$(BIN)/python tools/dist_check.py dist --python $(PYTHONS) --extra atoms movie --torch "$(TORCH)"
+	$(BIN)/python tools/dist_check.py dist --python $(PYTHON) --versions lowest --torch "$(TORCH)"
+
+licences: setup
+	$(BIN)/python tools/licences.py > THIRD_PARTY.md
 
 clean:
 	rm -rf $(VENV) dist build demo scale

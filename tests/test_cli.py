@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from opustomo import cli, config, demo, options
+from opustomo import __version__, cli, config, demo, options
+from opustomo.compat import dsd, dsdsh
 from opustomo.errors import UserError
 
 HEAVY = {"torch", "pandas", "sklearn", "matplotlib", "scipy", "umap", "starfile"}
@@ -58,7 +59,10 @@ def verb_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return calls
 
 
-@pytest.mark.parametrize("command", ["cli.main(['--help'])", "cli.main(['train', '--help'])", "dsd.main(['-h'])"])
+@pytest.mark.parametrize(
+    "command",
+    ["cli.main(['--help'])", "cli.main(['train', '--help'])", "dsd.main(['-h'])", "cli.main(['--completion', 'bash'])"],
+)
 def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = f"import sys; from opustomo import cli; from opustomo.compat import dsd; {command}; "
@@ -109,6 +113,9 @@ def test_examples_of_the_overview_can_be_typed() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("opustomo 0.")
+    for program in (dsd, dsdsh):
+        assert program.main(["--version"]) == 0
+        assert capsys.readouterr().out == f"{program.__name__.rpartition('.')[2]} (opustomo {__version__})\n"
 
 
 def test_nothing_typed_is_not_a_success() -> None:
@@ -370,7 +377,7 @@ def test_a_verbs_status_is_the_programs_status(monkeypatch: pytest.MonkeyPatch) 
 def test_stages_of_the_demo_are_valid_command_lines(tmp_path: Path) -> None:
     verbs = [cli.parse_verb(arguments) and arguments[0] for arguments in demo.command_lines(tmp_path, 1)]
     # the first two are part of train
-    without = {"linear", "cache", "encode", "demo", "export", "extract", "mask", "movie", "status", "explore"}
+    without = {"doctor", "linear", "cache", "encode", "demo", "export", "extract", "mask", "movie", "status", "explore"}
     assert set(cli.VERBS) - set(verbs) == without
 
 

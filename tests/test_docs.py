@@ -22,7 +22,10 @@ from opustomo.errors import UserError
 from opustomo.options import options_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PROGRAMS: dict[str, ModuleType] = {"dsd": dsd, "dsdsh": dsdsh}
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
@@ -62,7 +65,7 @@ def known_options() -> frozenset[str]:
     native = {flag for verb in cli.VERBS.values() for o in options_of(getattr(config, verb.config)) for flag in o.flags}
     forms = (arguments.Parser("", c) for module in PROGRAMS.values() for c in module.COMMANDS.values())
     seeds = {flag for form in forms for flag in form._option_string_actions}
-    return frozenset({*native, *seeds, "--resume", "--help", "--version"})
+    return frozenset({*native, *seeds, "--resume", "--help", "--version", "--completion"})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

@@ -28,15 +28,18 @@ class Verb(NamedTuple):
     """Where a verb lives: its module, the config dataclass of its ``main``, and the example under its help.
 
     waits: for another process that writes into the same folder (others refuse, see ``monitor.RunLog``, or wait within).
+    bare: has nothing to log, and works where not even torch can be loaded.
     """
 
     module: str
     config: str
     example: str
     waits: bool = False
+    bare: bool = False
 
 
 VERBS = {
+    "doctor": Verb("doctor.verb", "DoctorConfig", "opustomo doctor\n  opustomo doctor /scratch/runs --json", bare=True),
     "check": Verb("data.check", "CheckConfig", "opustomo check particles.star -r mask.mrc"),
     "extract": Verb(
         "data.extract",
@@ -110,6 +113,7 @@ opustomo {__version__}: structural heterogeneity of macromolecules from cryo-ele
 usage: opustomo VERB [options]        opustomo VERB --help: every option, with an example
 
 Before training
+  doctor     is this machine ready: packages, GPU, threads, memory, disk; and what to mend
   check      look at a data set in seconds and say what will be done about every finding
   extract    subtomograms from tomograms at the places of a particle list (Dynamo, PyTom, STOPGAP, M, ...)
   average    consensus map with half maps and FSC; proposes a solvent mask
@@ -144,6 +148,7 @@ The whole path:
   opustomo select particles.star --run run -o classes --kmeans 16
   opustomo report run                                     # open run/report.html
 
+The shell completes verbs and options after: source <(opustomo --completion bash), or zsh, or fish.
 dsd and dsdsh accept the command lines of OPUS-TOMO on the same functions: dsd -h, dsdsh -h.
 OPUSTOMO_DEBUG=1 in the environment prints the traceback of a failure.
 """
@@ -174,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"opustomo {__version__}")
         return 0
+    if argv[0] == "--completion":
+        return run("opustomo", partial(print_completion, argv[1:]))
     verb = argv[0]
     if verb not in VERBS:
         return run("opustomo", partial(unknown_command, "opustomo", verb, list(VERBS)))
@@ -240,7 +247,7 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
     output: Path | None = getattr(config, "output", None)
     if verb != "report" and output is not None and output.is_file():
         raise UserError(f"-o {output}: is a file; give a folder")
-    if not logging.getLogger("opustomo").handlers:
+    if not VERBS[verb].bare and not logging.getLogger("opustomo").handlers:
         from opustomo.monitor import setup_log
 
         setup_log(None, getattr(config, "verbose", False))
@@ -287,6 +294,13 @@ def to_file(level: int, line: str) -> None:
 def member(config: Any, given: frozenset[str]) -> int:
     """One of the processes of ``train`` on several GPUs."""
     return run("opustomo train", partial(call, "train", config, given), config.output)
+
+
+def print_completion(words: list[str]) -> int:
+    """The script that completes the commands in the shell that is named."""
+    from opustomo.completion import print_script
+
+    return print_script(words)
 
 
 def print_verb_help(verb: str) -> None:

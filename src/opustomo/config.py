@@ -63,6 +63,16 @@ class GridOptions:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """Is this machine ready: packages, GPU, threads, memory, processes, and the disk of a folder; and what to mend."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")] = Path()
+    """Where runs would write (default: here); a temporary file is written there and removed."""
+    json: Switch = False
+    """Print the findings as JSON."""
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     """Look at a data set in seconds and say what will be done about every finding."""
 

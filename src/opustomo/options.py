@@ -13,7 +13,7 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -31,7 +31,8 @@ FRAME = "╭╰╮╯│─|+- "  # what tyro draws its boxes with, in ASCII whe
 class Option:
     """One field of a config: its name, the flags that set it ("" for a positional argument) and what help calls it.
 
-    number: what its values must be, in words; "" where they are not numbers.
+    number: what its values must be, in words; "" where they are not numbers.  choices: all values it can have, none
+    where there are more.  switch: it takes no value.
     """
 
     field: str
@@ -39,6 +40,8 @@ class Option:
     metavar: str
     required: bool
     number: str
+    choices: tuple[str, ...] = ()
+    switch: bool = False
 
     @property
     def label(self) -> str:
@@ -66,15 +69,30 @@ def options_of(config_class: type) -> tuple[Option, ...]:
         # what is on by default can be typed either way
         flags = () if positional else (*aliases, "--" + name, *([f"--no-{name}"] if field.default is True else []))
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        options.append(Option(field.name, flags, metavar, missing, number_of(hint)))
+        bare = bare_of(hint)
+        options.append(
+            Option(field.name, flags, metavar, missing, number_of(hint), choices_of(bare), switch=bare is bool)
+        )
     flags_seen = [flag for option in options for flag in option.flags]
     assert len(flags_seen) == len(set(flags_seen)), f"{config_class.__name__}: two options share a flag"
     return tuple(options)
 
 
+def bare_of(hint: Any) -> Any:
+    """A type hint without what ``Annotated`` adds."""
+    return get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+
+
+def choices_of(bare: Any) -> tuple[str, ...]:
+    """The values of a ``Literal``, also of one that may be None; () for other types."""
+    if get_origin(bare) is Literal:
+        return tuple(map(str, get_args(bare)))
+    return tuple(choice for part in get_args(bare) for choice in choices_of(part))
+
+
 def number_of(hint: Any) -> str:
     """``a whole number is`` for int, ``a number is`` for float, the plural for tuples of int, else nothing."""
-    bare = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    bare = bare_of(hint)
     kinds = {bare, *get_args(bare)}
     if tuple in kinds | {get_origin(bare)}:
         return "whole numbers are" if int in kinds else ""

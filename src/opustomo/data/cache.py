@@ -33,6 +33,7 @@ from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import Particles
 from opustomo.data.tensors import read_arrays, save_arrays
 from opustomo.errors import UserError
+from opustomo.machine import free_memory
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 
@@ -190,24 +191,6 @@ class OnTheFly:
     def weight(self, index: Tensor) -> Tensor:
         """(b, n) float32."""
         return torch.stack([observe(self.particles, int(i), self.grid, self.noise)[1] for i in index])
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process could get now: file pages that the system can drop count as free.
-
-    Where a batch system has set a limit for the job (cgroup v2), what is left of it.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError, StopIteration):  # ValueError: no limit, "max"
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-        group = Path("/sys/fs/cgroup", next(g for g in groups if g.startswith("0::"))[3:].lstrip("/"))
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, int((group / "memory.max").read_text()) - int(used["anon"]))
-    return free
 
 
 def row_bytes(grid: Grid) -> int:

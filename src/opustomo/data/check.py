@@ -6,8 +6,6 @@ Owns: the order of the questions and the exit status (0; 1 with any error).  The
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from opustomo.data.particles import Particles
 from opustomo.data.readers import read_particles, relion
 from opustomo.data.readers.files import Locator
 from opustomo.data.star import read_star
-from opustomo.errors import UserError, printable
+from opustomo.errors import UserError
 from opustomo.physics.grid import make_grid
 
 _BAND_BOX = 32  # working box of the Fourier statistics: enough to see wedge, CTF and contrast
@@ -40,7 +38,7 @@ def main(config: CheckConfig) -> int:
         raise UserError(f"--sample {config.sample}: at least one subtomogram must be read; leave it out for 64")
     report = examine(config)
     if report.failure is None or config.json or any(report.sections.values()):
-        print(report.json() if config.json else printable(report.text(_width())))
+        print(report.printed(config.json))
     if report.failure is not None:
         raise UserError(report.failure)
     if not config.json:
@@ -158,8 +156,3 @@ def _next_step(config: CheckConfig, report: Report) -> str:
     }
     flags = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in typed.items() if value is not None)
     return f"next: opustomo train {star}{flags} -o run" if mask else f"next: opustomo average {star}{flags} -o average"
-
-
-def _width() -> int | None:
-    """Columns of the terminal; None when the report goes to a file or a pipe, one line per finding."""
-    return min(shutil.get_terminal_size().columns, 130) if sys.stdout.isatty() else None

@@ -6,11 +6,15 @@ Owns: the four levels and how a finding is worded, folded and counted.
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from opustomo.errors import printable
 
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -20,7 +24,7 @@ _INDENT = 2 + _LEVEL_WIDTH + _TOPIC_WIDTH
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact about a data set: what was found and, where that is not obvious, what follows from it.
+    """One fact about a data set or a machine: what was found and, where that is not obvious, what follows from it.
 
     ``action`` says what the program will do or what the user should; ``values`` are the numbers behind the words,
     plain Python types, for ``--json``.
@@ -40,15 +44,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings about one STAR file, by section in the order of printing.
+    """All findings about one STAR file or folder, by section in the order of printing.
 
-    ``failure`` is the message that ended the reading, None where the whole set could be looked at.
+    ``failure`` is the message that ended the reading, None where everything could be looked at; ``kind`` what JSON
+    calls the subject.
     """
 
-    star: Path
+    subject: Path
     sections: dict[str, list[Finding]]
     seconds: float
     failure: str | None = None
+    kind: str = "star"
 
     def count(self, level: Level) -> int:
         """Number of findings of a level."""
@@ -56,7 +62,7 @@ class Report:
 
     def text(self, width: int | None = None) -> str:
         """The report for reading, folded to ``width`` characters; one line per finding when None."""
-        lines = [f"{self.star}"]
+        lines = [f"{self.subject}"]
         for name, findings in self.sections.items():
             if findings:
                 lines += ["", name, *(row for finding in findings for row in _folded(finding.line(), width))]
@@ -64,8 +70,13 @@ class Report:
             lines += ["", f"{self._counts()}; looked at in {self.seconds:.1f} s"]
         return "\n".join(lines)
 
+    def printed(self, as_json: bool) -> str:
+        """JSON, or the text: folded to the terminal, one line per finding where it goes to a file or a pipe."""
+        width = min(shutil.get_terminal_size().columns, 130) if sys.stdout.isatty() else None
+        return self.json() if as_json else printable(self.text(width))
+
     def json(self) -> str:
-        """The report for programs: star, counts, seconds, failure, findings with section, level, topic, values."""
+        """The report for programs: subject, counts, seconds, failure, findings with section, level, topic, values."""
         findings = [
             {
                 "section": name,
@@ -79,7 +90,7 @@ class Report:
             for finding in section
         ]
         document = {
-            "star": str(self.star),
+            self.kind: str(self.subject),
             "failure": self.failure,
             "errors": self.count("error"),
             "warnings": self.count("warning"),
@@ -102,7 +113,14 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
 
 def megabytes(size: float) -> str:
     """A number of bytes in GB or MB."""
+    if size >= 1e11:
+        return f"{size / 1e9:.0f} GB"
     return f"{size / 1e9:.2g} GB" if size >= 1e9 else f"{max(size / 1e6, 1):.0f} MB"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says of a failure, cut where it is long."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def span(low: float, high: float, digits: str = "g") -> str:
