@@ -130,7 +130,7 @@ def value_of(hint: Any, metavar: str, number: str) -> str:
     if bare is bool:
         return ""
     if choices or named:
-        return "|".join(choices) or metavar
+        return " | ".join(choices) or metavar
     if get_origin(bare) is tuple:
         return "N ..."
     return {"a whole number is": "N", "a number is": "X"}.get(number, "FILE" if Path in kinds else "TEXT")
@@ -168,7 +168,7 @@ def value_of_action(action: argparse.Action) -> str:
     if action.metavar:
         return action.metavar
     if action.choices:
-        return "|".join(map(str, action.choices))
+        return " | ".join(map(str, action.choices))
     known: dict[Any, str] = {None: "TEXT", int: "N", arguments.count: "N", Path: "FILE"}
     return known.get(action.type, "X")
 
