@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,10 @@ def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "1 of 1 independent axes show separate groups; sizes: 0: 30, 1: 90" in said
     assert "as well as the linear stage" in said
     state = np.load(tmp_path / "simulated" / "labels.npz")["state"]
-    groups = json.loads((tmp_path / "classes" / "manifest.json").read_text())["counts"]
-    assert groups == {"0": int((state == 0).sum()), "1": int((state != 0).sum())}
+    group = pickle.loads((tmp_path / "run" / "analyze.3" / "groups" / "labels.pkl").read_bytes())
+    assert np.array_equal(np.asarray(group) == 0, state == 0)
+    counts = json.loads((tmp_path / "classes" / "manifest.json").read_text())["counts"]
+    assert counts == {"0": 30, "1": 90}
     with (tmp_path / "run" / "analyze.3" / "kmeans4" / "quality.csv").open(newline="") as file:
         nats = {row["class"]: float(row["nats"]) for row in csv.DictReader(file)}
     assert min(nats["2"], nats["3"]) > 3 * max(nats["0"], nats["1"])
