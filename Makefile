@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # gets the registry's CUDA build.  Another build: `make setup TORCH=torch==2.6.0`.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast lint bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies bench-explore browser dist dist-check licences clean
+.PHONY: setup demo test test-fast lint docs bench bench-common bench-quality bench-step bench-scale bench-cost bench-bodies bench-explore browser dist dist-check licences clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,11 @@ lint: setup
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/codespell src tests benchmarks tools docs README.md CHANGELOG.md
+
+docs: setup
+	$(BIN)/python tools/write_cli.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: setup
 	$(BIN)/python benchmarks/costs.py -o scale --markdown docs/benchmarks.md
