@@ -127,8 +127,11 @@ def test_group_codes_leave_out_outliers() -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_files_of_the_axes(tmp_path: Path) -> None:
-    """axes.csv, one traversal for each axis and the groups with their mean codes; nothing without a linear stage."""
+def test_files_of_the_axes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """axes.csv, one traversal for each axis and the groups with their mean codes; nothing without a linear stage.
+
+    Groups along an axis that held-out particles do without are doubted.
+    """
     values = np.stack([2.0 * STATES - 1, RNG.uniform(-1.7, 1.7, N)], 1)
     likelihood = seen(values, 0.3)
     codes = np.pad(values, ((0, 0), (0, 2))).astype(np.float32)  # two dimensions of the code stand still
@@ -147,6 +150,10 @@ def test_files_of_the_axes(tmp_path: Path) -> None:
     motion = read_codes(tmp_path / "axis2" / "z_axis.txt", 4)
     assert motion.shape == (10, 4) and np.ptp(motion[:, 1]) > 2.5 and np.ptp(motion[:, 0]) < 0.3
     assert len(axes) == 2
+    for trail, doubt in ([[0, 20.0], [1, 19.5]], True), ([[0, 20.0], [1, 20.5]], False):
+        run.linear, _ = stored | {"trail": np.array(trail)}, caplog.clear()
+        write_axes(run, tmp_path)  # type: ignore[arg-type]
+        assert ("explained best by the average alone" in caplog.text) == doubt
     np.testing.assert_array_equal(load_labels(tmp_path / "axis1" / "labels.pkl"), labels)
     stops = load_labels(tmp_path / "axis2" / "labels.pkl")  # of the ten codes the one that is nearest along the axis
     distance = np.abs(values[:, 1, None] - motion[:, 1])

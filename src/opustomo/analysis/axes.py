@@ -286,11 +286,23 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
         write_text(folder / "groups" / "centers.txt", as_text(group_codes(labels, codes, run.typical)))
         sizes = ", ".join(f"{j}: {n}" for j, n in enumerate(np.bincount(labels)))
         log.info("%d of %d independent axes show separate groups; sizes: %s", discrete, len(axes), sizes)
+        if _rejected(run):
+            log.warning(
+                "but held-out particles are explained best by the average alone: these may be better and worse "
+                "particles, not structures; `opustomo quality %s --labels %s` tells", run.path,
+                folder / "groups" / "labels.pkl",
+            )  # fmt: skip
     else:
         for stale in ("labels.pkl", "centers.txt"):  # of an earlier analysis
             (folder / "groups" / stale).unlink(missing_ok=True)
         log.info("none of the %d independent axes shows separate groups: what varies, varies continuously", len(axes))
     return axes
+
+
+def _rejected(run: Run) -> bool:
+    """Whether held-out evidence was best without any component (one is kept all the same)."""
+    trail = (run.linear_results() or {}).get("trail")
+    return trail is not None and len(trail) > 1 and int(trail[np.argmax(trail[:, 1]), 0]) == 0
 
 
 COLUMNS = ["axis", "kind", "groups", "advantage_nats", "share", "centre", "width", "median_error", "certain"]
