@@ -271,17 +271,20 @@ def test_fewer_than_no_threads(verb: str, given: Set, capsys: pytest.CaptureFixt
 def test_more_threads_than_cores_are_cut(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import torch
 
+    from opustomo import preparation
     from opustomo.preparation import prepare_process
 
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(preparation, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     with caplog.at_level("INFO", "opustomo"):
         prepare_process(99)
-        assert "--workers 99: this machine has 2 cores" in caplog.text
+        assert "--workers 99: 2 core(s) may be used here" in caplog.text
         caplog.clear()
         prepare_process(2)
-    assert asked == [2, 2] and not caplog.text
+        prepare_process(0)  # torch's choice, which knows of no quota
+    assert asked == [2, 2, 2] and not caplog.text
 
 
 def test_rows_split_and_poses_of_another_set(given: Set, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

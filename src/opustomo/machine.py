@@ -39,6 +39,11 @@ def cores() -> Cores:
     return Cores(machine, allowed, min(_quotas(), default=None))
 
 
+def usable_cores() -> int:
+    """Threads that this process can keep busy: batch systems and containers give fewer cores than a machine has."""
+    return cores().usable
+
+
 def _quotas() -> Iterator[float]:
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from opustomo.errors import ToldElsewhere, UserError
 from opustomo.interruption import ignored, on_signal
+from opustomo.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -272,7 +273,7 @@ def divide_threads() -> None:
     """No more threads than this process's part of the cores, once all of the machine's compute."""
     here = _number("LOCAL_WORLD_SIZE", 1)
     if here > 1:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // here)))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, usable_cores() // here)))
 
 
 # ------------------------------------------------------------------------------------------------ the end

@@ -26,6 +26,7 @@ from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
 from opustomo.data.poses import moved_from, same_poses
 from opustomo.errors import UserError
+from opustomo.machine import usable_cores
 from opustomo.monitor import progress
 from opustomo.physics.grid import Grid
 from opustomo.reconstruct import Rows
@@ -38,17 +39,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def prepare_process(workers: int, deterministic: bool = False) -> None:
     """Use ``workers`` threads (0: torch's choice, the cores this process may use or OMP_NUM_THREADS).
 
-    More threads than cores only wait for each other: they are cut to the cores.  Raises UserError below 0.
+    More threads than cores only wait for each other: they are cut to those that batch system and container leave.
+    Raises UserError below 0.
     deterministic: torch takes no operation whose result depends on the order in which a GPU happens to add.
     Freed memory is kept for the next batch: fetching fresh pages took a quarter of the CPU time (docs/experiments.md).
     """
     if workers < 0:
         raise UserError(f"--workers {workers}: must be at least 0; 0 or leaving it out uses all cores")
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if workers > cores:
-        log.info("--workers %d: this machine has %d cores, so %d threads are used", workers, cores, cores)
-    if workers:
-        torch.set_num_threads(min(workers, cores))
+        log.info("--workers %d: %d core(s) may be used here, so as many threads are", workers, cores)
+    torch.set_num_threads(min(workers or torch.get_num_threads(), cores))
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used

@@ -5,7 +5,6 @@ Owns: the division of rows over processes and machines, and what is done where o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from opustomo.data.observe import observe_all
 from opustomo.data.particles import Particles
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
+from opustomo.machine import usable_cores
 
 if TYPE_CHECKING:
     from opustomo.data.cache import Cache, Progress, Row
@@ -84,7 +84,7 @@ def shares(rows: np.ndarray, machines: Sequence[int]) -> list[np.ndarray]:
 def _fill_together(
     reopen: Callable[[], Cache], particles: Particles, rows: np.ndarray, workers: int, progress: Progress
 ) -> None:
-    machines, cores = parallel.machines(), os.cpu_count() or 1
+    machines, cores = parallel.machines(), usable_cores()
     threads = max(1, min(workers or cores, cores) // machines.count(machines[0]))
     queues, skip, nothing = shares(rows, machines), particles.faults is not None, torch.zeros(0)
 

@@ -6,7 +6,6 @@ Owns: the reading of a subtomogram onto the working band, and its transfer funct
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from opustomo.data.particles import Particles, refuse_most
 from opustomo.data.readers import read_transfer_volume
 from opustomo.data.stacks import observe_stack, read_stack
 from opustomo.errors import UserError
+from opustomo.machine import usable_cores
 from opustomo.physics.fourier import (
     band_frequencies,
     fourier_resize,
@@ -218,7 +218,7 @@ def observe_all(
             then(i, numerator, weight)
         return i, numerator, weight
 
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     count = min(workers or cores, cores)
     # torch keeps the number of threads per thread: every worker is told, so that bits do not depend on the machine
     with one_thread_each(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion
@@ -15,6 +13,7 @@ from opustomo.data.findings import Finding, megabytes
 from opustomo.data.inputs import read_mask
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
+from opustomo.machine import usable_cores
 from opustomo.physics.fourier import band_index
 from opustomo.physics.grid import Grid, make_grid, mask_extent
 
@@ -109,7 +108,7 @@ def grid_findings(options: GridOptions, mask: Tensor, pixel_size: float) -> tupl
 def cost_findings(particles: Particles, grid: Grid) -> list[Finding]:
     """Disk, memory and time of a default CPU training run; rough figures."""
     defaults = TrainConfig(particles.source, particles.source)
-    count, cores = len(particles), os.cpu_count() or 1
+    count, cores = len(particles), usable_cores()
     disk = count * row_bytes(grid)
     scale = (grid.working_box / 32) ** 3
     prepare = count * (_CACHE_SECONDS + _LINEAR_SECONDS) * scale

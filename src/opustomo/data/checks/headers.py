@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ, is_set
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
+from opustomo.machine import usable_cores
 
 
 class Survey(NamedTuple):
@@ -37,7 +37,7 @@ def survey_headers(files: Sequence[Path], names: Sequence[str]) -> Survey:
     """Read the header of every distinct file; names are what the STAR file calls them."""
     distinct = dict(zip(files, names, strict=True))
     # threads hide the latency of network disks, where a header costs milliseconds
-    with ThreadPoolExecutor(min(32, 8 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(32, 8 * usable_cores())) as pool:
         found = list(pool.map(_header, distinct))
     reasons = [f"{reason}" for _, reason in found if reason]
     return Survey(list(distinct.values()), [header for header, _ in found], reasons)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from opustomo.data.findings import Finding, listed, span
 from opustomo.data.mrc import read_slices, read_volume
 from opustomo.data.particles import Particles
+from opustomo.machine import usable_cores
 
 OUTLIER = 5.0  # median absolute deviations, as standard deviations of a normal distribution
 _REMOVE = "extract it again or remove its row: reading stops at such a box (not with --damaged skip)"
@@ -51,7 +51,7 @@ class Sample(NamedTuple):
 
 def read_sample(particles: Particles, rows: NDArray[np.int64], names: Sequence[str]) -> Sample:
     """Read the subtomograms at ``rows``; names are those in the STAR file, one per particle."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         greys = list(pool.map(_stack_greys if particles.stacks else _greys, *_places(particles, rows)))
     return Sample(rows, greys, [names[i] for i in rows])
 
