@@ -105,6 +105,17 @@ def copy_run(run: Path, to: Path, epoch: int) -> Path:
     return to
 
 
+def analysed(finished_run: Path, folder: Path, epoch: int) -> Path:
+    """A copy of the finished run as of ``epoch``, with its rows and three classes."""
+    from opustomo.analysis.latents import main
+    from opustomo.config import AnalyzeConfig
+
+    copy_run(finished_run, folder, epoch)
+    (folder / "cache").symlink_to(finished_run / "cache")
+    main(AnalyzeConfig(run=folder, clusters=3, skip_umap=True))
+    return folder
+
+
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures that nobody looks at as empty files: half the time of a run."""
     from opustomo.analysis import plots

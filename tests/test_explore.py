@@ -23,7 +23,6 @@ from opustomo.analysis import picked
 from opustomo.analysis.volumes import read_codes
 from opustomo.checkpoint import open_run
 from opustomo.compat.legacy_files import load_labels
-from opustomo.config import AnalyzeConfig
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
 from opustomo.errors import Interrupted, UserError
@@ -31,18 +30,13 @@ from opustomo.explore import gate, server, work
 from opustomo.explore.answers import GET, POST, Desk
 from opustomo.explore.gate import Refused
 from opustomo.physics.volume import fourier_shell_correlation
-from small_set import PARTICLES, SmallSet, copy_run
+from small_set import PARTICLES, SmallSet, analysed
 
 
 @pytest.fixture(scope="module")
 def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished run, analysed."""
-    from opustomo.analysis.latents import main
-
-    folder = copy_run(finished_run, tmp_path_factory.mktemp("explore") / "run", 2)
-    (folder / "cache").symlink_to(finished_run / "cache")
-    main(AnalyzeConfig(run=folder, clusters=3, skip_umap=True))
-    return folder
+    return analysed(finished_run, tmp_path_factory.mktemp("explore") / "run", 2)
 
 
 @dataclass

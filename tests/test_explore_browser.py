@@ -17,11 +17,10 @@ import headless
 from headless import Page, served
 from opustomo.analysis import picked
 from opustomo.compat.legacy_files import load_labels
-from opustomo.config import AnalyzeConfig
 from opustomo.data.atomic import hold
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
-from small_set import PARTICLES, SmallSet, copy_run
+from small_set import PARTICLES, SmallSet, analysed
 
 pytestmark = pytest.mark.skipif(bool(headless.why_not()), reason=headless.why_not())
 
@@ -31,12 +30,7 @@ DRAWN = os.environ.get("OPUSTOMO_SCREENSHOT")  # a run, demo/run for docs/images
 @pytest.fixture(scope="module")
 def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished run at its second epoch, analysed."""
-    from opustomo.analysis.latents import main
-
-    folder = copy_run(finished_run, tmp_path_factory.mktemp("browser") / "run", 1)
-    (folder / "cache").symlink_to(finished_run / "cache")
-    main(AnalyzeConfig(run=folder, clusters=3, skip_umap=True))
-    return folder
+    return analysed(finished_run, tmp_path_factory.mktemp("browser") / "run", 1)
 
 
 @pytest.fixture(scope="module")
