@@ -92,7 +92,7 @@ def averaged(folder: Path, transfer: Transfer, count: int = 200, noise: float = 
         ctf_files=() if by_tilts else (folder / "ctf.mrc",) * count,
         euler=matrix_to_euler(torch.from_numpy(rotation)).numpy(), rotation=rotation, origin=origin, coordinates=None,
         tomogram=np.full(count, "", object), half=np.zeros(count, np.int64), box=32, pixel_size=7.5,
-        transfer=transfer, premultiplied=transfer == "weight_volume", normalisation="unknown",
+        transfer=transfer, premultiplied=transfer == "weight_volume",
         tilts=rows.reshape(-1, 12) if by_tilts else np.zeros((0, 12)), tilt_offsets=np.arange(count + 1) * tilts,
     )  # fmt: skip
     density = np.stack([beads.density(32) for beads in states])

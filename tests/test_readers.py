@@ -11,7 +11,8 @@ from scipy.spatial.transform import Rotation
 
 from opustomo.config import InputOptions
 from opustomo.data.particles import TILT_COLUMNS, Particles
-from opustomo.data.readers import ctf_star, read_particles, with_poses
+from opustomo.data.poses import with_poses
+from opustomo.data.readers import ctf_star, read_particles
 from opustomo.data.readers.ctf_volume import half_fourier, read_transfer_volume
 from opustomo.errors import UserError
 from star_sets import BOX, PIXEL, REAL_SETS, Set, put_loop, put_volume, real_star, relion31, tilt_columns
@@ -31,7 +32,7 @@ def test_relion30_particles(tmp_path: Path) -> None:
     made = Set(tmp_path)
     found = read(made.write())
     assert (len(found), found.dialect, found.box, found.pixel_size) == (4, "RELION 3.0", BOX, PIXEL)
-    assert found.transfer == "tilts" and not found.premultiplied and found.normalisation == "unknown"
+    assert found.transfer == "tilts" and not found.premultiplied
     assert found.image_files[2] == tmp_path / "sub/p2.mrc" and list(found.names) == made.columns["rlnImageName"]
     assert list(found.tomogram) == ["TS_0.tomostar", "TS_1.tomostar"] * 2 and not found.half.any()
     euler = np.array([made.columns[f"rlnAngle{name}"] for name in ("Rot", "Tilt", "Psi")], float).T

@@ -27,7 +27,7 @@ from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
-from opustomo.data.readers import with_poses
+from opustomo.data.poses import with_poses
 from opustomo.data.species import with_species
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer, pose_modes, pose_prior

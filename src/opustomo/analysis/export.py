@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from opustomo.analysis.selection import (
@@ -26,6 +25,7 @@ from opustomo.analysis.selection import (
     write_manifest,
 )
 from opustomo.config import ExportConfig
+from opustomo.data.angles import to_matrix
 from opustomo.data.atomic import atomic
 from opustomo.data.export import refuse_ambiguous, write_subset
 from opustomo.data.lists.write import read_sources, write_list
@@ -33,7 +33,6 @@ from opustomo.data.mapback import write_scripts
 from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of, relion
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def _places(config: ExportConfig, chosen: Classes, rows: NDArray[np.int64], pixe
     rotation, origin = poses_of(chosen.source, pixel_size)
     if chosen.poses is not None:
         rotation, origin = rotation.copy(), origin.copy()
-        rotation[rows] = euler_to_matrix(torch.from_numpy(chosen.poses.euler)).numpy()
+        rotation[rows] = to_matrix(chosen.poses.euler)
         origin[rows] = chosen.poses.origin
     datadir = stored(config.run).get("datadir")
     folder = Path(datadir) if datadir else None

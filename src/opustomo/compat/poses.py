@@ -8,17 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from opustomo.analysis.selection import in_classes, trained_rows, write_classes
 from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
-from opustomo.data.readers import poses_of, readable, relion, sampling, series
+from opustomo.data.readers import DIALECTS, relion, sampling
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
-from opustomo.physics.geometry import matrix_to_euler
 
 
 def checked_star(star: Path, options: InputOptions, names: tuple[str, str]) -> tuple[Source, int, float]:
@@ -28,17 +25,15 @@ def checked_star(star: Path, options: InputOptions, names: tuple[str, str]) -> t
     pixel size are compared with the STAR alone, and a line on stderr says so.  Raises ``UserError`` on disagreement.
     """
     source = read_source(star, datadir=options.datadir)
-    table, stacks = source.table, source.format in ("relion5", "series")
-    if options.relion31 and relion.version(table) == "RELION 3.0":
-        raise UserError(f"--relion31: {star} has no data_optics table, it is RELION 3.0; leave --relion31 out")
-    named = series.stack_names(source) if source.format == "series" else list(map(str, relion.image_names(table)))
-    found = Locator(table.path, options.datadir).find(named)
+    source.refuse_version(options.relion31)
+    found = Locator(source.table.path, options.datadir).find(DIALECTS[source.format].image_files(source))
     try:
         if found is None:
-            return source, *stated_sampling(table, options)
-        images, _ = readable([Path(name) for name in found], source, options)
-        box, _ = sampling.box_size(images, star, relion.image_size(table), options, stacks)
-        angpix, _ = sampling.pixel_size(images, star, relion.pixel_size(table), options)
+            return source, *stated_sampling(source.table, options)
+        images = [Path(name) for name in found]
+        if options.damaged == "skip":
+            images, _ = sampling.readable(images, source)
+        box, angpix, _ = sampling.agreed(star, source, images, options)
     except UserError as error:
         # The checks speak of native options; here they are positional or spelt otherwise, and cannot be left out.
         text = str(error).replace(" or leave it out", "").replace("--angpix", names[1]).replace("-D ", f"{names[0]} ")
@@ -67,13 +62,9 @@ def write_poses(source: Source, box: int, angpix: float, path: Path) -> None:
 
     One pose for each particle, as ``train`` has it: of tilt images that in the tomogram's frame, not the file's.
     """
-    rotation, origin = poses_of(source, angpix)
-    if source.format in ("relion5", "series"):
-        euler = matrix_to_euler(torch.from_numpy(rotation)).numpy()
-    else:
-        euler = relion.eulers(source.table)
-    save_poses(path, rotation, origin / box, euler)
-    print(f"{len(euler)} poses written to {path}")
+    found = DIALECTS[source.format].poses(source, angpix)
+    save_poses(path, found.rotation, found.origin / box, found.euler)
+    print(f"{len(source)} poses written to {path}")
 
 
 def write_label_stars(source: Source, labels: Path, outdir: Path, run: Path | None = None) -> None:

@@ -14,15 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
-from opustomo.data.readers import optimisation_set, series
-from opustomo.data.readers.relion import has_series, identities
+from opustomo.data.readers import DIALECTS, relion
 from opustomo.data.readers.source import Source
-from opustomo.data.star import Block, StarFile, write_star
+from opustomo.data.star import Block, StarFile, number_columns, write_star
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix
 
 
 @dataclass(frozen=True)
@@ -39,24 +36,18 @@ class CorrectedPoses:
 
     def in_file(self, source: Source, index: NDArray[np.integer]) -> CorrectedPoses:
         """These poses, of the particles at ``index``, as the file has them, one for each of their rows."""
-        if source.format not in ("relion5", "series"):
-            return self
-        rotation, origin = euler_to_matrix(torch.from_numpy(self.euler)).numpy(), self.origin
-        part = source.subset(index)
-        if source.format == "relion5":
-            euler, origin = optimisation_set.poses_in_file(part.table, rotation, origin)
-        else:
-            euler, origin = series.poses_in_file(part, self.pixel_size, rotation, origin)
+        dialect = DIALECTS[source.format]
+        euler, origin = dialect.poses_in_file(source.subset(index), self.pixel_size, self.euler, self.origin)
         return CorrectedPoses(euler, origin, self.pixel_size)
 
-    def columns(self, star: StarFile) -> dict[str, NDArray[np.object_]]:
+    def columns(self, star: StarFile) -> dict[str, list[str]]:
         """Columns in the units of the file: origins in Angstrom for RELION 3.1 and later, else in pixels."""
         angstrom = star.has(star.particle_block, "rlnOriginXAngst") or star.optics_block is not None
         suffix, unit = ("Angst", self.pixel_size) if angstrom else ("", 1.0)
-        values = dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), self.euler.T, strict=True))
-        axes = "XY" if has_series(star) else "XYZ"  # images have no depth
-        values |= {f"rlnOrigin{axis}{suffix}": self.origin[:, i] * unit for i, axis in enumerate(axes)}
-        return {name: np.array([f"{v:.6f}" for v in column], object) for name, column in values.items()}
+        axes = relion.AXES[:2] if relion.has_series(star) else relion.AXES  # images have no depth
+        origins = [f"rlnOrigin{axis}{suffix}" for axis in axes]
+        values = np.hstack([self.euler, self.origin[:, : len(axes)] * unit])
+        return number_columns([*relion.ANGLES, *origins], values, 6)
 
 
 def write_subset(
@@ -87,7 +78,7 @@ def write_subset(
         table["rlnClassNumber"] = np.array([str(int(label) + 1) for label in np.asarray(classes)[member]], object)
     if poses is not None:
         for name, column in poses.in_file(source, index).columns(star).items():
-            table[name] = column[order]
+            table[name] = np.array(column, object)[order]
     write_star(path, {**star.blocks, star.particle_block: table})
     if source.optimisation is not None:
         set_path = path.with_name(f"{path.stem}_optimisation_set.star")
@@ -118,7 +109,7 @@ def fingerprint_of(names: Iterable[object]) -> str:
 def refuse_ambiguous(star: StarFile) -> None:
     """UserError naming the first particle that occurs twice: a class of it would not say which one is meant."""
     seen: dict[str, int] = {}
-    for row, name in enumerate(identities(star)):
+    for row, name in enumerate(relion.identities(star)):
         if name in seen:
             raise UserError(
                 f"{star.path}: particle {name} occurs twice (rows {seen[name] + 1} and {row + 1}); identities must be "

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from opustomo.config import ExtractConfig
+from opustomo.data.angles import to_euler
 from opustomo.data.atomic import atomic
 from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.mrc import map_volume, write_volume
 from opustomo.data.places import tomogram_key
+from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ
-from opustomo.data.star import write_star
+from opustomo.data.star import number_columns, write_star
 from opustomo.errors import UserError, reading
-from opustomo.physics.geometry import matrix_to_euler
 
 log = logging.getLogger(__name__)
 
@@ -205,20 +205,13 @@ def _columns(
     pixel_size: float,
 ) -> dict[str, list[str]]:
     """RELION 3.1 columns of all particles but their images: coordinates of the boxes, the rest as origin."""
-    angles = matrix_to_euler(torch.from_numpy(particles.rotation)).numpy()
-    numbers = {f"rlnCoordinate{a}": (c, 0) for a, c in zip("XYZ", centre.T, strict=True)}
-    numbers |= {f"rlnAngle{a}": (c, 5) for a, c in zip(("Rot", "Tilt", "Psi"), angles.T, strict=True)}
-    origin = (centre - position) * pixel_size
-    numbers |= {f"rlnOrigin{a}Angst": (c, 5) for a, c in zip("XYZ", origin.T, strict=True)}
+    names = [str(name) or tomogram_key(file.name) for name, file in zip(particles.tomogram, files, strict=True)]
+    columns = {"rlnMicrographName": names}
+    columns |= number_columns([f"rlnCoordinate{axis}" for axis in relion.AXES], centre, 0)
+    poses = np.hstack([to_euler(particles.rotation), (centre - position) * pixel_size])
+    columns |= number_columns([*relion.ANGLES, *(f"rlnOrigin{axis}Angst" for axis in relion.AXES)], poses, 5)
     if np.isfinite(particles.score).all():
-        numbers["rlnAutopickFigureOfMerit"] = (particles.score, 6)
+        columns |= number_columns(["rlnAutopickFigureOfMerit"], particles.score[:, None], 6)
     if (particles.half > 0).any():
-        numbers["rlnRandomSubset"] = (particles.half, 0)
-    named = {
-        "rlnMicrographName": [
-            str(name) or tomogram_key(f.name) for name, f in zip(particles.tomogram, files, strict=True)
-        ]
-    }
-    columns = {name: [f"{value:.{digits}f}" for value in column] for name, (column, digits) in numbers.items()}
-    fixed = {"rlnCtfImage": "wedge.mrc", "rlnOpticsGroup": "1"}
-    return named | columns | {name: [value] * len(position) for name, value in fixed.items()}
+        columns["rlnRandomSubset"] = [str(half) for half in particles.half]
+    return columns | {"rlnCtfImage": ["wedge.mrc"] * len(names), "rlnOpticsGroup": ["1"] * len(names)}

@@ -6,11 +6,11 @@ dialect it was read from.  Readers make it; nothing else names a STAR column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,7 @@ TILT_COLUMNS = (
 
 SCALE = TILT_COLUMNS.index("scale")
 
-Transfer = Literal["tilts", "ctf_volume", "weight_volume", "none"]
-Normalisation = Literal["sum", "mean", "unknown"]
+Transfer = Literal["tilts", "ctf_volume", "weight_volume"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class Particles:
     pixel_size: float  # a0, Angstrom
     transfer: Transfer
     premultiplied: bool
-    normalisation: Normalisation  # how tilts were combined: METHOD section 3, r
     tilts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(TILT_COLUMNS))))
     tilt_offsets: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))  # (P + 1,)
     slices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (rows of tilts,) or (0,)
@@ -112,8 +110,7 @@ class Particles:
         index = np.asarray(index, np.int64)
         rows, offsets = np.arange(len(self.tilts)), np.zeros(1, np.int64)
         if self.transfer == "tilts":
-            counts = np.diff(self.tilt_offsets)[index]
-            offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            offsets = offsets_of(np.diff(self.tilt_offsets)[index])
             chosen = [np.arange(self.tilt_offsets[i], self.tilt_offsets[i + 1]) for i in index]
             rows = np.concatenate([rows[:0], *chosen])
         return replace(
@@ -132,6 +129,32 @@ class Particles:
             slices=self.slices[rows] if self.stacks else self.slices,
             tilt_shifts=self.tilt_shifts[rows] if self.stacks else self.tilt_shifts,
         )
+
+    def within(self, limit: float) -> Particles:
+        """The same with tilts further than ``limit`` degrees from 0 excluded; UserError: tilts not known, none left."""
+        if not 0 <= limit <= 90:
+            raise UserError(f"--tilt-limit {limit:g}: give degrees, 0 to 90")
+        if self.transfer != "tilts":
+            raise UserError(
+                f"--tilt-limit {limit:g}: the CTFs of {self.source} are volumes, which do not tell tilts apart; leave "
+                "it out"
+            )
+        tilts = np.array(self.tilts)
+        # an image seen from behind is the same projection
+        angle = np.rad2deg(np.arcsin(np.abs(np.sin(np.deg2rad(tilts[:, TILT_COLUMNS.index("tilt")])))))
+        beyond = (angle > limit) & (tilts[:, SCALE] != 0)
+        tilts[beyond, SCALE] = 0
+        kept = np.diff(offsets_of(tilts[:, SCALE] != 0)[self.tilt_offsets])
+        if self.faults is None and (kept == 0).any():  # else they are told with the damaged ones
+            name = self.names[kept.argmin()]
+            raise UserError(f"--tilt-limit {limit:g}: leaves particle {name} of {self.source} no tilt; give more")
+        note = f"{beyond.sum()} of {len(beyond)} tilts are further than --tilt-limit {limit:g} from 0 and left out"
+        return replace(self, tilts=tilts, notes=(*self.notes, note))
+
+
+def offsets_of(counts: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+    """(P + 1,) where the rows of each particle begin and end, from (P,) how many there are of each."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def refuse_most(count: int, looked_at: int, star: Path, faults: dict[str, str] | None) -> None:

@@ -61,9 +61,8 @@ def places_of(
     if coordinates is None or "" in tomogram:
         raise UserError(f"{table.path}: has no coordinates or no rlnTomoName (rlnMicrographName) for every particle")
     shift = -origin * pixel_size
-    turn = relion.subtomogram_rotation(table)
-    if turn is not None and source.format != "relion5":  # those are in the tomogram's frame already
-        rotation, shift = turn @ rotation, np.einsum("pij,pj->pi", turn, shift)
+    if not source.stacks:  # those are in the tomogram's frame already
+        rotation, shift = relion.in_tomogram(table, rotation, shift)
     stated = coordinate_pixel or relion.coordinate_pixel(table) or pixel_size
     if coordinate_pixel is None and source.tomograms is not None:
         corner, stated = optimisation_set.from_corner(source, pixel_size, datadir)

@@ -1,4 +1,4 @@
-"""Poses that change: moving the particles of a table, and how far they have been moved.
+"""Poses that change: moving the particles of a table, how far they have been moved, and poses from elsewhere.
 
 Owns: the units of a move.  A move is (P, 6): rotation vector (radians, active) and shift (voxels of the working grid)
 about the axes of the consensus frame, as the pose modes of the linear stage are.
@@ -7,13 +7,17 @@ about the axes of the consensus frame, as the pose modes of the linear stage are
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from opustomo.data.angles import to_matrix
 from opustomo.data.particles import Particles
+from opustomo.errors import UserError
 from opustomo.physics.geometry import matrix_to_euler, rotation_from_vector, update_pose
 from opustomo.physics.grid import Grid
 
@@ -43,3 +47,29 @@ def moved_from(particles: Particles, given: Particles, grid: Grid) -> Tensor:
 def same_poses(a: Particles, b: Particles) -> bool:
     """Whether two tables of the same particles have the very same poses."""
     return np.array_equal(a.rotation, b.rotation) and np.array_equal(a.origin, b.origin)
+
+
+def with_poses(
+    particles: Particles, rotation: NDArray[Any], origin_fraction: NDArray[Any], euler: NDArray[Any]
+) -> Particles:
+    """The same particles with the poses of a pose pickle.
+
+    rotation: (P, 3, 3) A of METHOD section 2; origin_fraction: (P, 3) origins as a fraction of the box; euler: (P, 3)
+    degrees.  Where the matrices are not those of the Euler angles (other programs store the transpose) the angles,
+    whose convention is RELION's, are used and a note says so.  UserError naming both counts when P differs.
+    """
+    if not len(rotation) == len(origin_fraction) == len(euler) == len(particles):
+        raise UserError(
+            f"--poses has {len(euler)} poses but {particles.source} has {len(particles)} particles; make the pose "
+            "pickle from this STAR file with `dsdsh prepare`"
+        )
+    angles = np.asarray(euler, np.float64)
+    matrices = to_matrix(angles)
+    notes = (*particles.notes, "poses from the pose pickle instead of the STAR file")
+    if np.abs(matrices - rotation).max() < 1e-3:
+        # the stored matrices carry corrections at float32 precision that the angles may have lost near tilt 0
+        matrices = np.asarray(rotation, np.float64)
+    else:
+        notes += ("the matrices of the pose pickle disagree with its Euler angles: the angles are used",)
+    origin = np.asarray(origin_fraction, np.float64) * particles.box
+    return replace(particles, rotation=matrices, origin=origin, euler=angles, notes=notes)

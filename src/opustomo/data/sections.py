@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo.data.mrc import header_of, read_slices, read_volume
-from opustomo.data.readers import relion, series
+from opustomo.data.readers import DIALECTS
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source
 
@@ -23,12 +23,9 @@ def sections_of(source: Source, row: int, datadir: Path | None) -> Pictures:
 
     Of tilt images: a quarter in, the middle, and a quarter from the end.  UserError: the file is not there, or damaged.
     """
-    if source.format == "series":
-        name = series.stack_names(source.subset(np.array([row])))[0]
-    else:
-        name = str(relion.image_names(source.table)[row])
-    path = Locator(source.table.path, datadir).require([name], "subtomograms")[0]
-    if source.format in ("relion5", "series"):
+    names = DIALECTS[source.format].image_files(source.subset(np.array([row])))
+    path = Locator(source.table.path, datadir).require(names, "subtomograms")[0]
+    if source.stacks:
         count = header_of(path).shape[0]
         chosen = np.unique([count // 4, count // 2, count - 1 - count // 4]).astype(np.int64)
         images = read_slices(path, chosen)

@@ -10,18 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from opustomo.config import InputOptions
+from opustomo.data.angles import to_euler
 from opustomo.data.lists import read_list
 from opustomo.data.particles import Particles
 from opustomo.data.places import Places, places_of, tomogram_key
 from opustomo.data.readers import relion
 from opustomo.data.readers.source import read_source
 from opustomo.errors import UserError
-from opustomo.physics.geometry import matrix_to_euler
 
 REACH = 0.25  # of the box: what a refinement moves no particle by
 
@@ -44,9 +43,8 @@ def with_species(particles: Particles, path: Path, options: InputOptions) -> Par
     row, distance = _nearest(here, species.position, [tomogram_key(str(name)) for name in species.tomogram], path)
     _refuse_doubtful(particles, path, row, distance, here.pixel_size)
     rotation, shift = species.rotation[row], species.position[row] - boxes.centre
-    turn = relion.subtomogram_rotation(source.table)
-    if turn is not None and source.format != "relion5":  # poses in the subtomogram's own frame
-        rotation, shift = turn.swapaxes(1, 2) @ rotation, np.einsum("pji,pj->pi", turn, shift)
+    if not source.stacks:
+        rotation, shift = relion.in_subtomogram(source.table, rotation, shift)
     note = (
         f"poses of {len(row)} of {len(species)} particles of {path}, median {np.median(distance):.2g} A (at most "
         f"{distance.max():.2g} A) from those of the STAR file"
@@ -55,7 +53,7 @@ def with_species(particles: Particles, path: Path, options: InputOptions) -> Par
         particles,
         rotation=rotation,
         origin=-shift / pixel,
-        euler=matrix_to_euler(torch.from_numpy(rotation)).numpy(),
+        euler=to_euler(rotation),
         notes=(*particles.notes, note, *species.notes),
     )
 

@@ -142,6 +142,11 @@ def _written(values: Iterable[str], where: str) -> list[str]:
     return words
 
 
+def number_columns(names: Sequence[str], values: NDArray[Any], digits: int) -> dict[str, list[str]]:
+    """Columns of a table to write, as text: numbers (rows, names) with ``digits`` behind the point."""
+    return {name: [f"{value:.{digits}f}" for value in column] for name, column in zip(names, values.T, strict=True)}
+
+
 def read_numeric_table(path: Path, block: str, columns: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """The asked-for columns that exist in one table, each (rows,) float64; fast enough for thousands of files.
 

@@ -17,16 +17,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from opustomo.data.angles import to_euler
 from opustomo.data.mrc import write_volume
 from opustomo.data.observe import Noise, observe_all, sample_rows, tilt_rows
 from opustomo.data.particles import Particles
 from opustomo.data.readers import relion
 from opustomo.data.readers.source import Source
 from opustomo.data.stacks import read_stack
-from opustomo.data.star import Block, write_star
+from opustomo.data.star import Block, number_columns, write_star
 from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies, from_band
-from opustomo.physics.geometry import matrix_to_euler
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import insert_tilts
 
@@ -35,9 +35,9 @@ SAMPLE = 64  # particles that the median noise level is taken from
 _OF_IMAGES = (
     "rlnTomoVisibleFrames", "rlnTomoSubtomogramRot", "rlnTomoSubtomogramTilt", "rlnTomoSubtomogramPsi", "rlnDefocusU",
     "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfBfactor", "rlnCtfScalefactor", "rlnMicrographPreExposure",
-    "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnImageName", "rlnCtfImage", "rlnMagnification",
+    *relion.ANGLES, "rlnImageName", "rlnCtfImage", "rlnMagnification",
     "rlnDetectorPixelSize",
-    *(f"rlnOrigin{axis}{unit}" for axis in "XYZ" for unit in ("", "Angst")),
+    *(f"rlnOrigin{axis}{unit}" for axis in relion.AXES for unit in ("", "Angst")),
 )  # fmt: skip
 
 
@@ -93,18 +93,16 @@ def _blocks(particles: Particles, source: Source) -> dict[str, Block]:
     old = source.table.particles
     assert len(old) == len(particles)
     # coordinates of one row for each image are those in the image
-    dropped = (*_OF_IMAGES, *(f"rlnCoordinate{axis}" for axis in "XYZ" if source.format == "series"))
+    dropped = (*_OF_IMAGES, *(f"rlnCoordinate{axis}" for axis in relion.AXES if source.format == "series"))
     table = old[[name for name in old if name not in dropped]].copy()
     table["rlnTomoParticleName"] = particles.names
     if "rlnTomoName" not in table:
         table["rlnTomoName"] = [str(name) or "unknown" for name in particles.tomogram]
     table["rlnImageName"] = [image_name(i) for i in range(len(particles))]
     table["rlnCtfImage"] = [weight_name(i) for i in range(len(particles))]
-    euler = matrix_to_euler(torch.from_numpy(particles.rotation)).numpy()
-    origin = particles.origin * particles.pixel_size
-    for names, values in ((("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), euler),
-                          ([f"rlnOrigin{axis}Angst" for axis in relion.AXES], origin)):  # fmt: skip
-        table = table.assign(**{n: [f"{v:.6f}" for v in c] for n, c in zip(names, values.T, strict=True)})
+    poses = np.hstack([to_euler(particles.rotation), particles.origin * particles.pixel_size])
+    names = (*relion.ANGLES, *(f"rlnOrigin{axis}Angst" for axis in relion.AXES))
+    table = table.assign(**number_columns(names, poses, 6))
     stated = {name: f"{value:g}" for name, value in relion.microscope(source.table).items()}
     new = {
         "rlnImagePixelSize": f"{particles.pixel_size:.7g}",

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from opustomo.data.star import Block, write_star
+from opustomo.data.readers import relion
+from opustomo.data.star import Block, number_columns, write_star
 
 _OPTICS_GROUP = "opticsGroup1"
 
@@ -89,12 +90,12 @@ def _particle_blocks(particles: Particles, optics: Optics) -> dict[str, Block]:
     columns = {
         "rlnTomoName": list(particles.tomogram),
         "rlnTomoParticleId": numbers,
-        **_columns(["rlnCoordinateX", "rlnCoordinateY", "rlnCoordinateZ"], particles.coordinates, 3),
-        **_columns(["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"], particles.euler, 5),
+        **number_columns([f"rlnCoordinate{axis}" for axis in relion.AXES], particles.coordinates, 3),
+        **number_columns(relion.ANGLES, particles.euler, 5),
         "rlnTomoParticleName": names,
         "rlnOpticsGroup": ["1"] * len(names),
         "rlnImageName": list(particles.images),
-        **_columns(["rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginZAngst"], particles.origin * optics.pixel_size, 4),
+        **number_columns([f"rlnOrigin{axis}Angst" for axis in relion.AXES], particles.origin * optics.pixel_size, 4),
         "rlnTomoVisibleFrames": frames,
     }
     return {
@@ -110,7 +111,7 @@ def _tomogram_blocks(tomograms: Mapping[str, Tomogram], optics: Optics) -> dict[
             "rlnTomoName": name,
             "rlnTomoTiltSeriesName": f"{name}.mrcs",
             "rlnTomoFrameCount": str(len(tomogram.rotation)),
-            **{f"rlnTomoSize{axis}": f"{size:.0f}" for axis, size in zip("XYZ", tomogram.size, strict=True)},
+            **{f"rlnTomoSize{axis}": f"{size:.0f}" for axis, size in zip(relion.AXES, tomogram.size, strict=True)},
             "rlnTomoHand": "1.0",  # defocus grows with the depth
             "rlnOpticsGroupName": _OPTICS_GROUP,
             **_microscope(optics),
@@ -132,9 +133,9 @@ def _tilts(tomogram: Tomogram) -> pd.DataFrame:
     defocus = np.column_stack([tomogram.defocus, tomogram.defocus, 0 * tomogram.defocus])
     return pd.DataFrame(
         projection
-        | _columns(["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"], defocus, 2)
-        | _columns(["rlnCtfScalefactor"], tomogram.scale[:, None], 6)
-        | _columns(["rlnMicrographPreExposure"], tomogram.exposure[:, None], 3)
+        | number_columns(["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"], defocus, 2)
+        | number_columns(["rlnCtfScalefactor"], tomogram.scale[:, None], 6)
+        | number_columns(["rlnMicrographPreExposure"], tomogram.exposure[:, None], 3)
     )
 
 
@@ -145,7 +146,3 @@ def _microscope(optics: Optics) -> dict[str, str]:
         "rlnSphericalAberration": f"{optics.cs:g}",
         "rlnAmplitudeContrast": f"{optics.amplitude:g}",
     }
-
-
-def _columns(names: Sequence[str], values: NDArray[np.float64], digits: int) -> dict[str, list[str]]:
-    return {name: [f"{value:.{digits}f}" for value in column] for name, column in zip(names, values.T, strict=True)}

@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from opustomo.data.angles import to_matrix
 from opustomo.data.lists.tables import LARGEST
 from opustomo.data.readers import relion
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix
 
 _STOPGAP = "stopgap_motivelist"
 _PURPOSE = "placing the particles"
@@ -58,9 +57,8 @@ def _columns(star: StarFile, names: list[str], block: str | None = None) -> NDAr
     return relion.within(found, LARGEST, star, f"value of {names[0]} and its like", "units")
 
 
-def _optional(star: StarFile, block: str, name: str, fields: dict[str, Any], field: str) -> None:
-    if star.has(block, name):
-        fields[field] = star.numbers(block, name, _PURPOSE)
+def _score(star: StarFile, block: str, name: str) -> dict[str, Any]:
+    return {"score": star.numbers(block, name, _PURPOSE)} if star.has(block, name) else {}
 
 
 def _angles(star: StarFile, names: list[str]) -> NDArray[np.float64]:
@@ -68,7 +66,7 @@ def _angles(star: StarFile, names: list[str]) -> NDArray[np.float64]:
     present = [star.has(star.particle_block, name) for name in names]
     if not any(present):
         return np.tile(np.eye(3), (len(star.particles), 1, 1))
-    return euler_to_matrix(torch.from_numpy(_columns(star, names))).numpy()
+    return to_matrix(_columns(star, names))
 
 
 def _stopgap(star: StarFile) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def _stopgap(star: StarFile) -> dict[str, Any]:
         "rotation": Rotation.from_euler("zxz", angles, degrees=True).as_matrix(),
         "tomogram": star.text(_STOPGAP, "tomo_num", "telling tomograms apart"),
     }
-    _optional(star, _STOPGAP, "score", fields, "score")
+    fields |= _score(star, _STOPGAP, "score")
     if star.has(_STOPGAP, "halfset"):
         names = star.text(_STOPGAP, "halfset", "the half sets")
         fields["half"] = np.array([{"A": 1, "B": 2}.get(name, 0) for name in names], np.int64)
@@ -115,8 +113,7 @@ def _match_pick(star: StarFile, prefix: str) -> dict[str, Any]:
         "tomogram": star.text(block, name, "telling tomograms apart"),
         "pixel_size": relion.constant(star, f"{prefix}DetectorPixelSize"),
     }
-    _optional(star, block, f"{prefix}LCCmax", fields, "score")
-    return fields
+    return fields | _score(star, block, f"{prefix}LCCmax")
 
 
 def _relion(star: StarFile) -> dict[str, Any]:
@@ -130,12 +127,12 @@ def _relion(star: StarFile) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "position": position,
         "unit": "voxels" if star.has(block, "rlnCoordinateX") else "centred",
-        "rotation": _angles(star, [f"rlnAngle{name}" for name in ("Rot", "Tilt", "Psi")]),
+        "rotation": _angles(star, list(relion.ANGLES)),
         "tomogram": relion.tomograms(star),
         "half": relion.halves(star),
         "pixel_size": relion.coordinate_pixel(star),
     }
-    _optional(star, block, "rlnAutopickFigureOfMerit", fields, "score")
+    fields |= _score(star, block, "rlnAutopickFigureOfMerit")
     pixel = relion.pixel_size(star)
     if pixel is None and not star.has(block, "rlnOriginXAngst") and fields["unit"] == "voxels":
         # nothing says how large the pixels of the origins are: as in lists of ArtiaX, those of the coordinates
@@ -144,7 +141,5 @@ def _relion(star: StarFile) -> dict[str, Any]:
     size = 1.0 if pixel is None else pixel[0]
     fields["image_pixel"] = None if pixel is None else size
     shift = -relion.origins(star, size)[0] * size
-    turn = relion.subtomogram_rotation(star)
-    if turn is not None:
-        fields["rotation"], shift = turn @ fields["rotation"], np.einsum("pij,pj->pi", turn, shift)
-    return {**fields, "shift": shift}
+    fields["rotation"], fields["shift"] = relion.in_tomogram(star, fields["rotation"], shift)
+    return fields

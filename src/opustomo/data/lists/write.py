@@ -12,13 +12,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
+from opustomo.data.angles import to_euler
 from opustomo.data.places import Places, tomogram_key
-from opustomo.data.star import write_star
+from opustomo.data.star import number_columns, write_star
 from opustomo.errors import UserError, reading
-from opustomo.physics.geometry import matrix_to_euler
 
 Kind = Literal["artiax", "warp", "m", "relion"]
 
@@ -55,16 +54,16 @@ def write_list(
     Angstrom; refined shifts are in them.
     UserError: a tomogram that M's data source does not have.
     """
-    angles = matrix_to_euler(torch.from_numpy(places.rotation)).numpy()
+    angles = to_euler(places.rotation)
     prefix, number, unit = ("wrp", "1", 1.0) if kind == "m" else ("rln", "", places.pixel_size)
     columns: dict[str, object] = {}
     keys = [tomogram_key(str(name)) for name in places.tomogram]
     if kind in ("artiax", "relion"):
         columns["rlnTomoName" if kind == "artiax" else "rlnMicrographName"] = list(places.tomogram)
-    columns |= _floats([f"{prefix}Coordinate{axis}{number}" for axis in "XYZ"], places.centre / unit)
+    columns |= number_columns([f"{prefix}Coordinate{axis}{number}" for axis in "XYZ"], places.centre / unit, 5)
     if kind in ("artiax", "relion"):
-        columns |= _floats([f"rlnOrigin{axis}" for axis in "XYZ"], np.zeros_like(places.centre))
-    columns |= _floats([f"{prefix}Angle{angle}{number}" for angle in ("Rot", "Tilt", "Psi")], angles)
+        columns |= number_columns([f"rlnOrigin{axis}" for axis in "XYZ"], np.zeros_like(places.centre), 5)
+    columns |= number_columns([f"{prefix}Angle{angle}{number}" for angle in ("Rot", "Tilt", "Psi")], angles, 5)
     if kind == "m":
         sources = sources or {}
         if missing := [key for key in keys if key not in sources]:
@@ -86,7 +85,3 @@ def write_list(
             columns["rlnClassNumber"] = [str(value + 1) for value in classes]
     columns |= dict(more or {})
     write_star(path, {"particles" if kind == "artiax" else "": pd.DataFrame(columns)})
-
-
-def _floats(names: list[str], values: NDArray[np.float64]) -> dict[str, object]:
-    return {name: [f"{value:.5f}" for value in column] for name, column in zip(names, values.T, strict=True)}

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo.data.atomic import atomic
-from opustomo.data.particles import SCALE, TILT_COLUMNS
+from opustomo.data.particles import SCALE, TILT_COLUMNS, offsets_of
 from opustomo.data.readers.ctf_csv import read_ctf_csv
 from opustomo.data.star import read_numeric_table
 from opustomo.errors import UserError
@@ -84,8 +84,7 @@ def read_tilts(
                     "remove the particle from the STAR file or restore some tilts"
                 )
     tables = [known.get(path, nothing) for path in files]
-    offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
-    tilts = np.concatenate(tables)
+    tilts, offsets = np.concatenate(tables), offsets_of([len(table) for table in tables])
     if pack is not None:
         with atomic(pack) as temporary, temporary.open("wb") as handle:
             for array in (mark, offsets, tilts):

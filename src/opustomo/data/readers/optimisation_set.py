@@ -9,25 +9,28 @@ rest of the projection (shifts of the stage) does not enter.  Source: RELION 5, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from opustomo.data.angles import tilt_angles, to_euler, to_matrix
 from opustomo.data.mrc import header_of
+from opustomo.data.particles import TILT_COLUMNS, offsets_of
 from opustomo.data.readers import relion
 from opustomo.data.readers.ctf_star import tilt_table
+from opustomo.data.readers.dialect import Imaging, Opened, Poses
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source
-from opustomo.data.readers.tilt_images import TiltImages, tilt_angles
+from opustomo.data.readers.subtomograms import image_files
 from opustomo.data.star import StarFile, read_star
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
 
+__all__ = ["from_corner", "image_files", "poses", "poses_in_file", "read"]
+
+_DEFOCUS = [TILT_COLUMNS.index("defocus_u"), TILT_COLUMNS.index("defocus_v")]
 _LOOKED_AT = 8  # stacks
 _OF_WARP = "dummy_tiltseries.mrc"  # rlnTomoTiltSeriesName
 _PER_DOSE = "rlnCtfBfactorPerElectronDose"
@@ -45,14 +48,12 @@ class _Series(NamedTuple):
     warp: bool  # whether WarpTools wrote it
 
 
-def read_tilt_series(
-    source: Source, images: Sequence[Path], pixel_size: float, datadir: Path | None, readable: Sequence[Path]
-) -> TiltImages:
-    """Poses and tilts of P particles, whose stacks ``images`` have pixels of ``pixel_size`` Angstrom.
+def read(opened: Opened) -> Imaging:
+    """Poses and tilts of P particles, whose files are stacks of tilt images.
 
-    readable: those of ``images`` that can be looked into.
     UserError: no tomograms file, tomogram not in it, frames that do not fit, columns missing.
     """
+    source, pixel_size = opened.source, opened.pixel_size
     star = source.table
     if source.tomograms is None:
         names = (f"{star.path.stem}_optimisation_set.star", "optimisation_set.star")
@@ -62,27 +63,25 @@ def read_tilt_series(
             f"give the optimisation set ({beside or 'the STAR file'} with _rlnTomoParticlesFile and "
             "_rlnTomoTomogramsFile) instead"
         )
-    tomograms = _read_tomograms(source.tomograms, star, pixel_size, datadir)
-    euler, rotation, origin, origin_note = poses(star, pixel_size)
-    series = _series_of(source, tomograms)
+    series = _series_of(source, _read_tomograms(source.tomograms, star, pixel_size, opened.options.datadir))
+    euler, rotation, origin, origin_note = poses(source, pixel_size)
     frames = _visible(star, series)
     depth, depth_note = _depths(star, series, origin * pixel_size)
     tables = []
     for one, visible, along in zip(series, frames, depth, strict=True):
         table = one.table[visible]
-        table[:, 3:5] += (one.hand * along[visible])[:, None]
+        table[:, _DEFOCUS] += (one.hand * along[visible])[:, None]
         tables.append(table)
-    offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
-    whole = _holds_all(star, images, frames, series, set(readable))
+    whole = _holds_all(opened, frames, series)
     slices = np.concatenate([visible if whole else np.arange(len(visible)) for visible in frames])
-    counts = np.diff(offsets)
+    counts = [len(table) for table in tables]
     tilts = (
-        f"{len(set(relion.tomograms(star)))} tilt series in {source.tomograms.name}, {counts.min()} to {counts.max()} "
+        f"{len(set(relion.tomograms(star)))} tilt series in {source.tomograms.name}, {min(counts)} to {max(counts)} "
         "images a particle"
     )
-    return TiltImages(
-        euler, rotation, origin, np.concatenate(tables), offsets, slices, np.zeros((len(slices), 2)),
-        (origin_note, tilts, depth_note),
+    return Imaging(
+        euler, rotation, origin, "tilts", (), np.concatenate(tables), offsets_of(counts), slices,
+        np.zeros((len(slices), 2)), (origin_note, tilts, depth_note),
     )  # fmt: skip
 
 
@@ -101,18 +100,24 @@ def from_corner(source: Source, pixel_size: float, datadir: Path | None) -> tupl
     return position + middle, pixel_size if all(one.warp for one in series) else series[0].pixel_size
 
 
-def poses(star: StarFile, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64], str]:
-    """Euler angles (P, 3), A (P, 3, 3) and origin (P, 3) in the tomogram's frame, and a note."""
-    euler = relion.eulers(star)
-    rotation = euler_to_matrix(torch.from_numpy(euler)).numpy()
-    origin, note = relion.origins(star, pixel_size)
-    turn = relion.subtomogram_rotation(star)
-    if turn is None:
-        return euler, rotation, origin, note
-    rotation = turn @ rotation
-    euler = matrix_to_euler(torch.from_numpy(rotation)).numpy()
+def poses(source: Source, pixel_size: float) -> Poses:
+    """Poses in the tomogram's frame, in which the images are."""
+    euler = relion.eulers(source.table)
+    origin, note = relion.origins(source.table, pixel_size)
+    rotation = to_matrix(euler)
+    if relion.subtomogram_rotation(source.table) is None:
+        return Poses(euler, rotation, origin, note)
+    rotation, origin = relion.in_tomogram(source.table, rotation, origin)
     note += "; poses and origins turned by rlnTomoSubtomogramRot/Tilt/Psi"
-    return euler, rotation, np.einsum("pij,pj->pi", turn, origin), note
+    return Poses(to_euler(rotation), rotation, origin, note)
+
+
+def poses_in_file(
+    source: Source, pixel_size: float, euler: NDArray[np.float64], origin: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Euler angles and origins (P, 3) in the subtomograms' frames, of such in the tomogram's."""
+    rotation, origin = relion.in_subtomogram(source.table, to_matrix(euler), origin)
+    return to_euler(rotation), origin
 
 
 def _series_of(source: Source, tomograms: dict[str, _Series]) -> list[_Series]:
@@ -146,31 +151,26 @@ def _visible(star: StarFile, series: list[_Series]) -> list[NDArray[np.int64]]:
     return frames
 
 
-def _holds_all(
-    star: StarFile,
-    images: Sequence[Path],
-    frames: list[NDArray[np.int64]],
-    series: list[_Series],
-    readable: set[Path],
-) -> bool:
+def _holds_all(opened: Opened, frames: list[NDArray[np.int64]], series: list[_Series]) -> bool:
     """Whether stacks hold the images that are not visible, too: those of WarpTools do, those of RELION do not.
 
     A few stacks are looked at.  UserError where they hold yet another number.
     """
+    path, images, readable = opened.source.table.path, opened.images, set(opened.readable)
     kinds = []
-    good = [i for i, path in enumerate(images) if path in readable]
+    good = [i for i, image in enumerate(images) if image in readable]
     some = [i for i in good if len(frames[i]) < len(series[i].table)] or good
     for i in some[:: max(1, len(some) // _LOOKED_AT)]:
         held, all_frames, visible = header_of(images[i]).shape[0], len(series[i].table), len(frames[i])
         if held not in (all_frames, visible):
             raise UserError(
-                f"{images[i]}: has {held} images where {star.path}, row {i + 1}, shows {visible} of {all_frames} "
+                f"{images[i]}: has {held} images where {path}, row {i + 1}, shows {visible} of {all_frames} "
                 "(rlnTomoVisibleFrames); give the particles and tomograms that these stacks were extracted with"
             )
         kinds.append(held != visible)
     if len(set(kinds)) > 1:
         raise UserError(
-            f"{star.path}: some stacks hold all images, some only those of rlnTomoVisibleFrames; give sets that were "
+            f"{path}: some stacks hold all images, some only those of rlnTomoVisibleFrames; give sets that were "
             "extracted apart one at a time"
         )
     return kinds[0]
@@ -254,7 +254,7 @@ def _series(
             columns["rlnCtfBfactor"] = per_dose * (dose + 0.5 * (of_tomogram("rlnTomoImportFractionalDose") or 0.0))
         else:
             columns["dose"] = dose  # as RELION and WarpTools then filter the images
-    angles = dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), tilt_angles(rotation).T, strict=True))
+    angles = dict(zip(relion.ANGLES, tilt_angles(rotation).T, strict=True))
     axes = [of_tomogram(f"rlnTomoSize{axis}") for axis in relion.AXES]
     size = None if None in axes else np.array(axes, np.float64)
     slope = of_tomogram("rlnTomoDefocusSlope")
@@ -295,13 +295,3 @@ def _rotations(star: StarFile, block: str) -> NDArray[np.float64]:
             "scales or mirrors); export the set from RELION or WarpTools again"
         )
     return u @ v
-
-
-def poses_in_file(
-    star: StarFile, rotation: NDArray[np.float64], origin: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Euler angles (P, 3) and origins (P, 3) as the file has them, of poses in the tomogram's frame."""
-    turn = relion.subtomogram_rotation(star)
-    if turn is not None:
-        rotation, origin = turn.swapaxes(1, 2) @ rotation, np.einsum("pji,pj->pi", turn, origin)
-    return matrix_to_euler(torch.from_numpy(rotation)).numpy(), origin

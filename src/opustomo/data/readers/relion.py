@@ -7,14 +7,14 @@ and how it becomes pixels and degrees.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from opustomo.data.angles import to_matrix
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix
 
 AXES = ("X", "Y", "Z")
+ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 PREMULTIPLIED = "rlnCtfDataAreCtfPremultiplied"
 
 
@@ -72,8 +72,7 @@ def halves(star: StarFile, column: str = "rlnRandomSubset") -> NDArray[np.int64]
 
 def eulers(star: StarFile) -> NDArray[np.float64]:
     """(P, 3) rot, tilt, psi in degrees; UserError when a column is missing: poses come from the consensus."""
-    columns = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
-    found = np.stack([star.numbers(star.particle_block, name, "the consensus poses") for name in columns], 1)
+    found = np.stack([star.numbers(star.particle_block, name, "the consensus poses") for name in ANGLES], 1)
     return within(found, 1e6, star, "angle", "degrees")
 
 
@@ -108,12 +107,31 @@ def subtomogram_rotation(star: StarFile) -> NDArray[np.float64] | None:
     """(P, 3, 3) from the subtomogram to the tomogram (rlnTomoSubtomogramRot/Tilt/Psi); None where there is none.
 
     Poses and origins of the file are in the subtomogram's frame.  The images of a stack are in that of the tomogram.
+    ``in_tomogram`` applies it.
     """
     names = ("rlnTomoSubtomogramRot", "rlnTomoSubtomogramTilt", "rlnTomoSubtomogramPsi")
     if not star.has(star.particle_block, names[0]):
         return None
     angles = np.stack([star.numbers(star.particle_block, name, "the subtomograms' orientation") for name in names], 1)
-    return euler_to_matrix(torch.from_numpy(angles)).numpy()
+    return to_matrix(angles)
+
+
+def in_tomogram(
+    star: StarFile, rotation: NDArray[np.float64], vector: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A (P, 3, 3) and vectors (P, 3) of the subtomograms' frames in that of their tomogram."""
+    turn = subtomogram_rotation(star)
+    return (rotation, vector) if turn is None else (turn @ rotation, np.einsum("pij,pj->pi", turn, vector))
+
+
+def in_subtomogram(
+    star: StarFile, rotation: NDArray[np.float64], vector: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The inverse of ``in_tomogram``."""
+    turn = subtomogram_rotation(star)
+    if turn is None:
+        return rotation, vector
+    return turn.swapaxes(1, 2) @ rotation, np.einsum("pji,pj->pi", turn, vector)
 
 
 def coordinates(star: StarFile) -> NDArray[np.float64] | None:

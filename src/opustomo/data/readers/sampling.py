@@ -12,14 +12,43 @@ import numpy as np
 
 from opustomo.config import InputOptions
 from opustomo.data.mrc import MrcHeader, header_of
+from opustomo.data.particles import refuse_most
+from opustomo.data.readers import relion
+from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
 
 _TOLERANCE = 0.005  # relative difference of pixel sizes that users' rounding explains
 _LOOKED_AT = 8  # headers read here; `check` reads all
 
 
+def readable(images: Sequence[Path], source: Source) -> tuple[list[Path], dict[str, str]]:
+    """Files to read sizes from with ``--damaged skip``, and why those of the other particles, by name, are none.
+
+    From all headers, as ``check`` does; UserError where most cannot be read.
+    """
+    good, faults = [], {}
+    for path, name in zip(images, relion.identities(source.table), strict=True):
+        try:
+            header_of(path)
+            good.append(path)
+        except UserError as error:
+            faults[name] = str(error)
+    refuse_most(len(images) - len(good), len(images), source.table.path, faults)
+    return good, faults
+
+
+def agreed(star: Path, source: Source, files: Sequence[Path], options: InputOptions) -> tuple[int, float, list[str]]:
+    """Box N, pixel size in Angstrom, and a note on each, of the particles in ``files`` that ``star`` names.
+
+    UserError: those of ``box_size`` and ``pixel_size``.
+    """
+    box, box_note = box_size(files, star, relion.image_size(source.table), options, source.stacks)
+    size, size_note = pixel_size(files, star, relion.pixel_size(source.table), options)
+    return box, size, [box_note, size_note]
+
+
 def box_size(
-    files: Sequence[Path], star: Path, stated: int | None, options: InputOptions, stacks: bool = False
+    files: Sequence[Path], star: Path, stated: int | None, options: InputOptions, stacks: bool
 ) -> tuple[int, str]:
     """Box N of the subtomograms, or of the images of stacks, from their headers, and a note.
 
@@ -45,7 +74,7 @@ def box_size(
     )
 
 
-def check_box(path: Path, header: MrcHeader, stack: bool = False) -> int:
+def check_box(path: Path, header: MrcHeader, stack: bool) -> int:
     """Box of one subtomogram or of the images of a stack; UserError when it is not cubic (not square) or odd."""
     z, y, x = header.shape
     if stack and x != y:

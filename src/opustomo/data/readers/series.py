@@ -8,25 +8,26 @@ least tilted image has its beam along z and the tilt axis is along y, as in a su
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from opustomo.data.angles import tilt_angles, to_euler, to_matrix
+from opustomo.data.particles import SCALE, TILT_COLUMNS, offsets_of
 from opustomo.data.readers import relion
 from opustomo.data.readers.ctf_star import tilt_table
+from opustomo.data.readers.dialect import Imaging, Opened, Poses
 from opustomo.data.readers.source import Source
-from opustomo.data.readers.tilt_images import TiltImages, tilt_angles
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
-from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
 
 _CTF = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnVoltage", "rlnSphericalAberration",
         "rlnAmplitudeContrast", "rlnPhaseShift", "rlnCtfBfactor", "rlnCtfScalefactor")  # fmt: skip
+_BFACTOR = TILT_COLUMNS.index("bfactor")
 _BFACTOR_PER_DOSE = 4.0  # Angstrom^2
 _LEAST_TURN = np.deg2rad(1.0)  # tilts nearer to the reference do not show the axis
 
 
-def stack_names(source: Source) -> list[str]:
+def image_files(source: Source) -> list[str]:
     """(P,) file of each particle's images.  UserError: images of one particle in several files."""
     names = np.array([name.split("@")[-1] for name in relion.image_names(source.whole)], object)
     assert source.rows is not None
@@ -39,11 +40,21 @@ def stack_names(source: Source) -> list[str]:
     return [str(names[rows[0]]) for rows in source.rows]
 
 
-def read_series(source: Source, pixel_size: float) -> TiltImages:
+def read(opened: Opened) -> Imaging:
     """Poses and tilts of P particles.  UserError: column missing, image number that is none."""
+    return _read(opened.source, opened.pixel_size)
+
+
+def poses(source: Source, pixel_size: float) -> Poses:
+    """The poses that ``read`` makes of those of the images."""
+    found = _read(source, pixel_size)
+    return Poses(found.euler, found.rotation, found.origin, found.notes[-1])
+
+
+def _read(source: Source, pixel_size: float) -> Imaging:
     star, rows = source.whole, source.rows
     assert rows is not None
-    turns = euler_to_matrix(torch.from_numpy(relion.eulers(star))).numpy()
+    turns = to_matrix(relion.eulers(star))
     shifts, origin_note = relion.origins(star, pixel_size)
     block = star.particle_block
     columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}
@@ -61,14 +72,13 @@ def read_series(source: Source, pixel_size: float) -> TiltImages:
         origin[i] = np.linalg.lstsq(plane, shifts[members, :2].ravel(), rcond=1e-3)[0]
         residual[members] = shifts[members, :2] - (plane @ origin[i]).reshape(-1, 2)
     order = np.concatenate(rows)
-    offsets = np.concatenate([[0], np.cumsum([len(members) for members in rows])]).astype(np.int64)
-    counts = np.diff(offsets)
+    counts = [len(members) for members in rows]
     named = star.has(block, "rlnTomoParticleName") or star.has(block, "rlnGroupName")
     by = "rlnGroupName" if named else "their stack: there is no rlnGroupName"
-    note = f"{len(order)} images are {len(rows)} particles by {by}, {counts.min()} to {counts.max()} images a particle"
-    return TiltImages(
-        matrix_to_euler(torch.from_numpy(rotation)).numpy(), rotation, origin, table[order], offsets,
-        _numbers(star)[order], residual[order], (note, origin_note),
+    note = f"{len(order)} images are {len(rows)} particles by {by}, {min(counts)} to {max(counts)} images a particle"
+    return Imaging(
+        to_euler(rotation), rotation, origin, "tilts", (), table[order], offsets_of(counts), _numbers(star)[order],
+        residual[order], (note, origin_note),
     )  # fmt: skip
 
 
@@ -77,7 +87,7 @@ def _particle_rotation(turns: NDArray[np.float64], table: NDArray[np.float64]) -
 
     The least tilted image has the largest scale, cos(tilt) where files say so, else the least dose.
     """
-    reference = turns[np.lexsort((table[:, 10], -table[:, 11]))[0]]
+    reference = turns[np.lexsort((table[:, _BFACTOR], -table[:, SCALE]))[0]]
     vectors = Rotation.from_matrix(turns @ reference.T).as_rotvec()
     size = np.linalg.norm(vectors, axis=1)
     axes = vectors[size > _LEAST_TURN] / size[size > _LEAST_TURN, None]
@@ -103,16 +113,16 @@ def _numbers(star: StarFile) -> NDArray[np.int64]:
 
 
 def poses_in_file(
-    source: Source, pixel_size: float, rotation: NDArray[np.float64], origin: NDArray[np.float64]
+    source: Source, pixel_size: float, euler: NDArray[np.float64], origin: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Euler angles and origins (rows, 3) of every image where the particles have these poses, (P, 3, 3) and (P, 3)."""
+    """Euler angles and origins (rows, 3) of every image where the particles have these."""
     star, rows = source.whole, source.rows
     assert rows is not None
-    given = read_series(source, pixel_size)
-    euler, shifts = relion.eulers(star), relion.origins(star, pixel_size)[0]
-    turns = euler_to_matrix(torch.from_numpy(euler)).numpy()
+    given, rotation = _read(source, pixel_size), to_matrix(euler)
+    angles, shifts = relion.eulers(star), relion.origins(star, pixel_size)[0]
+    turns = to_matrix(angles)
     for i, members in enumerate(rows):
         tilts = turns[members] @ given.rotation[i].T
-        euler[members] = matrix_to_euler(torch.from_numpy(tilts @ rotation[i])).numpy()
+        angles[members] = to_euler(tilts @ rotation[i])
         shifts[members, :2] += (tilts @ (origin[i] - given.origin[i]))[:, :2]
-    return euler, shifts
+    return angles, shifts

@@ -36,6 +36,30 @@ class Source:
     def __len__(self) -> int:
         return len(self.table.particles)
 
+    @property
+    def stacks(self) -> bool:
+        """Whether particles are stacks of tilt images, with poses in the tomogram's frame."""
+        return self.format in ("relion5", "series")
+
+    @property
+    def files_are(self) -> str:
+        """What messages call the files of the particles."""
+        return "stacks" if self.stacks else "subtomograms"
+
+    @property
+    def name(self) -> str:
+        """What messages call the dialect."""
+        version = relion.version(self.table)
+        return {"relion3": version, "relion4": "RELION 4", "relion5": "RELION 5", "series": "tilt images"}[self.format]
+
+    def refuse_version(self, relion31: bool) -> None:
+        """UserError where ``--relion31`` is stated of a file that is older."""
+        if relion31 and relion.version(self.table) == "RELION 3.0":
+            raise UserError(
+                f"--relion31: {self.table.path} has no data_optics table, it is RELION 3.0 (block "
+                f"data_{self.table.particle_block}); leave --relion31 out"
+            )
+
     def rows_of(self, index: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of ``whole`` of the particles at ``index``, and which of these each belongs to."""
         if self.rows is None:
