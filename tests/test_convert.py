@@ -182,6 +182,13 @@ def test_relion31_as_30(tmp_path: Path, capsys: Lines) -> None:
     assert f"says {SET_PIXEL:g} A" in refused(capsys, "convert_star", star, 2 * SET_PIXEL)
 
 
+def test_optics_of_an_unknown_group_are_not_guessed(tmp_path: Path, capsys: Lines) -> None:
+    made = relion31(tmp_path, groups=2)
+    made.optics["rlnVoltage"][1] = "200.0"
+    del made.optics["rlnImagePixelSize"], made.columns["rlnOpticsGroup"]
+    assert "no column _rlnOpticsGroup" in refused(capsys, "convert_star", made.write_star(), SET_PIXEL)
+
+
 def test_half_sets_of_the_file_are_kept_and_copies_removed(tmp_path: Path) -> None:
     made = relion31(tmp_path, n=6)
     made.columns["rlnRandomSubset"] = list("221112")

@@ -23,10 +23,6 @@ from opustomo.data.atomic import atomic
 from opustomo.errors import UserError
 
 
-def _constructor(value: Any, protocol: int) -> Any:
-    return value.__reduce_ex__(protocol)[0]
-
-
 def _dtype(kind: Any, *_: Any) -> np.dtype[Any]:
     """Numbers, strings and objects; numpy's own would also make structures, whose state can be forged."""
     if not re.fullmatch(r"[|<>=]?[biufcOSU]\d{0,9}", str(kind)):

@@ -20,7 +20,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,15 @@ def fingerprint(particles: Particles, grid: Grid, mark: str, options: tuple[str,
     return digest.hexdigest()
 
 
+class _Stored(NamedTuple):
+    """The rows as they are kept, in the order of ``_ROW_FILES``."""
+
+    numerator: np.ndarray  # (P, C^3) float16
+    weight: np.ndarray  # (P, n) float16
+    scale: np.ndarray  # (P, 2) float32, what the two are multiplied by
+    checksum: np.ndarray  # (P, 2) uint32, 1 and the checksum of a row that was written
+
+
 @dataclass
 class Cache:
     """An opened cache: a ``Rows`` with its grid, mask and noise model."""
@@ -80,10 +89,7 @@ class Cache:
     grid: Grid
     noise: Noise
     fingerprint: str
-    _numerator: np.ndarray
-    _weight: np.ndarray
-    _scale: np.ndarray
-    _checksum: np.ndarray
+    _stored: _Stored
     moved: Tensor  # (P, 6) from the poses given: see data.poses
     _held: tuple[Tensor, Tensor] | None = None  # all rows as float32
     _compared: np.ndarray = field(init=False)  # (P,) bool: rows known to have their checksum
@@ -92,7 +98,7 @@ class Cache:
         self._compared = np.zeros(len(self), bool)
 
     def __len__(self) -> int:
-        return len(self._scale)
+        return len(self._stored.scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process as its folder: that opens the files itself."""
@@ -100,29 +106,30 @@ class Cache:
 
     def numerator(self, index: Tensor) -> Tensor:
         """(b, C, C, C) float32 numerators of the rows at ``index``."""
-        return self._read(self._numerator, 0, index).unflatten(1, (self.grid.crop,) * 3)
+        return self._read(0, index).unflatten(1, (self.grid.crop,) * 3)
 
     def weight(self, index: Tensor) -> Tensor:
         """(b, n) float32 weights of the rows at ``index``, on the band."""
-        return self._read(self._weight, 1, index)
+        return self._read(1, index)
 
     def hold(self) -> None:
         """Keep the rows of a small set in memory as float32: reading float16 is two thirds of an EM step's time."""
         if 2 * len(self) * row_bytes(self.grid) > HELD_SHARE * free_memory():
             return
-        held = torch.empty(self._numerator.shape), torch.empty(self._weight.shape)
+        held = torch.empty(self._stored.numerator.shape), torch.empty(self._stored.weight.shape)
         for part in torch.arange(len(self)).split(1024):  # in parts: as a whole it would take twice as much meanwhile
-            for which, rows in enumerate((self._numerator, self._weight)):
-                held[which][part] = self._read(rows, which, part)
+            for which in (0, 1):
+                held[which][part] = self._read(which, part)
         self._held = held
 
-    def _read(self, rows: np.ndarray, which: int, index: Tensor) -> Tensor:
+    def _read(self, which: int, index: Tensor) -> Tensor:
+        """Numerators (0) or weights (1), flat."""
         if self._held is not None:
             return self._held[which][index]
         where = index.numpy()
         self._compare(where)
-        values = torch.from_numpy(np.asarray(rows[where])).float()
-        return values * torch.from_numpy(np.asarray(self._scale[where, which]))[:, None]
+        values = torch.from_numpy(np.asarray(self._stored[which][where])).float()
+        return values * torch.from_numpy(np.asarray(self._stored.scale[where, which]))[:, None]
 
     def _compare(self, where: np.ndarray) -> None:
         """Raise UserError for damaged rows, each looked at once; the next `prepare_cache` then looks at all."""
@@ -136,38 +143,40 @@ class Cache:
 
     def absent(self) -> np.ndarray:
         """Rows not written yet."""
-        return np.flatnonzero(self._checksum[:, 0] != 1)
+        return np.flatnonzero(self._stored.checksum[:, 0] != 1)
 
     def silent(self) -> list[int]:
         """Rows without any weight: of particles that could not be used."""
-        return np.flatnonzero(self._scale[:, 1] <= NOTHING).tolist()
+        return np.flatnonzero(self._stored.scale[:, 1] <= NOTHING).tolist()
 
     def missing(self) -> np.ndarray:
         """Rows not written yet or damaged: those whose bytes do not have the stored checksum.  Reads every row."""
         return np.array([i for i in range(len(self)) if not self._intact(i)], np.int64)
 
     def _intact(self, i: int) -> bool:
-        return bool(self._checksum[i, 0] == 1 and self._checksum[i, 1] == self._sum(i))
+        written, checksum = self._stored.checksum[i]
+        return bool(written == 1 and checksum == self._sum(i))
 
     def _sum(self, i: int) -> int:
         sums = 0
-        for part in (self._numerator[i], self._weight[i], self._scale[i]):
-            sums = zlib.crc32(part.tobytes(), sums)
+        for rows in self._stored[:3]:
+            sums = zlib.crc32(rows[i].tobytes(), sums)
         return sums
 
     def write(self, i: int, numerator: Tensor, weight: Tensor) -> None:
         """Store row i (numerator (C, C, C), weight (n,)) with its checksum, the checksum last."""
-        self._checksum[i] = (0, 0)
-        for which, (rows, values) in enumerate(((self._numerator, numerator), (self._weight, weight))):
+        stored = self._stored
+        stored.checksum[i] = (0, 0)
+        for which, (rows, values) in enumerate(((stored.numerator, numerator), (stored.weight, weight))):
             scale = max(float(values.abs().max()), NOTHING)
             rows[i] = (values.flatten() / scale).half().numpy()
-            self._scale[i, which] = scale
-        self._checksum[i] = (1, self._sum(i))
+            stored.scale[i, which] = scale
+        stored.checksum[i] = (1, self._sum(i))
         self._compared[i] = True
 
     def flush(self) -> None:
         """Push every row to the disk."""
-        for array in (self._numerator, self._weight, self._scale, self._checksum):
+        for array in self._stored:
             if isinstance(array, np.memmap):
                 array.flush()
 
@@ -238,7 +247,7 @@ def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: s
         if not path.exists() or path.stat().st_size != int(np.prod(shape)) * np.dtype(kind).itemsize:
             raise UserError(f"{path}: missing or truncated cache file; delete {folder} and run again")
         maps.append(np.memmap(path, kind, mode, shape=shape))  # type: ignore[call-overload]
-    return Cache(folder, grid, noise, mark, maps[0], maps[1], maps[2], maps[3], torch.zeros(count, 6))
+    return Cache(folder, grid, noise, mark, _Stored(*maps), torch.zeros(count, 6))
 
 
 def _opened_elsewhere(folder: Path, grid: Grid, noise: Noise, mark: str, moved: Tensor) -> Cache:
@@ -308,35 +317,28 @@ def prepare_cache(
     """
     mark = fingerprint(particles, grid, mask_mark, (contrast, normalisation))
     with exclusive(folder):  # runs that share a cache may begin at the same time
-        return _prepare(folder, particles, grid, mask, noise, mark, contrast, normalisation, workers, progress)
-
-
-def _prepare(
-    folder: Path, particles: Particles, grid: Grid, mask: Tensor, noise: Noise | None, mark: str,
-    contrast: str, normalisation: str, workers: int, progress: Progress,
-) -> Cache:  # fmt: skip
-    for name in (_MANIFEST, _NOISE):
-        remove_leftovers(folder, name)
-    manifest = read_manifest(folder)
-    if manifest is None or manifest["fingerprint"] != mark:
-        noise = noise or estimate_noise(
-            particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers
-        )
-        _create(folder, particles, grid, noise, mark)
-    else:
-        noise = _load_noise(folder, manifest)
-    cache = _open(folder, grid, len(particles), noise, mark, "r+")
-    finished = manifest is not None and manifest["fingerprint"] == mark and bool(manifest.get(_FINISHED))
-    missing = cache.absent() if finished else cache.missing()
-    if len(missing) or not finished:
-        # opened again: other processes have written rows since
+        for name in (_MANIFEST, _NOISE):
+            remove_leftovers(folder, name)
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest["fingerprint"] == mark:
+            noise, finished = _load_noise(folder, manifest), bool(manifest.get(_FINISHED))
+        else:
+            finished = False
+            noise = noise or estimate_noise(
+                particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers
+            )
+            _create(folder, particles, grid, noise, mark)
         reopen = partial(_open, folder, grid, len(particles), noise, mark, "r+")
-        cache = fill(cache, particles, missing, workers, progress, reopen)
-        _mark_finished(folder, True)
-    for i in cache.silent():  # why a row says nothing is known where it was made now
-        if particles.usable[i]:
-            observe(particles, i, grid, noise)
-    return cache
+        cache = reopen()
+        missing = cache.absent() if finished else cache.missing()
+        if len(missing) or not finished:
+            # opened again: other processes have written rows since
+            cache = fill(cache, particles, missing, workers, progress, reopen)
+            _mark_finished(folder, True)
+        for i in cache.silent():  # why a row says nothing is known where it was made now
+            if particles.usable[i]:
+                observe(particles, i, grid, noise)
+        return cache
 
 
 def rows_without_disk(
@@ -347,8 +349,8 @@ def rows_without_disk(
     if need > 0.5 * free_memory():
         return OnTheFly(particles, grid, noise, torch.zeros(len(particles), 6))
     count = len(particles)
-    made: list[np.ndarray] = [np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count)]
-    cache = Cache(Path(), grid, noise, "", made[0], made[1], made[2], made[3], torch.zeros(count, 6))
+    made = _Stored(*(np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count)))
+    cache = Cache(Path(), grid, noise, "", made, torch.zeros(count, 6))
     return fill(cache, particles, np.arange(count), workers, progress)
 
 

@@ -164,7 +164,7 @@ def _optics(stars: Sequence[StarFile]) -> tuple[pd.DataFrame | None, list[pd.Dat
             other = ", ".join(sorted(map(str, set(optics) ^ set(columns))))
             raise UserError(f"{stars[0].path} and {star.path} do not have the same columns in data_optics ({other}); "
                             "add or remove them")  # fmt: skip
-        number = {}
+        numbers = []
         for record in optics.to_dict("records"):
             row = {str(name): str(value) for name, value in record.items()}
             what = {name: value for name, value in row.items() if name not in _NAMED}
@@ -174,11 +174,8 @@ def _optics(stars: Sequence[StarFile]) -> tuple[pd.DataFrame | None, list[pd.Dat
                 taken = {one.get("rlnOpticsGroupName") for one in groups}
                 named = {"rlnOpticsGroupName": f"{name}_{len(groups) + 1}"} if name in taken else {}
                 groups.append({**row, **named, "rlnOpticsGroup": str(len(groups) + 1)})
-            number[row.get("rlnOpticsGroup", "1")] = groups[same[0] if same else -1]["rlnOpticsGroup"]
-        used = list(table["rlnOpticsGroup"]) if "rlnOpticsGroup" in table else [next(iter(number))] * len(table)
-        if unknown := [group for group in used if group not in number]:
-            raise UserError(f"{star.path}: optics group {unknown[0]} is not in its data_optics; add its row")
-        changed.append(table.assign(rlnOpticsGroup=[number[group] for group in used]))
+            numbers.append(groups[same[0] if same else -1]["rlnOpticsGroup"])
+        changed.append(table.assign(rlnOpticsGroup=[numbers[row] for row in relion.optics_rows(star)]))
     return pd.DataFrame(groups, columns=columns), changed
 
 

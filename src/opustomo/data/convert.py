@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.lists.write import Kind, write_list
-from opustomo.data.places import Places, tomogram_key
+from opustomo.data.places import Places, begins, tomogram_key
 from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ
 from opustomo.data.star import StarFile, read_star, write_star
@@ -38,7 +38,7 @@ def rows_of_tomogram(particles: ParticleList, name: str) -> NDArray[np.int64]:
     word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])")
     tiers = (
         [one for one in names if one == key],
-        [one for one in names if one.startswith((key + "_", key + "."))],
+        [one for one in names if begins(one, key)],
         [one for one in names if word.search(one)],
     )
     found = next(filter(None, tiers), []) if key else []
@@ -226,14 +226,7 @@ def _rows_with_optics(star: StarFile) -> pd.DataFrame:
     table = star.particles.copy()
     if star.optics_block is None:
         return table
-    optics = star.table(star.optics_block)
-    if "rlnOpticsGroup" in table:
-        order = {group: i for i, group in enumerate(optics["rlnOpticsGroup"])}
-        if unknown := [group for group in table["rlnOpticsGroup"] if group not in order]:
-            raise UserError(f"{star.path}: optics group {unknown[0]} is not in data_{star.optics_block}; add its row")
-        rows = np.array([order[group] for group in table["rlnOpticsGroup"]])
-    else:
-        rows = np.zeros(len(table), np.int64)
+    optics, rows = star.table(star.optics_block), relion.optics_rows(star)
     for name in optics:
         if name not in (*_OPTICS_ALONE, *table):
             table[name] = optics[name].to_numpy(dtype=object)[rows]

@@ -21,7 +21,7 @@ from opustomo.data.angles import to_euler
 from opustomo.data.atomic import atomic
 from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.mrc import map_volume, write_volume
-from opustomo.data.places import tomogram_key
+from opustomo.data.places import begins, tomogram_key
 from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ
 from opustomo.data.star import number_columns, write_star
@@ -129,7 +129,7 @@ def tomograms_of(particles: ParticleList, given: Sequence[Path]) -> list[Path]:
     chosen = {}
     for name in names:
         key = tomogram_key(name)
-        starts = [path for stem, path in files.items() if key and stem.startswith((key + "_", key + "."))]
+        starts = [path for stem, path in files.items() if begins(stem, key)]
         fit = [files[key]] if key in files else starts
         if len(fit) != 1:
             what = "has no name" if not key else f"{name} is not there" if not fit else f"{name}: several files fit"

@@ -30,10 +30,12 @@ from opustomo.data.stacks import read_stack, stack_power
 from opustomo.physics.fourier import (
     band_frequencies,
     band_multiplicity,
+    both_halves,
     from_band,
     irfft3,
     radial,
     rfft3,
+    shell_mean,
     shell_sum,
     to_band,
 )
@@ -77,9 +79,7 @@ def _smooth(band: Tensor, size: int) -> Tensor:
     """Gaussian average over neighbouring Fourier voxels (sigma 1), respecting the edge of the band."""
 
     def blur(values: Tensor) -> np.ndarray:
-        half = from_band(values, size)
-        mirrored = torch.roll(half.flip(0, 1), (1, 1), (0, 1))[..., 1 : size // 2].flip(-1)
-        full = torch.fft.fftshift(torch.cat([half, mirrored], -1))
+        full = torch.fft.fftshift(both_halves(from_band(values, size)))
         return np.fft.ifftshift(gaussian_filter(full.numpy(), 1.0, mode="constant"))[..., : size // 2 + 1]
 
     ratio = torch.from_numpy(blur(band) / np.maximum(blur(torch.ones_like(band)), 1e-6))
@@ -162,19 +162,21 @@ def _consensus_share(
 ) -> tuple[Tensor, Tensor]:
     """The masked average (C, C, C) and the fraction of each shell's power it explains, (M//2+1,), in [0, 0.95]."""
     size = grid.working_box
-    raw = to_band(rfft3(numerator)) / _regularised(weight, size)
-    volume = centre_crop(irfft3(from_band(raw, size)), grid.crop) * mask
+    band = to_band(rfft3(numerator))
+    volume = centre_crop(sample_average(band, weight, size), grid.crop) * mask
     v = model_band(volume, size)
-    gain = 2.0 * shell_sum((v * to_band(rfft3(numerator)).conj()).real, size) - shell_sum(
-        v.abs().square() * weight, size
-    )
+    gain = 2.0 * shell_sum((v * band.conj()).real, size) - shell_sum(v.abs().square() * weight, size)
     return volume, (gain / power.clamp(min=1e-30)).clamp(0.0, MOST_EXPLAINED)
 
 
-def _regularised(weight: Tensor, size: int) -> Tensor:
-    """The weight plus a twentieth of its shell's mean: what an average of a sample is divided by."""
-    shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
-    return (weight + 0.05 * radial(shells, size)).clamp(min=1e-12)
+def _regularised(weight: Tensor, size: int, share: float = 0.05) -> Tensor:
+    """The weight plus a share of its shell's mean: what an average of a sample is divided by."""
+    return (weight + share * radial(shell_mean(weight, size), size)).clamp(min=1e-12)
+
+
+def sample_average(band: Tensor, weight: Tensor, size: int, share: float = 0.05) -> Tensor:
+    """(M, M, M) average of a sample, from sums of its numerators (n,) complex and weights (n,) on the band."""
+    return irfft3(from_band(band / _regularised(weight, size, share), size))
 
 
 def _contrast_sign(volume: Tensor, weight: Tensor, level: Tensor, mask: Tensor, grid: Grid) -> tuple[float, bool]:
@@ -196,15 +198,13 @@ def _contrast_sign(volume: Tensor, weight: Tensor, level: Tensor, mask: Tensor, 
     return sign, abs(score) > CONTRAST_DEVIATIONS * spread and score * tail > 0
 
 
-def probe_ratio(
-    numerators: Tensor, weights: Tensor, mask: Tensor, size: int, shells: tuple[float, float], seed: int = 0
-) -> float:
+def probe_ratio(numerators: Tensor, weights: Tensor, mask: Tensor, size: int, shells: tuple[float, float]) -> float:
     """Variance of what random volumes score against residuals, over what their weights promise.
 
     Random masked volumes v of the given shells (low < |k| <= high, in Fourier voxels), residuals B_i - W_i mean:
     ``<v, residual>`` has variance ``<v, W v>`` where noise is counted right.  numerators (b, C, C, C), weights (b, n).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     crop = numerators.shape[-1]
     k = band_frequencies(size).norm(dim=-1)
     shaped = torch.randn((32, size, size, size), generator=generator)

@@ -26,6 +26,11 @@ def tomogram_key(name: str) -> str:
     return stem
 
 
+def begins(name: str, key: str) -> bool:
+    """Whether a tomogram's name is ``key`` with more to it: TS_1_10.00Apx begins with TS_1, TS_10 does not."""
+    return key != "" and name.startswith((key + "_", key + "."))
+
+
 @dataclass(frozen=True)
 class Places:
     """P particles: the point x of the average, Angstrom from its voxel N//2, lies at ``centre + rotation x``."""

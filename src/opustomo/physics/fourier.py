@@ -141,6 +141,12 @@ def from_band(band: Tensor, size: int) -> Tensor:
     return out.unflatten(-1, (size, size, size // 2 + 1))
 
 
+def both_halves(half: Tensor) -> Tensor:
+    """The whole of a real, even transform from its half (N, N, N//2+1), ``F(-k) = F(k)``: (N, N, N)."""
+    mates = torch.roll(half.flip(0, 1), (1, 1), (0, 1))
+    return torch.cat([half, mates[..., 1 : half.shape[0] // 2].flip(-1)], -1)
+
+
 def shell_sum(values: Tensor, size: int) -> Tensor:
     """Sum of a real band quantity (..., n) over shells, counting both halves: (..., size//2+1)."""
     out = values.new_zeros((*values.shape[:-1], size // 2 + 1))

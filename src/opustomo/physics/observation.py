@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from opustomo.physics.ctf import transfer_at, transfer_coefficients
-from opustomo.physics.fourier import band_index, band_multiplicity, frequencies, from_band, irfft3, rfft3, to_band
+from opustomo.physics.fourier import (
+    band_index,
+    band_multiplicity,
+    both_halves,
+    frequencies,
+    from_band,
+    irfft3,
+    rfft3,
+    to_band,
+)
 from opustomo.physics.geometry import euler_to_matrix
 from opustomo.physics.volume import (
     centre_crop,
@@ -138,12 +147,7 @@ def rotate_weight(band: Tensor, matrix: Tensor, size: int, k: Tensor) -> Tensor:
     half = from_band(band, size)
     # k = 0 is outside the band, but its neighbours are read by interpolation
     half[0, 0, 0] = (half[1, 0, 0] + half[0, 1, 0] + half[0, 0, 1]) / 3.0
-    # full centred volume from the even half transform: F(-k) = F(k)
-    full = torch.zeros((size, size, size), dtype=band.dtype, device=band.device)
-    full[..., : size // 2 + 1] = half
-    mirrored = torch.roll(half.flip(0, 1), (1, 1), (0, 1))
-    full[..., size // 2 + 1 :] = mirrored[..., 1 : size // 2].flip(-1)
-    centred, points = torch.fft.fftshift(full), k @ matrix.T.to(k)
+    centred, points = torch.fft.fftshift(both_halves(half)), k @ matrix.T.to(k)
     return torch.maximum(sample_cubic(centred, points), LEAST_OF_LINEAR * sample_at(centred, points))
 
 

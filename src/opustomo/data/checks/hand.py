@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from opustomo.data.checks.signal import HALF_SHARE, half_mask
 from opustomo.data.findings import Finding
+from opustomo.data.noise import sample_average
 from opustomo.data.observe import Noise, observe_all
 from opustomo.data.particles import TILT_COLUMNS, Particles
 from opustomo.physics.ctf import electron_wavelength
-from opustomo.physics.fourier import from_band, irfft3, radial, rfft3, shell_sum, to_band
+from opustomo.physics.fourier import rfft3, shell_sum, to_band
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
-from opustomo.physics.volume import spherical_mask
 
 SURE = 4.0  # standard errors by which one hypothesis must be the better one
 _FEW = 16  # particles: with fewer the halves are noise
@@ -71,24 +71,18 @@ def compare(particles: Particles, other: Particles, grid: Grid, noise: Noise) ->
 def _scores(particles: Particles, grid: Grid, noise: Noise) -> NDArray[np.float64]:
     """(P,) log-likelihood gain in nats of each particle by the average of the other half."""
     size = grid.working_box
-    mask = spherical_mask(size, 0.35 * size, 0.1 * size)
+    mask = half_mask(size)
     _, b, w = zip(*observe_all(particles, range(len(particles)), grid, noise, crop=size), strict=True)
     bands, weights = to_band(rfft3(torch.stack(b))), torch.stack(w)
     overlap, energy = torch.zeros(len(b), size // 2 + 1), torch.zeros(len(b), size // 2 + 1)
     for half in (0, 1):
-        v = _average(bands[1 - half :: 2].sum(0), weights[1 - half :: 2].sum(0), mask)
+        average = sample_average(bands[1 - half :: 2].sum(0), weights[1 - half :: 2].sum(0), size, HALF_SHARE)
+        v = model_band(average * mask, size)
         overlap[half::2] = torch.stack([shell_sum((v.conj() * one).real, size) for one in bands[half::2]])
         energy[half::2] = torch.stack([shell_sum(v.abs().square() * one, size) for one in weights[half::2]])
     # what the average is worth in each shell: where it is noise, nothing
     gain = (overlap.sum(0) / energy.sum(0).clamp(min=1e-30)).clamp(0.0, 1.0)
     return (gain * overlap - 0.5 * gain.square() * energy).sum(-1).double().numpy()
-
-
-def _average(numerator: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    size = len(mask)
-    shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
-    band = numerator / (weight + 0.1 * radial(shells, size)).clamp(min=1e-12)
-    return model_band(irfft3(from_band(band, size)) * mask, size)
 
 
 def hand_findings(particles: Particles, grid: Grid, noise: Noise) -> list[Finding]:

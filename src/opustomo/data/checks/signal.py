@@ -11,19 +11,25 @@ from torch import Tensor
 
 from opustomo.config import InputOptions
 from opustomo.data.findings import Finding
-from opustomo.data.noise import estimate_noise
+from opustomo.data.noise import estimate_noise, sample_average
 from opustomo.data.observe import Noise, observe_all
 from opustomo.data.particles import Particles
 from opustomo.errors import UserError
-from opustomo.physics.fourier import from_band, irfft3, radial, rfft3, shell_sum, to_band
+from opustomo.physics.fourier import rfft3, to_band
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import fourier_shell_correlation, spherical_mask
 
+HALF_SHARE = 0.1  # of the shell's mean weight, added to the weight of half a sample
 THRESHOLD = 0.143  # of the FSC between two half averages
 _FEW = 16  # particles: with fewer the halves are noise
 _BLOB = 4  # shells: agreement up to here is that of a blob, whatever its orientation
 _CLEAR = 0.08  # mean FSC beyond the blob; with exchanged orientations it varies by 0.02 to 0.03
 _FIRST_SHELL = 2  # the first shell of a masked box holds little but its mean
+
+
+def half_mask(size: int) -> Tensor:
+    """Soft sphere (M, M, M) in which averages of half a sample are compared."""
+    return spherical_mask(size, 0.35 * size, 0.1 * size)
 
 
 def noise_model(particles: Particles, grid: Grid) -> Noise | UserError:
@@ -48,9 +54,7 @@ def _average(particles: Particles, rows: Sequence[int], grid: Grid, noise: Noise
     numerator, weight = torch.zeros((size,) * 3), torch.zeros_like(noise.power)
     for _, b, w in observe_all(particles, rows, grid, noise, crop=size):
         numerator, weight = numerator + b, weight + w
-    shells = shell_sum(weight, size) / shell_sum(torch.ones_like(weight), size).clamp(min=1)
-    band = to_band(rfft3(numerator)) / (weight + 0.1 * radial(shells, size)).clamp(min=1e-12)
-    return irfft3(from_band(band, size)) * spherical_mask(size, 0.35 * size, 0.1 * size)
+    return sample_average(to_band(rfft3(numerator)), weight, size, HALF_SHARE) * half_mask(size)
 
 
 def signal_findings(noise: Noise, particles: Particles, grid: Grid, options: InputOptions) -> list[Finding]:

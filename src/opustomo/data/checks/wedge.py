@@ -17,6 +17,7 @@ from opustomo.data.readers import read_transfer_volume
 from opustomo.physics.fourier import (
     band_frequencies,
     band_shell,
+    both_halves,
     from_band,
     resize_spectrum,
     to_band,
@@ -85,9 +86,7 @@ def sample_power(particles: Particles, grid: Grid, mean_normalised: bool) -> Pow
 
 def _cube(band: Tensor, size: int) -> Cube:
     """The full transform of a real, even band quantity, centred, without the Nyquist planes: (size - 1,) * 3."""
-    half = from_band(band, size)
-    mates = torch.roll(half.flip(0, 1), (1, 1), (0, 1))[..., 1 : size // 2].flip(-1)
-    return torch.fft.fftshift(torch.cat([half, mates], -1)).numpy()[1:, 1:, 1:].astype(np.float64)
+    return torch.fft.fftshift(both_halves(from_band(band, size))).numpy()[1:, 1:, 1:].astype(np.float64)
 
 
 def _neighbourhood(prediction: Cube, shell: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -23,7 +23,7 @@ _COLUMNS = (
 
 
 def read_ctf_csv(path: Path) -> dict[str, NDArray[np.float64]]:
-    """The columns of a CTF STAR (see ``ctf_star.tilt_table``), each (T,), of a particle's T tilts.
+    """The columns of a CTF STAR (see ``tilts.tilt_table``), each (T,), of a particle's T tilts.
 
     UserError: damaged file, column missing, value that is not a number.
     """

@@ -1,8 +1,7 @@
 """Per-particle CTF STAR files: one row per tilt, any number of tilts per particle.
 
-Owns: the columns of these files, their conversion to ``TILT_COLUMNS``, and the one file in which they (and CTF tables
-of other programs) are kept packed, since a hundred thousand small files take far longer to parse than everything else
-at the start.
+Owns: the reading of these files (and of CTF tables of other programs), and the one file in which they are kept packed,
+since a hundred thousand small files take far longer to parse than everything else at the start.
 Such files are written by RELION's ``relion_prepare_subtomograms`` and by Warp 1; the angles are RELION's (the script
 inverts the stage tilt), so that (u, v, distance) = R_t k.
 """
@@ -21,31 +20,9 @@ from numpy.typing import NDArray
 from opustomo.data.atomic import atomic
 from opustomo.data.particles import SCALE, TILT_COLUMNS, offsets_of
 from opustomo.data.readers.ctf_csv import read_ctf_csv
+from opustomo.data.readers.tilts import COLUMNS, ImpossibleValue, tilt_table
 from opustomo.data.star import read_numeric_table
 from opustomo.errors import UserError
-
-# In the order of TILT_COLUMNS but the last, the dose, which these files do not have; a number is the value taken when
-# the column is absent, None means it is needed.
-_COLUMNS: dict[str, float | None] = {
-    "rlnAngleRot": 0.0,
-    "rlnAngleTilt": None,
-    "rlnAnglePsi": 0.0,
-    "rlnDefocusU": None,
-    "rlnDefocusV": None,
-    "rlnDefocusAngle": 0.0,
-    "rlnVoltage": None,
-    "rlnSphericalAberration": None,
-    "rlnAmplitudeContrast": None,
-    "rlnPhaseShift": 0.0,
-    "rlnCtfBfactor": 0.0,
-    "rlnCtfScalefactor": 1.0,
-}
-_BFACTOR = TILT_COLUMNS.index("bfactor")
-
-
-class ImpossibleValue(UserError):
-    """A value without a CTF."""
-
 
 _PACK_FORMAT = 1
 PACK_FROM = 500  # files: fewer are parsed in a tenth of a second
@@ -132,51 +109,4 @@ def _tilts(path: Path, microscope: Mapping[str, float]) -> NDArray[np.float64]:
             return tilt_table(read_ctf_csv(path), microscope, path)
         except ImpossibleValue as error:
             raise UserError(f"{error} (converted from Warp's metres, volts and radians)") from None
-    return tilt_table(read_numeric_table(path, "images", tuple(_COLUMNS)), microscope, path)
-
-
-def tilt_table(
-    found: Mapping[str, NDArray[np.float64]], microscope: Mapping[str, float], path: Path
-) -> NDArray[np.float64]:
-    """Rows (T, 13) of TILT_COLUMNS from the columns of a file, each (T,), and perhaps "dose"; others are not looked at.
-
-    UserError naming ``path``: column missing, value without a CTF.
-    """
-    rows = len(next(iter(found.values()))) if found else 0
-    columns = []
-    for name, default in _COLUMNS.items():
-        value = found.get(name)
-        if value is None and name == "rlnDefocusV":
-            value = found.get("rlnDefocusU")
-        if value is None:
-            constant = microscope.get(name, default)
-            if constant is None:
-                raise UserError(
-                    f"{path}: has no column _{name}, needed for the CTF of every tilt; add it "
-                    "(RELION's relion_prepare_subtomograms writes it)"
-                )
-            value = np.full(rows, constant)
-        columns.append(value)
-    table = np.stack([*columns, found.get("dose", np.zeros(rows))], 1)
-    table[:, _BFACTOR] = np.abs(table[:, _BFACTOR])
-    _refuse_impossible(path, table)
-    return table
-
-
-def _refuse_impossible(path: Path, table: NDArray[np.float64]) -> None:
-    """Values without a CTF: they would turn into NaN far from here."""
-    for name, good, hint in (
-        ("rlnVoltage", lambda v: (v > 0) & (v < 1e4), "write kV, e.g. 300"),
-        ("rlnAmplitudeContrast", lambda v: (v >= 0) & (v < 1), "write a fraction, e.g. 0.07"),
-        ("rlnDefocusU", lambda v: np.abs(v) < 1e6, "write Angstrom, e.g. 30000"),
-        ("rlnDefocusV", lambda v: np.abs(v) < 1e6, "write Angstrom, e.g. 30000"),
-        ("rlnSphericalAberration", lambda v: np.abs(v) < 1e3, "write mm, e.g. 2.7"),
-        ("rlnCtfBfactor", lambda v: v < 1e6, "write Angstrom^2, four times the dose"),
-        ("rlnCtfScalefactor", lambda v: np.abs(v) < 1e6, "write the cosine of the tilt angle"),
-        *((name, lambda v: np.abs(v) < 1e6, "write degrees") for name in _COLUMNS if "Angle" in name),
-        ("rlnPhaseShift", lambda v: np.abs(v) < 1e6, "write degrees"),
-    ):
-        values = table[:, list(_COLUMNS).index(name)]
-        wrong = np.flatnonzero(~good(values))
-        if len(wrong):
-            raise ImpossibleValue(f"{path}: tilt {wrong[0] + 1}: _{name} {values[wrong[0]]:g} is not possible; {hint}")
+    return tilt_table(read_numeric_table(path, "images", tuple(COLUMNS)), microscope, path)

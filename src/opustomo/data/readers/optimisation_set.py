@@ -20,11 +20,11 @@ from opustomo.data.angles import tilt_angles, to_euler, to_matrix
 from opustomo.data.mrc import header_of
 from opustomo.data.particles import TILT_COLUMNS, offsets_of
 from opustomo.data.readers import relion
-from opustomo.data.readers.ctf_star import tilt_table
 from opustomo.data.readers.dialect import Imaging, Opened, Poses
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source
 from opustomo.data.readers.subtomograms import image_files
+from opustomo.data.readers.tilts import tilt_table
 from opustomo.data.star import StarFile, read_star
 from opustomo.errors import UserError
 

@@ -205,7 +205,7 @@ def constant(star: StarFile, column: str) -> float | None:
     if other.size:
         optics = star.optics_block
         table = optics if optics is not None and star.has(optics, column) else None
-        row = int(other[0]) if table is None else _groups_in_use(star, table)[other[0]]
+        row = int(other[0]) if table is None else _groups_in_use(star)[other[0]]
         place = f"data_{star.particle_block if table is None else table}, row {row + 1}"
         raise UserError(
             f"{star.path}: _{column} differs: {values[0]:g} and {values[other[0]]:g} ({place}); all particles must "
@@ -218,22 +218,28 @@ def _values(star: StarFile, column: str) -> NDArray[np.float64] | None:
     """A column from the optics groups in use, else from the particle table, else None."""
     optics = star.optics_block
     if optics is not None and star.has(optics, column):
-        return star.numbers(optics, column, "the optics")[_groups_in_use(star, optics)]
+        return star.numbers(optics, column, "the optics")[_groups_in_use(star)]
     if star.has(star.particle_block, column):
         return star.numbers(star.particle_block, column, "the optics")
     return None
 
 
-def _groups_in_use(star: StarFile, optics: str) -> list[int]:
-    """Rows of the optics table that particles refer to, in order of first use."""
-    rows = {group: i for i, group in enumerate(star.text(optics, "rlnOpticsGroup", "linking particles to optics"))}
+def optics_rows(star: StarFile) -> list[int]:
+    """(rows,) row of the optics table for each row of the particle table; UserError: a group that is not there."""
+    optics, purpose = star.optics_block, "linking particles to optics"
+    assert optics is not None
+    rows = {group: i for i, group in enumerate(star.text(optics, "rlnOpticsGroup", purpose))}
     if len(rows) == 1 and not star.has(star.particle_block, "rlnOpticsGroup"):
-        return [0]
-    used = list(dict.fromkeys(star.text(star.particle_block, "rlnOpticsGroup", "linking particles to optics")))
-    unknown = [group for group in used if group not in rows]
-    if unknown:
+        return [0] * len(star.particles)
+    used = star.text(star.particle_block, "rlnOpticsGroup", purpose)
+    if unknown := [group for group in used if group not in rows]:
         raise UserError(
             f"{star.path}: optics group {unknown[0]} of data_{star.particle_block} is not in data_{optics} "
             f"(groups {', '.join(rows)}); add its row"
         )
     return [rows[group] for group in used]
+
+
+def _groups_in_use(star: StarFile) -> list[int]:
+    """Rows of the optics table that particles refer to, in order of first use."""
+    return list(dict.fromkeys(optics_rows(star)))

@@ -14,9 +14,9 @@ from scipy.spatial.transform import Rotation
 from opustomo.data.angles import tilt_angles, to_euler, to_matrix
 from opustomo.data.particles import SCALE, TILT_COLUMNS, offsets_of
 from opustomo.data.readers import relion
-from opustomo.data.readers.ctf_star import tilt_table
 from opustomo.data.readers.dialect import Imaging, Opened, Poses
 from opustomo.data.readers.source import Source
+from opustomo.data.readers.tilts import tilt_table
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
 

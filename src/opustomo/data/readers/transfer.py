@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from opustomo.data.findings import span
 from opustomo.data.mrc import read_volume
 from opustomo.data.particles import TILT_COLUMNS, Transfer
 from opustomo.data.readers import relion
@@ -93,8 +94,7 @@ def _from_tables(
 ) -> TransferFunctions:
     tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), pack, absent)
     counts = np.delete(np.diff(offsets), sorted(absent or ()))
-    span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    note = f"CTF from {len(set(files))} {_TABLES[ending]}, {span} tilts per particle"
+    note = f"CTF from {len(set(files))} {_TABLES[ending]}, {span(counts.min(), counts.max())} tilts per particle"
     return TransferFunctions("tilts", (), tilts, offsets, note)
 
 
