@@ -23,6 +23,7 @@ from opustomo.checkpoint import open_run
 from opustomo.config import SimulateConfig
 from opustomo.physics.volume import fourier_shell_correlation
 from opustomo.simulate import dataset, tilt_series
+from opustomo.simulate.plan import chosen_preset, make_plan
 from opustomo.simulate.tilt_series import TiltSeries
 
 PATH = "adk.pdb"
@@ -68,8 +69,8 @@ def oracle(data: Path) -> dict[str, float | None]:
     stated = json.loads((data / "sim.json").read_text())
     atoms = tuple(Path(path) for path in stated["atoms"])
     size = {"n": stated["n"], "box": stated["box"], "angpix": stated["pixel_size"], "snr": stated["snr"]}
-    preset = dataset.chosen_preset(SimulateConfig(data, atoms=atoms, **size))
-    series, plan = TiltSeries(preset.box, preset.pixel_size), dataset.make_plan(preset, stated["seed"])
+    preset = chosen_preset(SimulateConfig(data, atoms=atoms, **size))
+    series, plan = TiltSeries(preset.box, preset.pixel_size), make_plan(preset, stated["seed"])
     std = dataset.noise_level(plan, series, preset.snr, tilt_series.backprojection_matrix(series), stated["seed"])
     rows = np.arange(4)
     transfer = tilt_series.transfer(plan.tilt_defocus(series)[rows], series)

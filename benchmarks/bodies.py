@@ -28,7 +28,7 @@ from run import lookup, timed
 from scale import put
 
 from opustomo.data.mrc import write_volume
-from opustomo.simulate.dataset import solvent_mask
+from opustomo.simulate.truth import solvent_mask
 
 MARKS = ("<!-- bodies -->", "<!-- end of bodies -->")
 PROGRAM = [sys.executable, "-m", "opustomo"]

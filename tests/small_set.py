@@ -45,7 +45,8 @@ class SmallSet:
 
 def make_set(folder: Path, seed: int = 3, **changes: Any) -> SmallSet:
     """Like the small set, but for ``changes`` of the simulator's preset and other particles of another seed."""
-    from opustomo.simulate.dataset import Preset, make_plan, simulate
+    from opustomo.simulate.dataset import simulate
+    from opustomo.simulate.plan import Preset, make_plan
 
     usual = Preset(n=PARTICLES, states=(0, 1), box=24, pixel_size=PIXEL, snr=2.0, rot_err=2.0, shift_err=0.3)
     preset = replace(usual, **changes)

@@ -39,8 +39,9 @@ from opustomo.physics.observation import (
     rotate_weight,
 )
 from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates, rotate_volume, spherical_mask
-from opustomo.simulate.dataset import Preset, simulate
 from opustomo.simulate.dataset import main as simulate_main
+from opustomo.simulate.dataset import simulate
+from opustomo.simulate.plan import Preset
 
 SIZE, EXTENT = 16, 120.0
 RNG = np.random.default_rng(11)

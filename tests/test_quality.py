@@ -25,7 +25,9 @@ from opustomo.physics.fourier import fourier_resize
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centre_crop, spherical_mask
 from opustomo.simulate import dataset
+from opustomo.simulate.plan import Plan, Preset, make_plan
 from opustomo.simulate.tilt_series import TiltSeries
+from opustomo.simulate.truth import write_truth
 
 GRID = Grid(box=36, pixel_size=10.0, working_box=24, crop=22, templateres=32)
 
@@ -64,20 +66,20 @@ class FakeRun:
 @dataclass
 class Simulated:
     folder: Path
-    plan: dataset.Plan
+    plan: Plan
 
 
-def write_set(folder: Path, preset: dataset.Preset, seed: int = 1) -> Simulated:
+def write_set(folder: Path, preset: Preset, seed: int = 1) -> Simulated:
     """Labels, true maps and STAR of a set, without its subtomograms: evaluate reads none."""
-    plan = dataset.make_plan(preset, seed)
-    dataset.write_truth(folder, preset, plan, TiltSeries(preset.box, preset.pixel_size))
+    plan = make_plan(preset, seed)
+    write_truth(folder, preset, plan, TiltSeries(preset.box, preset.pixel_size))
     dataset.write_star(folder, preset, plan)
     return Simulated(folder, plan)
 
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> Simulated:
-    preset = dataset.Preset(n=160, box=36, states=(0, 1, 3), rotation=(0.0, 8.0), rot_err=3.0, shift_err=0.5)
+    preset = Preset(n=160, box=36, states=(0, 1, 3), rotation=(0.0, 8.0), rot_err=3.0, shift_err=0.5)
     return write_set(tmp_path_factory.mktemp("states"), preset)
 
 
@@ -265,7 +267,7 @@ def test_outliers_do_not_turn_the_frame() -> None:
 
 
 def test_decoys_are_scored_as_outliers_and_left_out_elsewhere(tmp_path: Path) -> None:
-    preset = dataset.Preset(n=80, box=36, states=(1, 3), junk=0.1, rot_err=1.0)
+    preset = Preset(n=80, box=36, states=(1, 3), junk=0.1, rot_err=1.0)
     simulated = write_set(tmp_path, preset)
     run = perfect_run(simulated, tmp_path)
     junk = simulated.plan.junk_kind > 0
@@ -279,7 +281,7 @@ def test_decoys_are_scored_as_outliers_and_left_out_elsewhere(tmp_path: Path) ->
 
 
 def test_a_set_of_one_state_has_no_composition(tmp_path: Path) -> None:
-    simulated = write_set(tmp_path, dataset.Preset(n=40, box=36, rotation=(-10.0, 10.0)))
+    simulated = write_set(tmp_path, Preset(n=40, box=36, rotation=(-10.0, 10.0)))
     run = perfect_run(simulated, tmp_path)
     run.maps = lambda code: true_map(tmp_path, 1, 0.0).numpy()
     scores = quality.evaluate(run, tmp_path)  # type: ignore[arg-type]

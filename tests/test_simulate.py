@@ -19,7 +19,9 @@ from opustomo.errors import UserError
 from opustomo.simulate import bead_model, dataset, tilt_series
 from opustomo.simulate.bead_model import assemble
 from opustomo.simulate.molecule import Beads, gaussian_volume
+from opustomo.simulate.plan import BLOB, EMPTY, GOOD, MISPLACED, PRESETS, Preset, chosen_preset, make_plan
 from opustomo.simulate.tilt_series import TiltSeries
+from opustomo.simulate.truth import write_truth
 
 BOX, PIXEL = 36, 10.0
 SERIES = TiltSeries(BOX, PIXEL)
@@ -159,8 +161,8 @@ def test_missing_wedge_holds_little_power() -> None:
 
 
 def test_snr_is_the_ratio_of_variances_in_the_central_sphere() -> None:
-    preset = dataset.Preset(n=8, box=BOX, snr=0.25)
-    plan = dataset.make_plan(preset, 5)
+    preset = Preset(n=8, box=BOX, snr=0.25)
+    plan = make_plan(preset, 5)
     pure, noisy = (
         np.stack([one.subtomogram for one in dataset.observations(plan, SERIES, snr, 5)]) for snr in (0.0, 0.25)
     )
@@ -244,7 +246,7 @@ def test_mask_covers_every_state_and_stays_inside_the_box(clean: Path) -> None:
 
 
 def test_written_poses_are_wrong_by_the_stated_errors() -> None:
-    plan = dataset.make_plan(dataset.Preset(n=2000, rot_err=3.0, shift_err=0.5), 1)
+    plan = make_plan(Preset(n=2000, rot_err=3.0, shift_err=0.5), 1)
     relative = plan.given_rotation @ plan.rotation.swapaxes(1, 2)
     angle = np.rad2deg(Rotation.from_matrix(relative).magnitude())
     assert np.median(angle) == pytest.approx(3.0 * 0.6745, rel=0.06)  # median of |N(0, 1)|
@@ -252,15 +254,15 @@ def test_written_poses_are_wrong_by_the_stated_errors() -> None:
 
 
 def test_junk_preset_has_decoys_of_three_kinds_and_says_which() -> None:
-    plan = dataset.make_plan(dataset.PRESETS["junk"], 2)
+    plan = make_plan(PRESETS["junk"], 2)
     counts = np.bincount(plan.junk_kind)
     assert counts.tolist() == [300, 34, 33, 33]
-    assert (plan.state[plan.junk_kind == dataset.GOOD] == 1).all()
-    assert (plan.state[plan.junk_kind == dataset.BLOB] == -1).all()
+    assert (plan.state[plan.junk_kind == GOOD] == 1).all()
+    assert (plan.state[plan.junk_kind == BLOB] == -1).all()
     relative = plan.given_rotation @ plan.rotation.swapaxes(1, 2)
     angle = np.rad2deg(Rotation.from_matrix(relative).magnitude())
-    assert angle[plan.junk_kind == dataset.GOOD].max() < 15 < np.median(angle[plan.junk_kind == dataset.MISPLACED])
-    empty = int(np.flatnonzero(plan.junk_kind == dataset.EMPTY)[0])
+    assert angle[plan.junk_kind == GOOD].max() < 15 < np.median(angle[plan.junk_kind == MISPLACED])
+    empty = int(np.flatnonzero(plan.junk_kind == EMPTY)[0])
     assert len(plan.beads(empty, PIXEL).weight) == 0
 
 
@@ -268,10 +270,10 @@ def test_junk_preset_has_decoys_of_three_kinds_and_says_which() -> None:
     ("preset", "n", "states"), [("two-state", 400, (1, 2)), ("hinge", 400, (1,)), ("few", 263, (1, 3))]
 )
 def test_presets(preset: str, n: int, states: tuple[int, ...], tmp_path: Path) -> None:
-    chosen = dataset.chosen_preset(SimulateConfig(output=tmp_path, preset=preset))  # type: ignore[arg-type]
-    plan = dataset.make_plan(chosen, 1)
+    chosen = chosen_preset(SimulateConfig(output=tmp_path, preset=preset))  # type: ignore[arg-type]
+    plan = make_plan(chosen, 1)
     assert len(plan.state) == n and tuple(np.unique(plan.state)) == states
-    dataset.write_truth(tmp_path, chosen, plan, SERIES)
+    write_truth(tmp_path, chosen, plan, SERIES)
     labels = np.load(tmp_path / "labels.npz")
     assert ("present" in labels) == (len(states) == 2)
     if len(states) == 2:

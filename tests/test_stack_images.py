@@ -31,7 +31,8 @@ from opustomo.physics.observation import (
     quadratic_form,
 )
 from opustomo.physics.volume import centre_crop, spherical_mask
-from opustomo.simulate.dataset import Preset, simulate
+from opustomo.simulate.dataset import simulate
+from opustomo.simulate.plan import Preset
 from stack_writers import Set, native_turns, put_stack, two_states_set
 from test_noise import Known, assert_calibrated
 from test_observation import residuals, tilt_rows

@@ -22,6 +22,7 @@ from opustomo.data import write_relion5
 from opustomo.data.mrc import header_of, read_volume, write_stack
 from opustomo.simulate import dataset, tilt_series
 from opustomo.simulate.molecule import Beads
+from opustomo.simulate.plan import TOMOGRAM_SIZE, Preset, make_plan
 from opustomo.simulate.tilt_series import TiltSeries
 
 BOX, PIXEL, COUNT = 36, 10.0, 5
@@ -63,12 +64,12 @@ def maximum(image: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def test_geometry_puts_a_bead_where_the_image_has_its_maximum(tmp_path: Path) -> None:
-    preset = dataset.Preset(n=3, box=BOX, rot_err=0.0, shift_err=0.0)
+    preset = Preset(n=3, box=BOX, rot_err=0.0, shift_err=0.0)
     bead = np.array([60.0, -30.0, 45.0])  # Angstrom, in the frame of the consensus map
     blobs = {i: Beads(bead[None], np.array([8.0]), np.array([1000.0])) for i in range(preset.n)}
     # 8000 A: the CTF stays positive up to Nyquist, so a bead is a peak
-    middle = {"coordinates": np.tile(dataset.TOMOGRAM_SIZE / 2, (preset.n, 1)), "defocus": np.full(preset.n, 8000.0)}
-    plan = replace(dataset.make_plan(preset, 3), blobs=blobs, **middle)
+    middle = {"coordinates": np.tile(TOMOGRAM_SIZE / 2, (preset.n, 1)), "defocus": np.full(preset.n, 8000.0)}
+    plan = replace(make_plan(preset, 3), blobs=blobs, **middle)
     dataset.write_stack_tables(tmp_path, preset, plan, SERIES)
     for i, one in enumerate(dataset.observations(plan, SERIES, 0.0, 3)):
         write_stack(tmp_path / dataset.stack_name(i), one.images, PIXEL)

@@ -21,8 +21,8 @@ from opustomo.bodies import BodyResult
 from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_bodies
 from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
 from opustomo.config import TrainConfig
+from opustomo.data.batches import wedge_groups
 from opustomo.data.bodies import absolute
-from opustomo.data.dataset import wedge_groups
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise

@@ -18,7 +18,7 @@ from torch import Tensor
 from opustomo import checkpoint, parallel
 from opustomo.config import TrainConfig
 from opustomo.course import Course
-from opustomo.data.dataset import bank_rows, batch_order
+from opustomo.data.batches import bank_rows, batch_order
 from opustomo.encode import encode_all, known, posterior_of, read_batch
 from opustomo.errors import UserError
 from opustomo.guard import RanAway, Watch

@@ -5,17 +5,19 @@ Owns: what is asked of body masks; what comes out is a signed distance to every 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
 from opustomo.data.inputs import read_mask
-from opustomo.data.star import read_star
+from opustomo.data.star import read_star, write_star
 from opustomo.errors import UserError
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centred_coordinates, sample_at
@@ -150,3 +152,17 @@ def multibody_star(path: Path) -> BodyFiles:
     if star.has(block, "rlnBodySigmaAngles"):
         sigma = [float(v) or SIGMA[0] for v in star.numbers(block, "rlnBodySigmaAngles", "the bodies of --masks")]
     return BodyFiles(tuple(files), tuple(relative), tuple((turn, SIGMA[1]) for turn in sigma))
+
+
+def write_multibody_star(path: Path, files: Sequence[str], relative: Sequence[int]) -> None:
+    """Write such a STAR file; relative: the body that each turns against, from 0.
+
+    First guesses of the motions: 10 degrees and 2 pixels.
+    """
+    columns = {
+        "rlnBodyMaskName": list(files),
+        "rlnBodyRotateRelativeTo": [str(number + 1) for number in relative],
+        "rlnBodySigmaAngles": ["10"] * len(files),
+        "rlnBodySigmaOffset": ["2"] * len(files),
+    }
+    write_star(path, {"": pd.DataFrame(columns)})

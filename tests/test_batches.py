@@ -10,7 +10,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import TrainConfig
-from opustomo.data.dataset import bank_rows, batch_order, wedge_groups
+from opustomo.data.batches import bank_rows, batch_order, wedge_groups
 from opustomo.start import split_of
 
 
