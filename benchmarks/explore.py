@@ -30,8 +30,8 @@ from headless import Page, served, why_not
 from opustomo.analysis.axes import as_text
 from opustomo.analysis.latents import analysis_folder, cluster, principal_components
 from opustomo.checkpoint import open_run
-from opustomo.compat.legacy_files import save_pickle, save_poses
 from opustomo.data.atomic import write_text
+from opustomo.data.pickles import save_pickle, save_poses
 from opustomo.data.tensors import save_tensors
 from opustomo.explore.gate import cookie_name
 from opustomo.model.vae import Vae

@@ -21,8 +21,8 @@ from opustomo.analysis.class_quality import read_quality
 from opustomo.analysis.data_maps import read_fsc
 from opustomo.analysis.picked import read_selection
 from opustomo.analysis.volumes import read_codes
-from opustomo.compat import legacy_files as legacy
 from opustomo.config import InputOptions
+from opustomo.data import pickles
 from opustomo.data.cache import read_manifest
 from opustomo.data.inputs import read_mask
 from opustomo.data.lists import read_list
@@ -139,12 +139,12 @@ TARGETS: dict[str, Callable[[Path], object]] = {
     "mrc": read_volume,
     "mask": mask,
     "transfer": lambda path: read_transfer_volume(path, BOX),
-    "poses": legacy.load_poses,
-    "indices": lambda path: legacy.load_indices(path, COUNT),
-    "indices_text": lambda path: legacy.load_indices(path.rename(path.with_suffix(".txt")), COUNT),
-    "split": lambda path: legacy.load_split(path, COUNT),
-    "labels": legacy.load_labels,
-    "pickles": lambda path: legacy.load_pickle(path),
+    "poses": pickles.load_poses,
+    "indices": lambda path: pickles.load_indices(path, COUNT),
+    "indices_text": lambda path: pickles.load_indices(path.rename(path.with_suffix(".txt")), COUNT),
+    "split": lambda path: pickles.load_split(path, COUNT),
+    "labels": pickles.load_labels,
+    "pickles": lambda path: pickles.load_pickle(path),
     "tensors": read_tensors,
     "arrays": lambda path: read_arrays(path, "write it again"),
     "config": lambda path: read_config(path.rename(path.with_name("config.yaml")).parent),

@@ -14,7 +14,7 @@ from fake_run import FakeRun
 from opustomo.analysis import axes as axes_module
 from opustomo.analysis.axes import Axis, Likelihood, find_axes, fit_groups, group_codes, joint_groups, write_axes
 from opustomo.analysis.volumes import read_codes
-from opustomo.compat.legacy_files import load_labels
+from opustomo.data.pickles import load_labels
 
 N = 600
 

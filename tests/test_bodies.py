@@ -20,8 +20,7 @@ from opustomo import checkpoint, cli
 from opustomo.bodies import BodyModel, at_rest, straightened, with_joints
 from opustomo.body_division import divide
 from opustomo.compat import dsdsh
-from opustomo.compat.bodies import load_bodies, save_bodies
-from opustomo.data.bodies import BodyFiles, mask_files, parts_of, read_bodies
+from opustomo.data.bodies import BodyFiles, load_bodies, mask_files, parts_of, read_bodies, save_bodies
 from opustomo.data.mrc import read_volume, write_volume
 from opustomo.errors import UserError
 from opustomo.physics.bodies import left_jacobian, move_bodies, move_with_derivatives, soft_bodies

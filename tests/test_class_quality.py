@@ -18,7 +18,7 @@ from opustomo import checkpoint, cli
 from opustomo.analysis import class_halves, class_quality, latents, report
 from opustomo.analysis.class_halves import Sums, half_map_fsc, independent_voxels
 from opustomo.analysis.class_quality import COLUMNS, ClassQuality, read_quality, relative_worth, seen_to, write_quality
-from opustomo.compat.legacy_files import save_pickle
+from opustomo.data.pickles import save_pickle
 from opustomo.errors import UserError
 from opustomo.physics.fourier import band_frequencies, from_band, irfft3, rfft3, to_band
 from opustomo.physics.observation import model_band, quadratic_form

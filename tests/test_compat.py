@@ -10,9 +10,9 @@ from scipy.spatial.transform import Rotation
 
 from opustomo import cli
 from opustomo.compat import dsd, dsdsh
-from opustomo.compat.legacy_files import load_poses, save_pickle
 from opustomo.config import AnalyzeConfig, GridOptions, InputOptions, TrainConfig, VolumesConfig
 from opustomo.data.mrc import write_volume
+from opustomo.data.pickles import load_poses, save_pickle
 from opustomo.data.star import read_star
 
 TRAIN = (

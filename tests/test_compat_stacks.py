@@ -9,8 +9,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from opustomo.compat import dsd, dsdsh
-from opustomo.compat.legacy_files import load_poses, save_pickle
 from opustomo.config import InputOptions
+from opustomo.data.pickles import load_poses, save_pickle
 from opustomo.data.poses import with_poses
 from opustomo.data.readers import read_particles
 from stack_writers import Set, native_turns, two_states_set

@@ -13,7 +13,7 @@ import starfile
 
 from opustomo.analysis import controls
 from opustomo.cli import main
-from opustomo.compat.legacy_files import load_labels
+from opustomo.data.pickles import load_labels
 from small_set import SmallSet, copy_run
 
 

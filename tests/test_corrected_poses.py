@@ -12,9 +12,9 @@ import pytest
 from opustomo import checkpoint, cli
 from opustomo.analysis.quality import evaluate
 from opustomo.analysis.score_poses import pose_errors
-from opustomo.compat.legacy_files import Poses, load_poses
 from opustomo.config import InputOptions
 from opustomo.data.cache import open_cache
+from opustomo.data.pickles import Poses, load_poses
 from opustomo.data.readers import read_particles
 from opustomo.stored import read_config
 from small_set import EPOCHS, SmallSet, given_cache, hurry, metrics_of, tensors, train

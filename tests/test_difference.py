@@ -10,8 +10,8 @@ import torch
 
 from opustomo.analysis.difference import difference
 from opustomo.cli import main
-from opustomo.compat.legacy_files import save_pickle
 from opustomo.data.mrc import read_volume
+from opustomo.data.pickles import save_pickle
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
 from small_set import MemoryRows, SmallSet, even_weights, gaussians, observed

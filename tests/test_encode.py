@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from opustomo import checkpoint, cli
 from opustomo.analysis.score_poses import pose_errors
-from opustomo.compat.legacy_files import load_poses
 from opustomo.config import InputOptions
 from opustomo.data.mrc import read_volume, write_volume
+from opustomo.data.pickles import load_poses
 from opustomo.data.readers import read_particles
 from small_set import EPOCHS, PARTICLES, PIXEL, SmallSet, given_cache, hurry, make_set, tensors, train
 

@@ -22,7 +22,7 @@ from opustomo import cli
 from opustomo.analysis import picked
 from opustomo.analysis.volumes import read_codes
 from opustomo.checkpoint import open_run
-from opustomo.compat.legacy_files import load_labels
+from opustomo.data.pickles import load_labels
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
 from opustomo.errors import Interrupted, UserError

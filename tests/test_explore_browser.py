@@ -16,8 +16,8 @@ from PIL import Image
 import headless
 from headless import Page, served
 from opustomo.analysis import picked
-from opustomo.compat.legacy_files import load_labels
 from opustomo.data.atomic import hold
+from opustomo.data.pickles import load_labels
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
 from small_set import PARTICLES, SmallSet, analysed

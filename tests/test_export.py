@@ -12,10 +12,10 @@ import yaml
 
 from opustomo.analysis.selection import main as select
 from opustomo.analysis.selection import write_classes
-from opustomo.compat.legacy_files import save_pickle
 from opustomo.config import InputOptions, SelectConfig
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.particles import Particles
+from opustomo.data.pickles import save_pickle
 from opustomo.data.readers import read_particles
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import read_star

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from fake_run import fake_run
 from opustomo.analysis import latents, plots
-from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
+from opustomo.data.pickles import load_labels, load_pickle, save_pickle
 from opustomo.errors import UserError
 
 

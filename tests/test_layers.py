@@ -109,6 +109,12 @@ def test_data_knows_no_model_and_nothing_above() -> None:
             assert not any(is_in(target, layer) for layer in above), f"{module} imports {target}"
 
 
+def test_nothing_but_the_command_line_knows_the_earlier_programs_forms() -> None:
+    for module in MODULES:
+        if not any(is_in(module, layer) for layer in ("compat", "cli", "completion")):
+            assert not any(is_in(target, "compat") for target in imports(module)), module
+
+
 def test_the_rules_see_what_they_judge() -> None:
     assert "physics.ctf" in imports("physics.observation")
     assert "data.mrc" in imports("data.observe")
@@ -118,7 +124,7 @@ def test_the_rules_see_what_they_judge() -> None:
 def test_relion_columns_are_named_only_where_files_are_read_and_written() -> None:
     """A string that is a column's name; sentences to the user may mention one."""
     for module, tree in MODULES.items():
-        if is_in(module, "data") or is_in(module, "simulate"):
+        if is_in(module, "data"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

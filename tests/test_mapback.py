@@ -18,10 +18,10 @@ from scipy.spatial.transform import Rotation
 
 from opustomo import cli
 from opustomo.analysis.export import main
-from opustomo.compat.legacy_files import save_pickle
 from opustomo.config import ExportConfig, InputOptions
 from opustomo.data.export import fingerprint_of
 from opustomo.data.lists import read_list
+from opustomo.data.pickles import save_pickle
 from opustomo.data.places import places_of
 from opustomo.data.readers import poses_of, read_particles
 from opustomo.data.readers.source import read_source

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fuzz_targets import TARGETS, attempt, seeds
-from opustomo.compat.legacy_files import load_labels, load_pickle
 from opustomo.data.mrc import read_volume
+from opustomo.data.pickles import load_labels, load_pickle
 from opustomo.data.star import read_star, write_star
 from opustomo.errors import UserError, printable
 from star_sets import BOX, Set

@@ -17,7 +17,7 @@ from fake_run import FakeRun, blob, fake_run
 from opustomo import config, options
 from opustomo.analysis import latents, report, surface
 from opustomo.analysis.plots import MANY, png, scatter, training_curves
-from opustomo.compat.legacy_files import save_pickle
+from opustomo.data.pickles import save_pickle
 from opustomo.errors import UserError
 
 METRICS = """epoch,particles,loss,nll,kl,val_nll,val_kl,val_elbo,linear_val_elbo,beta,lr,seconds,particles_per_second

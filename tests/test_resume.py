@@ -11,8 +11,8 @@ import torch
 
 from opustomo import checkpoint, cli, start
 from opustomo import train as training
-from opustomo.compat.legacy_files import save_split
 from opustomo.config import TrainConfig
+from opustomo.data.pickles import save_split
 from opustomo.errors import UserError
 from opustomo.objective import learning_rate
 from opustomo.physics.fourier import fourier_resize, from_band, irfft3

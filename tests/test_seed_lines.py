@@ -23,8 +23,8 @@ import torch
 
 from opustomo import train
 from opustomo.checkpoint import open_run
-from opustomo.compat.legacy_files import load_pickle, load_split, save_pickle
 from opustomo.data.mrc import header_of, read_volume
+from opustomo.data.pickles import load_pickle, load_split, save_pickle
 from opustomo.data.star import read_star
 from opustomo.errors import UserError
 from opustomo.physics.geometry import rotation_angle

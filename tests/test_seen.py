@@ -17,8 +17,8 @@ from opustomo.analysis.places import rows_within, stem
 from opustomo.analysis.seen import seen_as, some_of
 from opustomo.bodies import with_joints
 from opustomo.compat import dsdsh
-from opustomo.compat.legacy_files import load_labels, save_pickle
 from opustomo.data.mrc import read_volume
+from opustomo.data.pickles import load_labels, save_pickle
 from opustomo.errors import UserError
 from opustomo.physics.bodies import soft_bodies
 from opustomo.physics.volume import centred_coordinates

@@ -19,11 +19,11 @@ import yaml
 
 from opustomo import checkpoint, cli
 from opustomo import train as training
-from opustomo.compat.legacy_files import load_pickle, load_pickles, load_poses, load_split
 from opustomo.config import InputOptions, TrainConfig
 from opustomo.data.mrc import header_of
 from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import Particles
+from opustomo.data.pickles import load_pickle, load_pickles, load_poses, load_split
 from opustomo.data.readers import read_particles
 from opustomo.mixture import single
 from opustomo.monitor import METRIC_COLUMNS

@@ -30,7 +30,6 @@ from opustomo.bodies import (
 )
 from opustomo.body_division import divide
 from opustomo.body_rows import StraightRows, straight_rows
-from opustomo.compat.bodies import load_bodies
 from opustomo.data.atomic import write_text
 from opustomo.data.bodies import BodyMasks, auto_count, mask_files, parts_of, read_bodies
 from opustomo.data.mrc import write_volume
@@ -58,10 +57,9 @@ def bodies_of(asked: str, grid: Grid, dimensions: int) -> BodyMasks | int:
 
     Raises UserError where it cannot be had, or has fewer motions than the conformation code dimensions.
     """
-    path = Path(asked)
     found: BodyMasks | int | None = auto_count(asked)
     if found is None:
-        found = read_bodies(load_bodies(path) if path.suffix.lower() == ".pkl" else mask_files(asked), grid)
+        found = read_bodies(mask_files(asked), grid)
     count = found if isinstance(found, int) else len(found.names)
     if dimensions > DOF * (count - 1):
         raise UserError(

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from opustomo import __version__
 from opustomo.bodies import BodyResult
-from opustomo.compat.legacy_files import Poses, load_poses, load_split, save_config_pickle, save_poses
 from opustomo.data.atomic import provenance, write_text
 from opustomo.data.mrc import write_volume
+from opustomo.data.pickles import Poses, load_poses, load_split, save_config_pickle, save_poses
 from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
 from opustomo.errors import UserError, reading
 from opustomo.model.vae import Vae

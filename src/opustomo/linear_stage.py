@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opustomo import checkpoint
-from opustomo.compat.legacy_files import save_pickle, save_split
 from opustomo.config import LinearConfig
 from opustomo.data.atomic import atomic
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
+from opustomo.data.pickles import save_pickle, save_split
 from opustomo.data.poses import move_poses
 from opustomo.data.tensors import save_arrays, save_tensors
 from opustomo.errors import UserError

@@ -19,7 +19,6 @@ from torch import Tensor
 from opustomo import checkpoint, parallel
 from opustomo.bodies import BodyResult
 from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_bodies
-from opustomo.compat.legacy_files import load_indices, load_poses, load_split, save_split
 from opustomo.config import TrainConfig
 from opustomo.data.batches import wedge_groups
 from opustomo.data.bodies import absolute
@@ -27,6 +26,7 @@ from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
+from opustomo.data.pickles import load_indices, load_poses, load_split, save_split
 from opustomo.data.poses import with_poses
 from opustomo.data.species import with_species
 from opustomo.errors import UserError

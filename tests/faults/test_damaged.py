@@ -15,9 +15,9 @@ from opustomo import cli
 from opustomo.analysis.data_maps import open_rows
 from opustomo.checkpoint import open_run
 from opustomo.compat import dsd, dsdsh
-from opustomo.compat.legacy_files import load_poses
 from opustomo.data.cache import open_cache
 from opustomo.data.mrc import read_volume
+from opustomo.data.pickles import load_poses
 from opustomo.data.star import read_star
 from small_set import SmallSet, hurry, train_line
 from stack_writers import two_states_set

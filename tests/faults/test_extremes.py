@@ -14,8 +14,8 @@ import torch
 
 from opustomo import cli
 from opustomo.analysis import page
-from opustomo.compat.legacy_files import load_poses
 from opustomo.data.mrc import read_volume
+from opustomo.data.pickles import load_poses
 from opustomo.data.star import read_star
 from small_set import SmallSet, hurry
 from star_sets import put_loop, put_volume

@@ -22,8 +22,8 @@ from scipy.special import expit, logsumexp
 from scipy.stats import norm
 
 from opustomo.analysis import plots
-from opustomo.compat.legacy_files import save_pickle
 from opustomo.data.atomic import write_text
+from opustomo.data.pickles import save_pickle
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run

@@ -36,9 +36,9 @@ from opustomo.analysis.difference import write_difference
 from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probability
 from opustomo.analysis.score_maps import resolution
 from opustomo.analysis.selection import find_labels
-from opustomo.compat.legacy_files import load_labels
 from opustomo.config import QualityConfig
 from opustomo.data.atomic import write_text
+from opustomo.data.pickles import load_labels
 from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError, reading
 from opustomo.monitor import progress

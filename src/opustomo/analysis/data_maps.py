@@ -20,13 +20,13 @@ from opustomo.analysis import plots
 from opustomo.analysis.filters import Gain, filtered
 from opustomo.analysis.volumes import option, origin_of, resample, target
 from opustomo.average import half_maps, half_sets, half_totals
-from opustomo.compat.legacy_files import load_indices
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.atomic import write_text
 from opustomo.data.cache import open_cache
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
+from opustomo.data.pickles import load_indices
 from opustomo.errors import UserError, reading
 from opustomo.monitor import progress
 from opustomo.physics.volume import centre_pad, fourier_shell_correlation

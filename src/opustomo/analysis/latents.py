@@ -24,10 +24,10 @@ from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.axes import as_text, nearest, write_axes
 from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import options_of, rows_within
-from opustomo.compat.legacy_files import load_labels, load_pickle, save_pickle
 from opustomo.config import AnalyzeConfig
 from opustomo.config_analysis import Codes
 from opustomo.data.atomic import remove_dead, write_text
+from opustomo.data.pickles import load_labels, load_pickle, save_pickle
 from opustomo.errors import UserError, reading
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from opustomo.compat.legacy_files import load_labels
 from opustomo.config_analysis import Codes
+from opustomo.data.pickles import load_labels
 from opustomo.errors import UserError
 
 FOLDERS = {"composition": "analyze", "conformation": "defanalyze", "joint": "jointanalyze"}

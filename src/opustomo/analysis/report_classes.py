@@ -19,7 +19,7 @@ from opustomo.analysis.latents import Analysis
 from opustomo.analysis.page import Section
 from opustomo.analysis.surface import contour
 from opustomo.analysis.volumes import read_codes
-from opustomo.compat.legacy_files import load_labels
+from opustomo.data.pickles import load_labels
 from opustomo.errors import reading
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from opustomo import __version__
 from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import stem
-from opustomo.compat.legacy_files import load_indices, load_labels, load_poses
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
+from opustomo.data.pickles import load_indices, load_labels, load_poses
 from opustomo.data.readers.files import FOLDERS, MANIFEST, Locator
 from opustomo.data.readers.relion import identities
 from opustomo.data.readers.source import Source, read_source

@@ -103,9 +103,8 @@ def multi_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare_multi(arguments: argparse.Namespace, given: Given) -> None:
     """The pose pickle and, beside the STAR file too, the bodies of a multi-body STAR."""
-    from opustomo.compat.bodies import save_bodies
     from opustomo.compat.poses import checked_star
-    from opustomo.data.bodies import multibody_star
+    from opustomo.data.bodies import multibody_star, save_bodies
 
     bodies = multibody_star(arguments.masks)
     if len(bodies.files) != arguments.bodies:
@@ -185,18 +184,16 @@ def eval_vol(arguments: argparse.Namespace, given: Given) -> int:
 
 def _same_bodies(run: Path, given: Path) -> None:
     """Raises UserError where ``--masks`` are not the bodies that the run was trained with."""
-    from opustomo.compat.bodies import load_bodies
     from opustomo.data.bodies import mask_files
     from opustomo.stored import read_config
 
-    def files(path: Path | str) -> list[str]:
-        bodies = load_bodies(Path(path)) if str(path).endswith(".pkl") else mask_files(str(path))
-        return [file.name for file in bodies.files]
+    def files(asked: str) -> list[str]:
+        return [file.name for file in mask_files(asked).files]
 
     trained = read_config(run).get("masks")
     if trained is None:
         raise UserError(f"--masks {given}: {run} was trained without bodies; train with --masks for dpc")
-    if trained.startswith("auto:") or files(given) != files(trained):
+    if trained.startswith("auto:") or files(str(given)) != files(trained):
         raise UserError(f"--masks {given}: {run} was trained with {trained}; give that or leave --masks out")
 
 

@@ -290,9 +290,9 @@ def subtomogram_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_subtomos(arguments: argparse.Namespace, given: Given) -> None:
-    from opustomo.compat.legacy_files import load_indices
     from opustomo.config import InputOptions
     from opustomo.data.atomic import exclusive
+    from opustomo.data.pickles import load_indices
     from opustomo.data.readers import read_particles
     from opustomo.data.readers.source import read_source
     from opustomo.data.subtomograms import prepare

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from opustomo.analysis.selection import in_classes, trained_rows, write_classes
-from opustomo.compat.legacy_files import load_labels, save_poses
 from opustomo.config import InputOptions
+from opustomo.data.pickles import load_labels, save_poses
 from opustomo.data.readers import DIALECTS, relion, sampling
 from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Source, read_source

@@ -1,4 +1,4 @@
-"""Rigid bodies as users give them: masks, a STAR file of RELION's multi-body refinement, or a number of parts.
+"""Rigid bodies as users give them: masks, a multi-body STAR file, a pickle of ``dsdsh``, or a number of parts.
 
 Owns: what is asked of body masks; what comes out is a signed distance to every body on the working grid.
 """
@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from opustomo.data.inputs import read_mask
+from opustomo.data.pickles import load_pickle, save_pickle
 from opustomo.data.star import read_star, write_star
 from opustomo.errors import UserError
 from opustomo.physics.grid import Grid
@@ -52,10 +53,11 @@ class BodyFiles:
 
 
 def mask_files(asked: str) -> BodyFiles:
-    """``--masks``: MRC masks with commas between, or a multi-body STAR file."""
+    """``--masks``: MRC masks with commas between, a multi-body STAR file, or a pickle of ``dsdsh prepare_multi``."""
     paths = tuple(Path(name) for name in asked.split(",") if name)
-    if len(paths) == 1 and paths[0].suffix.lower() == ".star":
-        return multibody_star(paths[0])
+    readers = {".star": multibody_star, ".pkl": load_bodies}
+    if len(paths) == 1 and (reader := readers.get(paths[0].suffix.lower())) is not None:
+        return reader(paths[0])
     return BodyFiles(paths, tuple(range(len(paths))), (SIGMA,) * len(paths))
 
 
@@ -166,3 +168,38 @@ def write_multibody_star(path: Path, files: Sequence[str], relative: Sequence[in
         "rlnBodySigmaOffset": ["2"] * len(files),
     }
     write_star(path, {"": pd.DataFrame(columns)})
+
+
+def save_bodies(path: Path, bodies: BodyFiles, box: int, pixel_size: float) -> None:
+    """The bodies' pickle of ``dsdsh prepare_multi``, for ``--masks``.
+
+    Which masks, what each turns against, first guesses of the motions; centres, principal axes and radii in pixels.
+
+    axes: (B, 3, 3), rows (x, y, z), the longest first; radii (B, 3): of the ellipsoid with the mask's moments.
+    """
+    place = centred_coordinates(box).numpy().reshape(-1, 3).astype(np.float64)
+    inside = [place[read_mask(file, box, pixel_size).numpy().ravel() > 0.5] for file in bodies.files]
+    moments = [np.linalg.eigh(np.cov((points - points.mean(0)).T)) for points in inside]
+    save_pickle(path, {
+        "masks": [str(file.resolve()) for file in bodies.files], "relative": list(bodies.relative),
+        "sigma": [list(pair) for pair in bodies.sigma], "box": box, "pixel_size": pixel_size,
+        "centres": np.array([points.mean(0) for points in inside]),
+        "axes": np.array([vectors[:, ::-1].T for _, vectors in moments]),
+        "radii": np.array([np.sqrt(5.0 * values[::-1].clip(0)) for values, _ in moments]),
+    })  # fmt: skip
+
+
+def load_bodies(path: Path) -> BodyFiles:
+    """The inverse of ``save_bodies``; UserError where it is something else."""
+    found = load_pickle(path)
+    try:
+        files = tuple(Path(str(name)) for name in found["masks"])
+        relative = tuple(int(number) for number in found["relative"])
+        sigma = tuple((float(turn), float(shift)) for turn, shift in found["sigma"])
+        if not len(files) == len(relative) == len(sigma) or not set(relative) <= set(range(len(files))):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path}: does not hold bodies; make it with `dsdsh prepare_multi STAR BOX APIX MASKS.star NBODIES`"
+        ) from None
+    return BodyFiles(files, relative, sigma)

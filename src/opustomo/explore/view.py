@@ -27,7 +27,7 @@ from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import stem
 from opustomo.analysis.volumes import read_codes
 from opustomo.checkpoint import Run, open_run
-from opustomo.compat.legacy_files import load_labels
+from opustomo.data.pickles import load_labels
 from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of
 from opustomo.data.readers.source import Source

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opustomo.compat import legacy_files as legacy
+from opustomo.data import pickles as legacy
 from opustomo.errors import UserError
 
 
