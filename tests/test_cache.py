@@ -16,7 +16,7 @@ import torch
 import star_sets
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data import cache as cache_module
-from opustomo.data.cache import Cache, OnTheFly, Row, hash_mask, open_cache, prepare_cache, row_bytes
+from opustomo.data.cache import Cache, OnTheFly, Row, fingerprint, hash_mask, open_cache, prepare_cache, row_bytes
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.observe import Noise, observe, working_mask
@@ -71,23 +71,12 @@ def prepare(
 ) -> Cache:
     """``noise`` stands in for the estimate, which has tests of its own; None: a stored cache must not need one."""
 
-    def estimate(*_: object, **__: object) -> Noise:
+    def estimate() -> Noise:
         assert noise is not None, "the noise of a current cache was estimated again"
         return noise
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opustomo.data.cache.estimate_noise", estimate)
-        return prepare_cache(
-            folder,
-            particles,
-            GRID,
-            MASK,
-            mask_mark=mark,
-            contrast="auto",
-            normalisation="auto",
-            workers=workers,
-            progress=quiet,
-        )
+    whole = fingerprint(particles, GRID, mark, ("auto", "auto"))
+    return prepare_cache(folder, particles, GRID, estimate, whole, workers, quiet)
 
 
 def on_the_fly(particles: Particles, noise: Noise) -> OnTheFly:
@@ -379,7 +368,6 @@ def estimates(monkeypatch: pytest.MonkeyPatch, noise: Noise) -> list[Particles]:
         asked.append(particles)
         return replace(noise, power=noise.power * 2.0 ** (len(asked) - 1))
 
-    monkeypatch.setattr("opustomo.data.cache.estimate_noise", estimate)
     monkeypatch.setattr("opustomo.preparation.estimate_noise", estimate)
     return asked
 

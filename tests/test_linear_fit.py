@@ -13,10 +13,9 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from opustomo import linear, linear_fit
+from opustomo import linear, linear_fit, preparation
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import GridOptions, InputOptions
-from opustomo.data import cache as cache_module
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.particles import Particles
 from opustomo.data.poses import move_poses, moved_from, same_poses
@@ -260,9 +259,8 @@ def test_shared_cache_keeps_the_poses_given(inputs: Inputs, tmp_path: Path) -> N
 @pytest.mark.parametrize("disk", [True, False])
 def test_noise_is_estimated_once(inputs: Inputs, tmp_path: Path, disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At other poses the noise is that of the first: their evidences can be compared."""
-    estimate, calls = cache_module.estimate_noise, []
-    for module in ("opustomo.data.cache", "opustomo.preparation"):
-        monkeypatch.setattr(f"{module}.estimate_noise", lambda *a, **k: calls.append(1) or estimate(*a, **k))
+    estimate, calls = preparation.estimate_noise, []
+    monkeypatch.setattr(preparation, "estimate_noise", lambda *a, **k: calls.append(1) or estimate(*a, **k))
     few = replace(inputs, particles=inputs.particles.subset(np.arange(8)))
     maker = RowMaker(few, tmp_path / "cache" if disk else None, InputOptions(), 1)
     maker(few.particles)

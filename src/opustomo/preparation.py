@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
 from opustomo.data.atomic import write_text
-from opustomo.data.cache import Cache, OnTheFly, Row, prepare_cache, rows_without_disk
+from opustomo.data.cache import Cache, OnTheFly, Row, fingerprint, prepare_cache, rows_without_disk
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise
@@ -85,20 +84,22 @@ class RowMaker:
     def __call__(self, particles: Particles) -> Rows:
         """Rows of ``particles``: those of ``inputs``, perhaps at other poses."""
         grid, mask, first = self.inputs.grid, self.inputs.mask, self.noise is None
-        stated: dict[str, Any] = {
-            "contrast": self.options.contrast,
-            "normalisation": self.options.normalisation,
-            "workers": self.workers,
-        }
+        options = self.options
+
+        def noise() -> Noise:
+            return self.noise or estimate_noise(
+                particles, grid, mask, contrast=options.contrast, normalisation=options.normalisation,
+                workers=self.workers,
+            )  # fmt: skip
+
         unmoved = same_poses(particles, self.inputs.particles)
         folder = self.shared if self.shared is not None and unmoved else self.folder
         cache: Cache | OnTheFly
         if folder is None:
-            noise = self.noise or estimate_noise(particles, grid, mask, **stated)
-            cache = rows_without_disk(particles, grid, noise, self.workers, _bar)
+            cache = rows_without_disk(particles, grid, noise(), self.workers, _bar)
         else:
-            mark = self.inputs.mask_mark
-            cache = prepare_cache(folder, particles, grid, mask, self.noise, mask_mark=mark, **stated, progress=_bar)
+            mark = fingerprint(particles, grid, self.inputs.mask_mark, (options.contrast, options.normalisation))
+            cache = prepare_cache(folder, particles, grid, noise, mark, self.workers, _bar)
         if self.hold and isinstance(cache, Cache):
             cache.hold()
         self.noise, self.place = cache.noise, folder

@@ -166,6 +166,13 @@ def box_and_pixel(box: float, angpix: float, names: tuple[str, str]) -> None:
         raise UserError(f"{both}: both must be above zero")
 
 
+def input_options(arguments: argparse.Namespace, box: float, angpix: float, names: tuple[str, str]) -> InputOptions:
+    """Box, pixel size and the other cross-checks of a STAR file; ``UserError`` for impossible ones (``names``: see
+    ``box_and_pixel``)."""
+    box_and_pixel(box, angpix, names)
+    return InputOptions(arguments.datadir, angpix, int(box), arguments.relion31, damaged=arguments.damaged)
+
+
 def existing_file(path: Path) -> Path:
     """``path`` when it is a file; raises ``UserError`` otherwise."""
     if path.is_dir():

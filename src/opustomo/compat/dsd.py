@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opustomo import cli
-from opustomo.compat.arguments import Command, Given, box_and_pixel, damaged_argument, existing_file, note, to_config
+from opustomo.compat.arguments import Command, Given, damaged_argument, existing_file, input_options, note, to_config
 from opustomo.compat.arguments import main as run_command
 from opustomo.compat.helpers import PREPARE_SUBTOMOS
-from opustomo.config import GridOptions, InputOptions, TrainConfig, VolumesConfig
+from opustomo.config import GridOptions, TrainConfig, VolumesConfig
 from opustomo.errors import UserError
 
 NATIVE = TrainConfig(star=Path(), output=Path())
@@ -48,10 +48,7 @@ def parse_pose_star(arguments: argparse.Namespace, given: Given) -> None:
     if not wants_classes and arguments.output is None:
         raise UserError("missing: -o, the pose pickle to write (or --labels L.pkl --outdir DIR for STAR files)")
     names = ("-D", "--Apix")
-    box_and_pixel(arguments.box, arguments.Apix, names)
-    options = InputOptions(
-        arguments.datadir, arguments.Apix, int(arguments.box), arguments.relion31, damaged=arguments.damaged
-    )
+    options = input_options(arguments, arguments.box, arguments.Apix, names)
     source, box, angpix = poses.checked_star(arguments.star, options, names)
     if arguments.output is not None:
         poses.write_poses(source, box, angpix, arguments.output)
@@ -189,15 +186,16 @@ def tilt_limit(arguments: argparse.Namespace) -> float | None:
 
 def require_tables(star: Path, datadir: Path | None) -> None:
     """UserError where the CTFs of the subtomograms would not be read from tables of Warp."""
-    from opustomo.data.readers import relion, transfer
+    from opustomo.data.readers import subtomograms, transfer
     from opustomo.data.readers.files import Locator
     from opustomo.data.readers.source import read_source
 
-    table = read_source(star, datadir=datadir).table
-    if relion.has_stacks(table) or relion.has_series(table):
+    source = read_source(star, datadir=datadir)
+    table = source.table
+    if source.stacks:
         raise UserError(f"--warp: {star} has tilt images, not subtomograms; leave --warp out")
     locator = Locator(table.path, datadir)
-    images = locator.require([str(name) for name in relion.image_names(table)], "subtomograms")
+    images = locator.require(subtomograms.image_files(source), source.files_are)
     found = transfer.find_tables(table, images, locator)
     if found is None or found[1] != ".csv":
         other = "no CTF tables (.csv in place of the ending in rlnCtfImage)" if found is None else "CTF STAR files"

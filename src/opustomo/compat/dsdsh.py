@@ -10,16 +10,19 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from opustomo import cli
 from opustomo.analysis.places import stem
 from opustomo.compat import helpers
-from opustomo.compat.arguments import Command, Given, box_and_pixel, count, damaged_argument, epoch_number
+from opustomo.compat.arguments import Command, Given, count, damaged_argument, epoch_number, input_options
 from opustomo.compat.arguments import main as run_command
-from opustomo.config import AnalyzeConfig, InputOptions, VolumesConfig
+from opustomo.config import AnalyzeConfig, VolumesConfig
 from opustomo.config_analysis import Codes
 from opustomo.errors import UserError
+
+if TYPE_CHECKING:
+    from opustomo.data.readers.source import Source
 
 STAR_NAMES = ("BOX", "APIX")
 
@@ -33,12 +36,12 @@ def star_arguments(parser: argparse.ArgumentParser) -> None:
     damaged_argument(parser)
 
 
-def input_options(arguments: argparse.Namespace) -> InputOptions:
-    """BOX, APIX and the other cross-checks of a STAR file; raises ``UserError`` for impossible ones."""
-    box_and_pixel(arguments.box, arguments.angpix, STAR_NAMES)
-    return InputOptions(
-        arguments.datadir, arguments.angpix, int(arguments.box), arguments.relion31, damaged=arguments.damaged
-    )
+def checked(arguments: argparse.Namespace) -> tuple[Source, int, float]:
+    """The particles of STAR, their box and pixel size, compared with BOX and APIX."""
+    from opustomo.compat.poses import checked_star
+
+    options = input_options(arguments, arguments.box, arguments.angpix, STAR_NAMES)
+    return checked_star(arguments.star, options, STAR_NAMES)
 
 
 class Round(NamedTuple):
@@ -89,7 +92,7 @@ def prepare(arguments: argparse.Namespace, given: Given) -> None:
     """Write the pose pickle beside the STAR file."""
     from opustomo.compat import poses
 
-    source, box, angpix = poses.checked_star(arguments.star, input_options(arguments), STAR_NAMES)
+    source, box, angpix = checked(arguments)
     poses.write_poses(source, box, angpix, arguments.star.with_name(f"{arguments.star.stem}_pose_euler.pkl"))
 
 
@@ -103,13 +106,12 @@ def multi_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare_multi(arguments: argparse.Namespace, given: Given) -> None:
     """The pose pickle and, beside the STAR file too, the bodies of a multi-body STAR."""
-    from opustomo.compat.poses import checked_star
     from opustomo.data.bodies import multibody_star, save_bodies
 
     bodies = multibody_star(arguments.masks)
     if len(bodies.files) != arguments.bodies:
         raise UserError(f"NBODIES {arguments.bodies}: {arguments.masks} names {len(bodies.files)} bodies; give that")
-    _, box, angpix = checked_star(arguments.star, input_options(arguments), STAR_NAMES)
+    _, box, angpix = checked(arguments)
     path = arguments.star.with_name("mask_params.pkl")
     save_bodies(path, bodies, box, angpix)
     prepare(arguments, given)
@@ -207,7 +209,7 @@ def parse_pose(arguments: argparse.Namespace, given: Given) -> None:
     """One STAR file per k-means class, beside the labels."""
     from opustomo.compat import poses
 
-    options = input_options(arguments)
+    options = input_options(arguments, arguments.box, arguments.angpix, STAR_NAMES)
     folder = analysis_folder(arguments) / f"kmeans{arguments.clusters}"
     labels = folder / "labels.pkl"
     if not labels.is_file():

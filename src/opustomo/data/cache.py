@@ -28,7 +28,6 @@ from torch import Tensor
 
 from opustomo.data.atomic import LOCK, exclusive, is_leftover, remove_leftovers, write_text
 from opustomo.data.filling import fill
-from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe
 from opustomo.data.particles import Particles
 from opustomo.data.tensors import read_arrays, save_arrays
@@ -301,34 +300,25 @@ def prepare_cache(
     folder: Path,
     particles: Particles,
     grid: Grid,
-    mask: Tensor,
-    noise: Noise | None = None,
-    *,
-    mask_mark: str,
-    contrast: str,
-    normalisation: str,
+    noise: Callable[[], Noise],
+    mark: str,
     workers: int,
     progress: Progress,
 ) -> Cache:
     """Open the cache if it is current; finish it if it is incomplete; make it anew if it is stale.
 
-    mask: (C, C, C) on the working grid; mask_mark: ``hash_mask`` of what it was made of.  noise: for a cache that has
-    to be made anew; None: estimated.
+    mark: the ``fingerprint`` that a current one has; noise: gives that of a cache that has to be made anew.
     """
-    mark = fingerprint(particles, grid, mask_mark, (contrast, normalisation))
     with exclusive(folder):  # runs that share a cache may begin at the same time
         for name in (_MANIFEST, _NOISE):
             remove_leftovers(folder, name)
         manifest = read_manifest(folder)
         if manifest is not None and manifest["fingerprint"] == mark:
-            noise, finished = _load_noise(folder, manifest), bool(manifest.get(_FINISHED))
+            known, finished = _load_noise(folder, manifest), bool(manifest.get(_FINISHED))
         else:
-            finished = False
-            noise = noise or estimate_noise(
-                particles, grid, mask, contrast=contrast, normalisation=normalisation, workers=workers
-            )
-            _create(folder, particles, grid, noise, mark)
-        reopen = partial(_open, folder, grid, len(particles), noise, mark, "r+")
+            known, finished = noise(), False
+            _create(folder, particles, grid, known, mark)
+        reopen = partial(_open, folder, grid, len(particles), known, mark, "r+")
         cache = reopen()
         missing = cache.absent() if finished else cache.missing()
         if len(missing) or not finished:
@@ -337,7 +327,7 @@ def prepare_cache(
             _mark_finished(folder, True)
         for i in cache.silent():  # why a row says nothing is known where it was made now
             if particles.usable[i]:
-                observe(particles, i, grid, noise)
+                observe(particles, i, grid, known)
         return cache
 
 

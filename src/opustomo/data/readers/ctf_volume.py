@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from opustomo.data.mrc import LARGEST, read_volume
 from opustomo.errors import UserError
 
+OF_RELION4 = "RELION 4: half-Fourier CTF^2 and multiplicity, origin at the corner"
+
 
 def read_transfer_volume(path: Path, box: int) -> NDArray[np.float32]:
     """Read a CTF or weight volume as (N, N, N//2+1) float32 (kz, ky, kx): zero frequency at index 0, kx >= 0.
@@ -32,7 +34,7 @@ def half_fourier(volume: NDArray[np.float32], box: int, path: Path) -> tuple[NDA
     """
     half = box // 2 + 1
     if volume.shape == (2 * box, box, half):
-        return np.ascontiguousarray(volume[:box]), "RELION 4: half-Fourier CTF^2 and multiplicity, origin at the corner"
+        return np.ascontiguousarray(volume[:box]), OF_RELION4
     if volume.shape not in {(box, box, box), (box, box, half)}:
         raise UserError(
             f"{path}: transfer volume of size (z, y, x) {volume.shape} does not fit the box {box}: expected "

@@ -15,7 +15,7 @@ from opustomo.data.mrc import read_volume
 from opustomo.data.particles import TILT_COLUMNS, Transfer
 from opustomo.data.readers import relion
 from opustomo.data.readers.ctf_star import read_tilts
-from opustomo.data.readers.ctf_volume import half_fourier
+from opustomo.data.readers.ctf_volume import OF_RELION4, half_fourier
 from opustomo.data.readers.files import Locator
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
@@ -101,7 +101,7 @@ def _from_tables(
 def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int, first: Path) -> TransferFunctions:
     kind: Transfer = "weight_volume" if relion.premultiplied(star) else "ctf_volume"
     half, layout = half_fourier(read_volume(first)[0], box, first)
-    if kind == "ctf_volume" and layout.startswith("RELION 4"):
+    if kind == "ctf_volume" and layout == OF_RELION4:
         raise UserError(
             f"{star.path}: {first.name} holds CTF^2 and multiplicity, so these are CTF-premultiplied "
             "pseudo-subtomograms, but the file does not say so; write 1 in the column _rlnCtfDataAreCtfPremultiplied "
