@@ -20,7 +20,7 @@ from opustomo.data.lists.write import Kind, write_list
 from opustomo.data.places import Places, begins, tomogram_key
 from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ
-from opustomo.data.star import StarFile, read_star, write_star
+from opustomo.data.star import StarFile, number_columns, read_star, write_star
 from opustomo.errors import UserError
 
 _OPTICS_ALONE = ("rlnOpticsGroup", "rlnOpticsGroupName")
@@ -183,22 +183,18 @@ def star_to_relion30(
     stated = relion.pixel_size(star)
     if stated is not None and differ(pixel_size, stated[0]):
         raise UserError(f"ANGPIX {pixel_size:g}: {source} says {stated[0]:g} A ({stated[1]}); give {stated[0]:g}")
-    table, notes = _rows_with_optics(star), [f"{len(star.particles)} particles read"]
+    table, half = _origins_in_pixels(_rows_with_optics(star), star, pixel_size), relion.halves(star)
+    notes = [f"{len(table)} particles read"]
     if unique:
-        table = table.loc[~table["rlnImageName"].duplicated()].reset_index(drop=True)
+        kept = ~pd.Series(relion.image_names(star)).duplicated().to_numpy()
+        table, half = table.loc[kept].reset_index(drop=True), half[kept]
         notes.append(f"{len(table)} are left of one for each rlnImageName")
-    for axis in relion.AXES:
-        if star.has(star.particle_block, f"rlnOrigin{axis}Angst"):
-            values = star.numbers(star.particle_block, f"rlnOrigin{axis}Angst", "the origins")[_kept(star, unique)]
-            table[f"rlnOrigin{axis}"] = [f"{value / pixel_size:.6f}" for value in values]
-            table = table.drop(columns=f"rlnOrigin{axis}Angst")
     if stated is None or "rlnDetectorPixelSize" not in table:
         table = table.assign(**sampling_columns(len(table), pixel_size))
     if target is not None:
         table = _rescaled(table, star.path, pixel_size, target)
         notes.append(f"coordinates and origins times {pixel_size / target:.6g}; the images are still those of "
                      f"{pixel_size:g} A: extract them again")  # fmt: skip
-    half = relion.halves(star)[_kept(star, unique)]
     if set(half) >= {1, 2}:
         notes.append("half sets are those of the file")
     else:
@@ -216,9 +212,15 @@ def star_to_relion30(
     return paths, notes
 
 
-def _kept(star: StarFile, unique: bool) -> NDArray[np.bool_]:
-    names = pd.Series(relion.image_names(star))
-    return ~names.duplicated().to_numpy() if unique else np.ones(len(names), bool)
+def _origins_in_pixels(table: pd.DataFrame, star: StarFile, pixel_size: float) -> pd.DataFrame:
+    """``table``, of the particles of ``star``, with origins in pixels in place of those in Angstrom."""
+    for axis in relion.AXES:
+        name = f"rlnOrigin{axis}Angst"
+        if star.has(star.particle_block, name):
+            values = star.numbers(star.particle_block, name, "the origins")
+            pixels = number_columns([f"rlnOrigin{axis}"], values[:, None] / pixel_size, 6)
+            table = table.assign(**pixels).drop(columns=name)
+    return table
 
 
 def _rows_with_optics(star: StarFile) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -46,38 +46,42 @@ def main(config: ExtractConfig) -> int:
         log.info("%s", note)
     found = tomograms_of(particles, config.tomogram)
     pixel_size = _pixel_size(sorted(set(found)), config.angpix)
-    corner, position = np.zeros((2, len(particles), 3))
-    inside = np.zeros(len(particles), bool)
-    for path in sorted(set(found)):
-        rows = np.flatnonzero([one == path for one in found])
+    boxes = _boxes(config, particles, found, pixel_size)
+    _tell_left_out(config, particles, boxes)
+    names = []
+    for i in np.flatnonzero(boxes.inside):
+        name = f"subtomo/{tomogram_key(found[i].name)}/p{i + 1:06d}.mrc"
+        volume = box_at(map_volume(found[i])[0], boxes.corner[i], config.box)
+        write_volume(config.output / name, volume, pixel_size)
+        names.append(name)
+    write_volume(config.output / "wedge.mrc", wedge(config.box, low, high, config.tilt_axis), pixel_size)
+    table = pd.DataFrame(_columns(particles, found, boxes, config.box, pixel_size))[boxes.inside].reset_index(drop=True)
+    table.insert(4, "rlnImageName", names)
+    star = config.output / "particles.star"
+    write_star(star, {"optics": pd.DataFrame([_optics(config.box, pixel_size)]), "particles": table})
+    log.info("wrote %d subtomograms of %d voxels of %g A: %s; next: opustomo check %s", len(names), config.box,
+             pixel_size, star, shlex.quote(str(star)))  # fmt: skip
+    return 0
+
+
+class _Boxes(NamedTuple):
+    """Voxels of their tomograms, x, y, z: the particles' places, and the first of the box cut for each."""
+
+    position: NDArray[np.float64]  # (P, 3)
+    corner: NDArray[np.int64]  # (P, 3)
+    inside: NDArray[np.bool_]  # (P,) whether the whole box is
+
+
+def _boxes(config: ExtractConfig, particles: ParticleList, files: Sequence[Path], pixel_size: float) -> _Boxes:
+    position, inside = np.zeros((len(particles), 3)), np.zeros(len(particles), bool)
+    corner = np.zeros((len(particles), 3), np.int64)
+    for path in sorted(set(files)):
+        rows = np.flatnonzero([one == path for one in files])
         size = np.array(map_volume(path)[0].shape[::-1])
         position[rows] = particles.voxels(rows, pixel_size, size, config.coords_angpix)
         corner[rows] = np.rint(position[rows]) - config.box // 2
         inside[rows] = ((corner[rows] >= 0) & (corner[rows] + config.box <= size)).all(1)
-    _tell_left_out(config, particles, position, inside)
-    names = []
-    for i in np.flatnonzero(inside):
-        name = f"subtomo/{tomogram_key(found[i].name)}/p{i + 1:06d}.mrc"
-        volume = box_at(map_volume(found[i])[0], corner[i].astype(int), config.box)
-        write_volume(config.output / name, volume, pixel_size)
-        names.append(name)
-    write_volume(config.output / "wedge.mrc", wedge(config.box, low, high, config.tilt_axis), pixel_size)
-    centre = corner + config.box // 2
-    columns = _columns(particles, found, position, centre, pixel_size)
-    optics = {
-        "rlnOpticsGroup": "1",
-        "rlnOpticsGroupName": "opticsGroup1",
-        "rlnImagePixelSize": f"{pixel_size:.7g}",
-        "rlnImageSize": str(config.box),
-        "rlnImageDimensionality": "3",
-    }
-    table = pd.DataFrame(columns)[inside].reset_index(drop=True)
-    table.insert(4, "rlnImageName", names)
-    star = config.output / "particles.star"
-    write_star(star, {"optics": pd.DataFrame([optics]), "particles": table})
-    log.info("wrote %d subtomograms of %d voxels of %g A: %s; next: opustomo check %s", len(names), config.box,
-             pixel_size, star, shlex.quote(str(star)))  # fmt: skip
-    return 0
+    return _Boxes(position, corner, inside)
 
 
 def box_at(volume: NDArray[Any], corner: NDArray[np.int64], box: int) -> NDArray[np.float32]:
@@ -173,11 +177,9 @@ def _pixel_size(paths: Sequence[Path], stated: float | None) -> float:
     return value
 
 
-def _tell_left_out(
-    config: ExtractConfig, particles: ParticleList, position: NDArray[np.float64], inside: NDArray[np.bool_]
-) -> None:
+def _tell_left_out(config: ExtractConfig, particles: ParticleList, boxes: _Boxes) -> None:
     """Name the particles too near the edge, in the log and in left_out.csv; UserError where none is left."""
-    rows = np.flatnonzero(~inside)
+    position, rows = boxes.position, np.flatnonzero(~boxes.inside)
     if len(rows) == 0:
         return
     some = ", ".join(
@@ -197,18 +199,25 @@ def _tell_left_out(
                 some, " ..." if len(rows) > _NAMED else "")  # fmt: skip
 
 
+def _optics(box: int, pixel_size: float) -> dict[str, str]:
+    return {
+        "rlnOpticsGroup": "1",
+        "rlnOpticsGroupName": "opticsGroup1",
+        "rlnImagePixelSize": f"{pixel_size:.7g}",
+        "rlnImageSize": str(box),
+        "rlnImageDimensionality": "3",
+    }
+
+
 def _columns(
-    particles: ParticleList,
-    files: Sequence[Path],
-    position: NDArray[np.float64],
-    centre: NDArray[np.float64],
-    pixel_size: float,
+    particles: ParticleList, files: Sequence[Path], boxes: _Boxes, box: int, pixel_size: float
 ) -> dict[str, list[str]]:
     """RELION 3.1 columns of all particles but their images: coordinates of the boxes, the rest as origin."""
+    centre = (boxes.corner + box // 2).astype(np.float64)
     names = [str(name) or tomogram_key(file.name) for name, file in zip(particles.tomogram, files, strict=True)]
     columns = {"rlnMicrographName": names}
     columns |= number_columns([f"rlnCoordinate{axis}" for axis in relion.AXES], centre, 0)
-    poses = np.hstack([to_euler(particles.rotation), (centre - position) * pixel_size])
+    poses = np.hstack([to_euler(particles.rotation), (centre - boxes.position) * pixel_size])
     columns |= number_columns([*relion.ANGLES, *(f"rlnOrigin{axis}Angst" for axis in relion.AXES)], poses, 5)
     if np.isfinite(particles.score).all():
         columns |= number_columns(["rlnAutopickFigureOfMerit"], particles.score[:, None], 6)

@@ -130,14 +130,7 @@ def estimate_noise(
     few = rows[:: max(1, len(rows) // 32)]
     volumes = by_tilts and not particles.stacks
     mean = volumes and (normalisation == "mean" or (normalisation == "auto" and _prefers_mean(particles, few, grid)))
-    ones = torch.ones(len(band_frequencies(size)))
-    unit = Noise(ones, 1.0, mean, torch.zeros(size // 2 + 1))
-    numerator, weight = torch.zeros((size,) * 3), torch.zeros_like(ones)
-    sums = torch.zeros(3, size // 2 + 1 if by_tilts else len(ones))
-    for i, b, w in observe_all(particles, rows, grid, unit, workers, crop=size):
-        numerator, weight = numerator + b, weight + w
-        sums = sums + _power(particles, i, grid, mean)
-    power, coverage, ratio = sums
+    numerator, weight, (power, coverage, ratio) = _sums(particles, rows, grid, mean, workers)
     total = ratio if by_tilts else shell_sum(ratio, size)
     volume, explained = _consensus_share(numerator, weight, total, mask, grid)
     if by_tilts:
@@ -155,6 +148,18 @@ def estimate_noise(
         sign, sure = 1.0 if contrast == "white" else -1.0, True
     noise = Noise(level, sign, mean, explained, contrast_sure=sure)
     return calibrate(particles, grid, mask, noise, rows, workers)
+
+
+def _sums(particles: Particles, rows: Sequence[int], grid: Grid, mean: bool, workers: int) -> tuple[Tensor, ...]:
+    """Over particles: numerators (M, M, M), weights (n,) where all noise is one, and ``_power``."""
+    size = grid.working_box
+    unit = Noise(torch.ones(len(band_frequencies(size))), 1.0, mean, torch.zeros(size // 2 + 1))
+    sums: list[Tensor] | None = None
+    for i, b, w in observe_all(particles, rows, grid, unit, workers, crop=size):
+        one = (b, w, _power(particles, i, grid, mean))
+        sums = list(one) if sums is None else [total + new for total, new in zip(sums, one, strict=True)]
+    assert sums is not None
+    return tuple(sums)
 
 
 def _consensus_share(

@@ -76,6 +76,11 @@ class StarFile:
             raise UserError(f"{self.path}: the table data_{block} has no rows; select at least one particle")
         return table
 
+    def with_rows(self, rows: NDArray[np.integer]) -> StarFile:
+        """The file with these rows of its particles alone, in this order."""
+        table = self.particles.iloc[rows].reset_index(drop=True)
+        return StarFile(self.path, {**self.blocks, self.particle_block: table})
+
     def has(self, block: str, column: str) -> bool:
         """Whether the column exists (upper and lower case alike: some converters write rlnCoordinatex)."""
         return block in self.blocks and _match(self.blocks[block], column) is not None

@@ -9,6 +9,8 @@ rest of the projection (shifts of the stage) does not enter.  Source: RELION 5, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,14 +229,7 @@ def _read_tomograms(path: Path, particles: StarFile, pixel_size: float, datadir:
 def _series(
     tomograms: StarFile, row: int, star: StarFile, block: str, particles: StarFile, image_pixel: float
 ) -> _Series:
-    def of_tomogram(name: str) -> float | None:
-        if not tomograms.has("global", name):
-            return None
-        value = float(tomograms.numbers("global", name, "the tilt series")[row])
-        if abs(value) >= 1e7:
-            raise UserError(f"{tomograms.path}: column _{name}, row {row + 1}: {value:g} is not possible; correct it")
-        return value
-
+    of_tomogram = partial(_of_tomogram, tomograms, row)
     stated = relion.microscope(particles)
     stated |= {name: value for name in ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
                if (value := of_tomogram(name)) is not None}  # fmt: skip
@@ -247,13 +242,7 @@ def _series(
         )
     pixel = of_tomogram("rlnTomoTiltSeriesPixelSize") or relion.constant(particles, "rlnTomoTiltSeriesPixelSize")
     rotation = _rotations(star, block)
-    columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}
-    if "rlnCtfBfactor" not in columns and star.has(block, "rlnMicrographPreExposure"):
-        dose, per_dose = star.numbers(block, "rlnMicrographPreExposure", "the dose"), of_tomogram(_PER_DOSE)
-        if per_dose:
-            columns["rlnCtfBfactor"] = per_dose * (dose + 0.5 * (of_tomogram("rlnTomoImportFractionalDose") or 0.0))
-        else:
-            columns["dose"] = dose  # as RELION and WarpTools then filter the images
+    columns = _ctf_columns(star, block, of_tomogram)
     angles = dict(zip(relion.ANGLES, tilt_angles(rotation).T, strict=True))
     axes = [of_tomogram(f"rlnTomoSize{axis}") for axis in relion.AXES]
     size = None if None in axes else np.array(axes, np.float64)
@@ -263,6 +252,30 @@ def _series(
     named = tomograms.has("global", column) and Path(tomograms.text("global", column, "the images")[row]).name
     table = tilt_table(angles | columns, stated, star.path)
     return _Series(table, rotation, hand, pixel or image_pixel, size, named == _OF_WARP)
+
+
+def _of_tomogram(tomograms: StarFile, row: int, name: str) -> float | None:
+    """A value of the table of tomograms, None where it has no such column."""
+    if not tomograms.has("global", name):
+        return None
+    value = float(tomograms.numbers("global", name, "the tilt series")[row])
+    if abs(value) >= 1e7:
+        raise UserError(f"{tomograms.path}: column _{name}, row {row + 1}: {value:g} is not possible; correct it")
+    return value
+
+
+def _ctf_columns(
+    star: StarFile, block: str, of_tomogram: Callable[[str], float | None]
+) -> dict[str, NDArray[np.float64]]:
+    """CTF columns of a tilt series, each (T,); without a B-factor that of the dose, or the dose itself."""
+    columns = {name: star.numbers(block, name, "the CTF") for name in _CTF if star.has(block, name)}
+    if "rlnCtfBfactor" not in columns and star.has(block, "rlnMicrographPreExposure"):
+        dose, per_dose = star.numbers(block, "rlnMicrographPreExposure", "the dose"), of_tomogram(_PER_DOSE)
+        if per_dose:
+            columns["rlnCtfBfactor"] = per_dose * (dose + 0.5 * (of_tomogram("rlnTomoImportFractionalDose") or 0.0))
+        else:
+            columns["dose"] = dose  # as RELION and WarpTools then filter the images
+    return columns
 
 
 def _rotations(star: StarFile, block: str) -> NDArray[np.float64]:

@@ -72,7 +72,9 @@ class Source:
         rows, member = self.rows_of(index)
         ends = np.cumsum(np.bincount(member))[:-1]
         split = None if self.rows is None else tuple(np.split(np.arange(len(rows)), ends))
-        return replace(self, table=_at(self.table, np.asarray(index)), whole=_at(self.whole, rows), rows=split)
+        return replace(
+            self, table=self.table.with_rows(np.asarray(index)), whole=self.whole.with_rows(rows), rows=split
+        )
 
 
 def read_source(path: Path, stated: Format | Literal["auto"] = "auto", datadir: Path | None = None) -> Source:
@@ -127,11 +129,5 @@ def _series(whole: StarFile, why: str) -> Source:
     member = np.array([order[name] for name in names], np.int64)
     by_particle = np.argsort(member, kind="stable")
     rows = np.split(by_particle, np.cumsum(np.bincount(member))[:-1])
-    table = _at(whole, np.array([row[0] for row in rows]))
+    table = whole.with_rows(np.array([row[0] for row in rows]))
     return Source("series", why, table, whole, tuple(rows))
-
-
-def _at(star: StarFile, rows: NDArray[np.integer]) -> StarFile:
-    """The file with these rows of its particles alone."""
-    table = star.particles.iloc[rows].reset_index(drop=True)
-    return StarFile(star.path, {**star.blocks, star.particle_block: table})
