@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import SimulateConfig
-from opustomo.data import write_relion5
 from opustomo.data.mrc import header_of, read_volume, write_stack
 from opustomo.simulate import dataset, tilt_series
 from opustomo.simulate.molecule import Beads
@@ -136,16 +135,6 @@ def test_tables_say_what_the_stacks_are(noisy: Path) -> None:
         assert header_of(noisy / "stacks" / row.rlnImageName)[:2] == ((frames, BOX, BOX), PIXEL)
         with mrcfile.open(noisy / "stacks" / row.rlnImageName) as mrc:
             assert mrc.is_image_stack()
-
-
-def test_frames_without_an_image_are_flagged(tmp_path: Path) -> None:
-    rotation = np.tile(np.eye(3), (3, 1, 1))
-    tomogram = write_relion5.Tomogram(np.full(3, 10.0), rotation, *np.ones((3, 3)), dose=3.0, bfactor_per_dose=4.0)
-    visible = [np.array([True, False, True]), np.ones(3, bool)]
-    one = write_relion5.Particles(["a", "a"], ["1.mrcs", "2.mrcs"], *np.zeros((3, 2, 3)), visible)
-    write_relion5.write_optimisation_set(tmp_path, one, {"a": tomogram}, write_relion5.Optics(8, 2.0, 300, 2.7, 0.1))
-    particles, _ = read_set(tmp_path)
-    assert particles["particles"].rlnTomoVisibleFrames.tolist() == ["[1,0,1]", "[1,1,1]"]
 
 
 def test_stacks_are_written_only_when_asked_for_and_replaced_whole(tmp_path: Path) -> None:

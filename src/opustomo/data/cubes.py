@@ -50,13 +50,7 @@ def extract_cubes(wanted: Cubes) -> list[str]:
     star = read_star(wanted.star)
     block = star.particle_block if wanted.block is None else wanted.block.removeprefix("data_")
     rows = _rows(star, block, wanted)
-    columns = [name.removeprefix("_") for name in wanted.columns]
-    place = np.stack([star.numbers(block, name, "the places of the cubes") for name in columns], 1)[rows]
-    place = ROUND[wanted.rounding](place * wanted.scale - wanted.one_based)
-    if not (np.abs(place) < 1e6).all():
-        raise UserError(
-            f"{wanted.star}: column _{columns[0]} or its like has values that are no voxels; see --coord-scale"
-        )
+    place = _voxels(star, block, wanted, rows)
     volume, pixel_size = map_volume(wanted.tomogram)
     corner, size = place.astype(np.int64) - wanted.box // 2, np.array(volume.shape[::-1])
     inside = ((corner >= 0) & (corner + wanted.box <= size)).all(1)
@@ -90,6 +84,18 @@ def extract_cubes(wanted: Cubes) -> list[str]:
         write_star(wanted.out_star, {**star.blocks, block: table})
         lines.append(f"their rows in {wanted.out_star}")
     return lines
+
+
+def _voxels(star: StarFile, block: str, wanted: Cubes, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n, 3) whole voxels of the coordinates in these rows, x, y, z, counted from 0."""
+    columns = [name.removeprefix("_") for name in wanted.columns]
+    place = np.stack([star.numbers(block, name, "the places of the cubes") for name in columns], 1)[rows]
+    place = ROUND[wanted.rounding](place * wanted.scale - wanted.one_based)
+    if not (np.abs(place) < 1e6).all():
+        raise UserError(
+            f"{wanted.star}: column _{columns[0]} or its like has values that are no voxels; see --coord-scale"
+        )
+    return place
 
 
 def _several(star: StarFile, block: str, wanted: Cubes) -> str | None:

@@ -6,6 +6,7 @@ Owns: the writing of ``particles.star`` and of one CTF STAR per particle for set
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +25,26 @@ _TILTS = (
 )  # fmt: skip
 
 
-def write_particles(
-    path: Path,
-    images: Sequence[str],
-    tomograms: Sequence[str],
-    coordinates: NDArray[np.float64],
-    euler: NDArray[np.float64],
-    origin: NDArray[np.float64],
-    pixel_size: float,
-) -> None:
-    """Write the particle table, atomically.
+@dataclass(frozen=True)
+class Listed:
+    """P particles of a set that is made here; poses as in RELION, the bead at c lies at ``A c - origin``."""
 
-    images: P names relative to the STAR; the CTF of ``x.mrc`` is ``x_ctf.mrc``, read as ``x_ctf.star``.
-    coordinates (P, 3): tomogram pixels; euler (P, 3): rot, tilt, psi in degrees; origin (P, 3): pixels; x, y, z.
-    """
+    images: Sequence[str]  # names relative to the STAR file
+    tomograms: Sequence[str]
+    coordinates: NDArray[np.float64]  # (P, 3) of the centre of the box, pixels of the tomogram, x, y, z
+    euler: NDArray[np.float64]  # (P, 3) rot, tilt, psi in degrees
+    origin: NDArray[np.float64]  # (P, 3) pixels
+
+
+def write_particles(path: Path, particles: Listed, pixel_size: float) -> None:
+    """Write the particle table, atomically; the CTF of ``x.mrc`` is ``x_ctf.mrc``, read as ``x_ctf.star``."""
+    poses = np.hstack([particles.euler, particles.origin])
+    listed = zip(particles.images, particles.tomograms, particles.coordinates, poses, strict=True)
     # Magnification 10000 makes rlnDetectorPixelSize (micrometres) the pixel size in Angstrom
     rows = [
         f"{tomogram} {_numbers(place, 2)} {image} {image.removesuffix('.mrc')}_ctf.mrc {_numbers(pose, 5)} "
         f"10000 {pixel_size:.7g}"
-        for image, tomogram, place, pose in zip(images, tomograms, coordinates, np.hstack([euler, origin]), strict=True)
+        for image, tomogram, place, pose in listed
     ]
     write_text(path, _loop("", _PARTICLES, rows))
 

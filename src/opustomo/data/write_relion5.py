@@ -6,7 +6,7 @@ Owns: the writing of ``particles.star``, ``tomograms.star`` and ``optimisation_s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from opustomo.data.readers import relion
 from opustomo.data.star import Block, number_columns, write_star
+from opustomo.data.write_relion30 import Listed
 
 _OPTICS_GROUP = "opticsGroup1"
 
@@ -52,29 +53,18 @@ class Tomogram:
         return found
 
 
-@dataclass(frozen=True)
-class Particles:
-    """P particles; ``A`` of ``euler`` and ``origin`` as in RELION: the bead at c lies at ``A c - origin``."""
+def write_optimisation_set(folder: Path, particles: Listed, tomograms: Mapping[str, Tomogram], optics: Optics) -> None:
+    """Write the three files, the optimisation set last; UserError where they cannot be written.
 
-    tomogram: Sequence[str]
-    images: Sequence[str]  # stacks of the visible images in the order of the tilts, relative to the STAR file
-    coordinates: NDArray[np.float64]  # (P, 3) of the centre of the box
-    euler: NDArray[np.float64]  # (P, 3) rot, tilt, psi in degrees
-    origin: NDArray[np.float64]  # (P, 3) pixels
-    visible: Sequence[NDArray[np.bool_]]  # (T,) of each particle's tomogram: the images in its stack
-
-
-def write_optimisation_set(
-    folder: Path, particles: Particles, tomograms: Mapping[str, Tomogram], optics: Optics
-) -> None:
-    """Write the three files, the optimisation set last; UserError where they cannot be written."""
+    The images of ``particles`` are stacks of all images of their tomogram, in the order of the tilts.
+    """
     write_star(folder / "tomograms.star", _tomogram_blocks(tomograms, optics))
-    write_star(folder / "particles.star", _particle_blocks(particles, optics))
+    write_star(folder / "particles.star", _particle_blocks(particles, tomograms, optics))
     names = {"rlnTomoParticlesFile": "particles.star", "rlnTomoTomogramsFile": "tomograms.star"}
     write_star(folder / "optimisation_set.star", {"": names})
 
 
-def _particle_blocks(particles: Particles, optics: Optics) -> dict[str, Block]:
+def _particle_blocks(particles: Listed, tomograms: Mapping[str, Tomogram], optics: Optics) -> dict[str, Block]:
     group = _microscope(optics) | {
         "rlnOpticsGroup": "1",
         "rlnOpticsGroupName": _OPTICS_GROUP,
@@ -85,10 +75,10 @@ def _particle_blocks(particles: Particles, optics: Optics) -> dict[str, Block]:
         "rlnImageSize": str(optics.box),
     }
     numbers = [str(i + 1) for i in range(len(particles.images))]
-    names = [f"{tomogram}/{number}" for tomogram, number in zip(particles.tomogram, numbers, strict=True)]
-    frames = ["[" + ",".join(str(int(flag)) for flag in flags) + "]" for flags in particles.visible]
+    names = [f"{tomogram}/{number}" for tomogram, number in zip(particles.tomograms, numbers, strict=True)]
+    counts = [len(tomograms[name].rotation) for name in particles.tomograms]
     columns = {
-        "rlnTomoName": list(particles.tomogram),
+        "rlnTomoName": list(particles.tomograms),
         "rlnTomoParticleId": numbers,
         **number_columns([f"rlnCoordinate{axis}" for axis in relion.AXES], particles.coordinates, 3),
         **number_columns(relion.ANGLES, particles.euler, 5),
@@ -96,7 +86,7 @@ def _particle_blocks(particles: Particles, optics: Optics) -> dict[str, Block]:
         "rlnOpticsGroup": ["1"] * len(names),
         "rlnImageName": list(particles.images),
         **number_columns([f"rlnOrigin{axis}Angst" for axis in relion.AXES], particles.origin * optics.pixel_size, 4),
-        "rlnTomoVisibleFrames": frames,
+        "rlnTomoVisibleFrames": ["[" + ",".join("1" * count) + "]" for count in counts],
     }
     return {
         "general": {"rlnTomoSubTomosAre2DStacks": "1"},

@@ -23,7 +23,7 @@ from opustomo.config import SimulateConfig
 from opustomo.data import write_relion5 as relion5
 from opustomo.data.atomic import LOCK, write_text
 from opustomo.data.mrc import write_stack, write_volume
-from opustomo.data.write_relion30 import write_ctf, write_particles
+from opustomo.data.write_relion30 import Listed, write_ctf, write_particles
 from opustomo.errors import UserError
 from opustomo.monitor import duration, progress
 from opustomo.simulate import tilt_series
@@ -111,9 +111,11 @@ def tomogram_name(t: int) -> str:
 def write_star(output: Path, preset: Preset, plan: Plan) -> None:
     """particles.star with the poses as given, errors included."""
     tomograms = [f"{tomogram_name(t)}.mrc" for t in plan.tomogram]
-    poses = (relion_euler(plan.given_rotation), plan.given_origin)
-    images = image_names(preset.n)
-    write_particles(output / "particles.star", images, tomograms, plan.coordinates, *poses, preset.pixel_size)
+    write_particles(output / "particles.star", _listed(plan, image_names(preset.n), tomograms), preset.pixel_size)
+
+
+def _listed(plan: Plan, images: list[str], tomograms: list[str]) -> Listed:
+    return Listed(images, tomograms, plan.coordinates, relion_euler(plan.given_rotation), plan.given_origin)
 
 
 def write_stack_tables(folder: Path, preset: Preset, plan: Plan, series: TiltSeries) -> None:
@@ -130,14 +132,8 @@ def write_stack_tables(folder: Path, preset: Preset, plan: Plan, series: TiltSer
         )
         for t in np.unique(plan.tomogram)
     }
-    particles = relion5.Particles(
-        tomogram=[tomogram_name(t) for t in plan.tomogram],
-        images=[stack_name(i) for i in range(preset.n)],
-        coordinates=plan.coordinates,
-        euler=relion_euler(plan.given_rotation),
-        origin=plan.given_origin,
-        visible=[np.ones(len(series.tilts), bool)] * preset.n,
-    )
+    stacks = [stack_name(i) for i in range(preset.n)]
+    particles = _listed(plan, stacks, [tomogram_name(t) for t in plan.tomogram])
     optics = relion5.Optics(preset.box, preset.pixel_size, series.voltage, series.cs, series.amplitude)
     relion5.write_optimisation_set(folder, particles, tomograms, optics)
 

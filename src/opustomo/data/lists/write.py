@@ -65,17 +65,7 @@ def write_list(
         columns |= number_columns([f"rlnOrigin{axis}" for axis in "XYZ"], np.zeros_like(places.centre), 5)
     columns |= number_columns([f"{prefix}Angle{angle}{number}" for angle in ("Rot", "Tilt", "Psi")], angles, 5)
     if kind == "m":
-        sources = sources or {}
-        if missing := [key for key in keys if key not in sources]:
-            raise UserError(
-                f"--m-source: has no tilt series {missing[0]} (it has {', '.join(list(sources)[:3])} ...); give the "
-                "data source that the particles come from"
-            )
-        # M always has two halves
-        subset = np.where(half > 0, half, 1 + np.arange(len(half)) % 2)
-        columns["wrpRandomSubset"] = [str(value) for value in subset]
-        columns["wrpSourceName"] = [sources[key][0] for key in keys]
-        columns["wrpSourceHash"] = [sources[key][1] for key in keys]
+        columns |= _of_m(keys, half, sources or {})
     else:
         if kind == "warp":
             columns["rlnMicrographName"] = [f"{key}.tomostar" for key in keys]
@@ -85,3 +75,17 @@ def write_list(
             columns["rlnClassNumber"] = [str(value + 1) for value in classes]
     columns |= dict(more or {})
     write_star(path, {"particles" if kind == "artiax" else "": pd.DataFrame(columns)})
+
+
+def _of_m(keys: Sequence[str], half: NDArray[np.int64], sources: Mapping[str, tuple[str, str]]) -> dict[str, list[str]]:
+    """Half sets, of which M always has two, and tilt series as M names them."""
+    if missing := [key for key in keys if key not in sources]:
+        raise UserError(
+            f"--m-source: has no tilt series {missing[0]} (it has {', '.join(list(sources)[:3])} ...); give the "
+            "data source that the particles come from"
+        )
+    return {
+        "wrpRandomSubset": [str(value) for value in np.where(half > 0, half, 1 + np.arange(len(half)) % 2)],
+        "wrpSourceName": [sources[key][0] for key in keys],
+        "wrpSourceHash": [sources[key][1] for key in keys],
+    }
