@@ -4,16 +4,17 @@ Owns: the dialects there are, and the order of the decisions (dialect, files, bo
 
 A dialect is a module with the four functions of ``dialect.Dialect``.  Another one takes four steps:
 
-1. ``source.py``: its name in ``Format``, and in ``_recognise`` the mark by which a file of it is known.  (The same name
-   in ``InputOptions.format``, for files without the mark.)
+1. ``source.py``: its name in ``Format``, in ``_recognise`` the mark by which a file of it is known, and in ``Source``
+   what messages call it and whether its particles are stacks.  (The name also in ``InputOptions.format``.)
 2. A module here: columns, units and signs of the file become rotations, origins in pixels and tilts, in the terms of
    docs/conventions.md.  ``subtomograms`` is the shortest one; ``relion`` has the columns that most files share.
 3. Its line in ``DIALECTS``, below.
 4. A set of it in tests/dialect_writers.py, with that program's own names and signs: every dialect must give the same
    map, and come back from ``select`` as it was.
 
-Nothing else knows a dialect: cache, checks and export see a table ``Particles``, or call the functions through
-``DIALECTS``.  Lists of places without images (STOPGAP, Dynamo, M, ...) are no dialects: see ``data.lists``.
+Cache, checks and export see a table ``Particles``, or call the functions through ``DIALECTS``; only ``places`` and the
+writer ``data.subtomograms`` ask whether a table has one row for each image.  Lists of places without images (STOPGAP,
+Dynamo, M, ...) are no dialects: see ``data.lists``.
 """
 
 from __future__ import annotations
