@@ -22,7 +22,7 @@ from opustomo import cli
 from opustomo.analysis import picked
 from opustomo.analysis.volumes import read_codes
 from opustomo.checkpoint import open_run
-from opustomo.data.pickles import load_labels
+from opustomo.compat.legacy_files import load_labels, save_pickle
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
 from opustomo.errors import Interrupted, UserError
@@ -273,7 +273,9 @@ def test_bad_orders_change_nothing(site: Site, run: Path, address: str, body: by
 def test_what_there_is(site: Site, run: Path) -> None:
     about = site.json("/api/0/about")
     assert about["particles"] == PARTICLES and about["epochs"] == [0, 1, 2] and about["epoch"] == 2
-    assert about["classes"]["class:kmeans3"] == 3 and "pc:1" in about["columns"] and "evidence" in about["columns"]
+    assert ["class:kmeans3:2", "class 2 of k-means 3"] in about["maps"] and ["pc:1", "along PC1"] in about["maps"]
+    assert about["columns"]["class:kmeans3"] == {"label": "k-means 3", "heading": "Classes", "names": True}
+    assert "pc:1" in about["columns"] and "evidence" in about["columns"]
     more = site.json("/api/0/columns")
     assert {"turn", "shift", "tomogram", "place:x"} <= set(more) and any(name.startswith("star:") for name in more)
     opened = open_run(run, 1)
@@ -444,11 +446,21 @@ def test_a_selection_is_classified_again(site: Site, run: Path, capsys: pytest.C
     path = run / "analyze.filter.2" / "kmeans2" / "labels.pkl"
     labels = load_labels(path, -1)
     assert (labels[:40] >= 0).all() and (labels[40:] == -1).all()
-    values = site.packet("/api/0/column?name=class:kmeans2:2")[1]
+    assert "umap:filter.1" not in site.json("/api/0/about")["columns"]
+    values = site.packet("/api/0/column?name=class:filter.kmeans2")[1]
     assert np.isnan(values[40:]).all() and np.array_equal(values[:40], labels[:40])
     path.unlink()
+    save_pickle(path.parents[1] / "umap.pkl", np.arange(80, dtype=np.float32).reshape(40, 2))
     assert cli.main(job["command"].split()[1:]) == 0
     assert np.array_equal(load_labels(path, -1), labels)
+    assert ["class:filter.kmeans2:1", "class 1 of k-means 2, second round"] in site.json("/api/0/about")["maps"]
+    assert np.array_equal(site.packet("/api/0/column?name=umap:filter.2")[1][:40], np.arange(1, 80, 2))
+    header, volume = site.packet("/api/0/map?at=class:filter.kmeans2:1")
+    assert header["command"] == f"opustomo volumes {run} --filtered --kmeans 2"
+    assert np.abs(volume - site.packet("/api/0/map?at=class:kmeans3:1")[1]).max() > 1e-4
+    site.json("/api/0/selection?name=part", "POST", (rows + 1).tobytes())
+    assert cli.main(job["command"].split()[1:]) == 0
+    assert "umap:filter.2" not in site.json("/api/0/about")["columns"], "which was of other particles"
     assert cli.main(["analyze", str(run), "--selection", "part", "--within", "3:0"]) == 2
     assert "give one of them" in capsys.readouterr().err
 
@@ -615,7 +627,7 @@ def test_several_runs_and_servers_side_by_side(run: Path, finished_run: Path) ->
     try:
         assert both.server_port != other.server_port and gate.cookie_name(both.token) != gate.cookie_name(other.token)
         assert [desk.path for desk in both.desks] == [run, finished_run]
-        assert json.loads(GET["about"](both.desks[1], {}).body)["classes"] == {}
+        assert json.loads(GET["about"](both.desks[1], {}).body)["maps"][1][0] == "pc:1"
     finally:
         for opened in (both, other):
             opened.server_close()

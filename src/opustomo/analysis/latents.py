@@ -125,6 +125,8 @@ def analyze(
     folder = folder or analysis_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     remove_dead(folder)
+    if run.rows is not None and not _is_of(folder, run.rows):
+        (folder / "umap.pkl").unlink(missing_ok=True)  # of an earlier second round
     components = principal_components(codes)
     if pcs > len(components.axes):
         log.warning("%d components instead of %d: the codes have no more", len(components.axes), pcs)
@@ -145,6 +147,12 @@ def analyze(
     if run.analysis == "analyze":
         _around(run, result, clusters, seed)
     return result
+
+
+def _is_of(folder: Path, rows: NDArray[np.int64]) -> bool:
+    """Whether the second round in ``folder`` is of these particles."""
+    path = folder / "rows.txt"
+    return path.is_file() and path.read_text() == as_text(rows, "%d")
 
 
 def _of_all(result: Analysis, rows: NDArray[np.int64], count: int) -> Analysis:

@@ -62,6 +62,18 @@ def graph_path(codes: Floats, anchors: list[int], typical: NDArray[np.bool_], se
     return rows[way].astype(np.int64)
 
 
+def rows_passed(
+    codes: Floats, anchors: list[int], dense: bool, typical: NDArray[np.bool_], name: str
+) -> NDArray[np.int64]:
+    """Rows of the particles on a way through ``anchors``: where there are many (``graph_path``), or none but these.
+
+    UserError, about ``name``: their codes are equal.
+    """
+    if (np.ptp(codes[anchors], axis=0) == 0).all():
+        raise UserError(f"{name}: their codes are equal, there is no way between them; give others")
+    return graph_path(codes, anchors, typical) if dense else np.array(anchors)
+
+
 def along(corners: Floats, points: int) -> Floats:
     """(points, zdim) codes at equal distances along the line through ``corners`` (n, zdim), its ends included."""
     length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(corners, axis=0), axis=1))])
@@ -96,9 +108,7 @@ def write_path(run: Run, choice: MapChoice, folder: Path) -> Path:
     if min(given) < 0 or max(given) >= len(ends) or max(ends) >= len(codes):
         raise UserError(f"{name}: {run.path} has {what} 0 to {len(ends) - 1}; give some of them")
     anchors = [int(ends[number]) for number in given]
-    if (np.ptp(codes[anchors], axis=0) == 0).all():
-        raise UserError(f"{name}: their codes are equal, there is no way between them; give others")
-    rows = graph_path(codes, anchors, run.typical) if choice.path else np.array(anchors)
+    rows = rows_passed(codes, anchors, kind == "path", run.typical, name)
     target = folder / path_name(choice) / "z_path.txt"
     way = along(codes[rows], choice.points)
     write_text(target.with_name("z_path_rows.txt"), as_text(rows, "%d"))

@@ -30,8 +30,9 @@ from opustomo.checkpoint import epochs_of
 from opustomo.config import AnalyzeConfig, SelectConfig
 from opustomo.data.atomic import exclusive
 from opustomo.errors import UserError
+from opustomo.explore.columns import Column
 from opustomo.explore.gate import LARGE, SMALL, Refused
-from opustomo.explore.view import View
+from opustomo.explore.view import Place, View
 from opustomo.explore.work import Decoder, Jobs
 from opustomo.physics.volume import fourier_shell_correlation
 from opustomo.status import status_of
@@ -96,6 +97,7 @@ class Desk:
         """Open the run before the page asks for it; what is wrong with it the page is told."""
         with suppress(UserError):
             about(self, {})
+            columns(self, {})
 
     def view(self, query: Query) -> View:
         """The run at the epoch asked for (the latest, where none is)."""
@@ -109,21 +111,23 @@ class Desk:
             self._views.move_to_end(epoch)
             return self._views[epoch]
 
-    def map(self, view: View, at: str, points: int, index: int) -> tuple[NDArray[np.float32], str, str]:
+    def map(self, view: View, query: Query, at: str = "at", i: str = "i") -> tuple[NDArray[np.float32], str, str]:
         """A decoded map (C, C, C), its title, and the command that makes it."""
-        place = view.place(at, points)
+        place, index = view.place(query.get(at, ""), number(query, "n", 10)), number(query, i, 0)
         if not 0 <= index < len(place.codes):
-            raise Refused(400, f"i={index}: there are maps 0 to {len(place.codes) - 1}")
-        return self._decoded(view, place.codes[index]), place.titles[index], self._told(view, place.command)
+            raise Refused(400, f"{i}={index}: there are maps 0 to {len(place.codes) - 1}")
+        return self.decoded(place, index), place.titles[index], self.told(view, place.command)
 
-    def _told(self, view: View, command: str) -> str:
+    def decoded(self, place: Place, index: int) -> NDArray[np.float32]:
+        """The map (C, C, C) of one code of a place."""
+        code = np.asarray(place.codes[[index]], np.float32)
+        key = (place.run.epoch, place.run.analysis, code.tobytes())
+        return self.decoder.get(key, lambda: place.run.decode(code)[0])
+
+    def told(self, view: View, command: str) -> str:
         """The line of a command about the epoch that is shown."""
         earlier = view.run.epoch != max(epochs_of(self.path), default=view.run.epoch)
         return self.line(command + f" --epoch {view.run.epoch}" * (earlier and bool(command)))
-
-    def _decoded(self, view: View, code: NDArray[Any]) -> NDArray[np.float32]:
-        ready = np.asarray(code, np.float32)
-        return self.decoder.get((view.run.epoch, ready.tobytes()), lambda: view.run.decode(ready[None])[0])
 
     def line(self, command: str) -> str:
         """A command line about this run."""
@@ -131,27 +135,28 @@ class Desk:
 
 
 def about(desk: Desk, query: Query) -> Reply:
-    """What there is, without reading the STAR file: sizes, epochs, columns, classes, selections."""
+    """What there is, without reading the STAR file: sizes, epochs, columns, maps, selections."""
     view = desk.view(query)
     with view.lock:
-        run, makers = view.run, view.makers
-        classes = {name: len(latent_names) for name in makers if name.startswith("class:")
-                   if (latent_names := makers[name][1]()[1]) is not None}  # fmt: skip
-        used = latents.in_use(view.components.explained)
-    grid = run.grid
+        found, maps = view.look(), view.offered()
+    run = view.run
     return as_json({
-        "name": desk.path.resolve().name, "path": str(desk.path), "kind": run.kind, "epoch": run.epoch,
-        "epochs": epochs_of(desk.path), "particles": len(run.codes), "star": str(run.star), "used": used,
-        "columns": {name: label for name, (label, _) in makers.items()}, "classes": classes,
-        "crop": grid.crop, "pixel": grid.working_pixel, "selections": picked.names_in(desk.path),
+        "name": desk.path.resolve().name, "path": str(desk.path), "epoch": run.epoch, "epochs": epochs_of(desk.path),
+        "particles": len(run.codes), "pixel": run.grid.working_pixel, "columns": _menu(found), "maps": maps,
+        "selections": picked.names_in(desk.path),
     })  # fmt: skip
 
 
 def columns(desk: Desk, query: Query) -> Reply:
     """What the STAR file adds to them, which may take a while to read."""
     view = desk.view(query)
-    with view.lock:
-        return as_json({name: label for name, (label, _) in view.star_makers.items()})
+    with view.reading:
+        return as_json(_menu(view.star_columns))
+
+
+def _menu(found: Mapping[str, Column]) -> dict[str, Any]:
+    return {name: {"label": column.label, "heading": column.heading, "names": column.names}
+            for name, column in found.items()}  # fmt: skip
 
 
 def column(desk: Desk, query: Query) -> Reply:
@@ -163,7 +168,7 @@ def column(desk: Desk, query: Query) -> Reply:
 def density(desk: Desk, query: Query) -> Reply:
     """A map: (C, C, C) float32 in (z, y, x)."""
     view = desk.view(query)
-    volume, title, command = desk.map(view, query.get("at", ""), number(query, "n", 10), number(query, "i", 0))
+    volume, title, command = desk.map(view, query)
     level, reach = contour(volume[None])
     header = {"size": volume.shape[0], "pixel": view.run.grid.working_pixel, "level": level, "reach": reach,
               "limits": slice_limits(volume[None]), "title": title, "command": command}  # fmt: skip
@@ -173,7 +178,7 @@ def density(desk: Desk, query: Query) -> Reply:
 def mrc(desk: Desk, query: Query) -> Reply:
     """The same as a file, written as ``opustomo volumes`` does."""
     view = desk.view(query)
-    volume, title, _ = desk.map(view, query.get("at", ""), number(query, "n", 10), number(query, "i", 0))
+    volume, title, _ = desk.map(view, query)
     with tempfile.TemporaryDirectory() as folder:
         path = save_volumes([volume], view.run.grid, Path(folder))[0]
         return Reply(path.read_bytes(), "application/octet-stream", f"{'_'.join(title.replace(',', '').split())}.mrc")
@@ -181,9 +186,8 @@ def mrc(desk: Desk, query: Query) -> Reply:
 
 def fsc(desk: Desk, query: Query) -> Reply:
     """Fourier shell correlation of two maps: frequencies in 1/Angstrom and values."""
-    view, points = desk.view(query), number(query, "n", 10)
-    maps = [torch.from_numpy(desk.map(view, query.get(name, ""), points, number(query, f"i{name}", 0))[0])
-            for name in "ab"]  # fmt: skip
+    view = desk.view(query)
+    maps = [torch.from_numpy(desk.map(view, query, name, f"i{name}")[0]) for name in "ab"]
     curve = np.asarray(fourier_shell_correlation(*maps), np.float64)
     frequency = np.arange(len(curve)) / (view.run.grid.crop * view.run.grid.working_pixel)
     return as_json({"frequency": frequency.tolist(), "fsc": curve.tolist()})
@@ -197,9 +201,9 @@ def nearest(desk: Desk, query: Query) -> Reply:
 
 def particle(desk: Desk, query: Query) -> Reply:
     """Facts and pictures of a particle; every picture has its own range of grey."""
-    view, row = desk.view(query), str(number(query, "row"))
-    code = view.place(f"row:{row}").codes[0]
-    facts, pictures = view.particle(int(row), lambda: desk._decoded(view, code))
+    view, row = desk.view(query), number(query, "row")
+    place = view.place(f"row:{row}")
+    facts, pictures = view.particle(row, lambda: desk.decoded(place, 0))
     header = facts | {"pictures": [{"title": title, "height": len(image), "width": len(image[0])}
                                    for title, image in pictures]}  # fmt: skip
     return packet(header, *(np.asarray(image, np.float32) for _, image in pictures))
@@ -305,16 +309,14 @@ def analyze(desk: Desk, query: Query, body: bytes) -> Reply:
         raise Refused(400, "clusters: a number from 1 to 1000 is needed")
     picked.read_selection(desk.path, name)
     epoch = desk.view(query).run.epoch
-    config = AnalyzeConfig(run=desk.path, epoch=epoch, selection=name, clusters=clusters, codes="composition",
+    config = AnalyzeConfig(run=desk.path, epoch=epoch, selection=name, clusters=clusters,
                            skip_umap=asked.get("umap") is not True)  # fmt: skip
 
     def work() -> list[Path]:
         latents.main(config)
-        with desk._lock:
-            desk._views.pop(epoch, None)  # has other columns now
         return []
 
-    line = f"analyze {{run}} --epoch {epoch} --selection {name} --clusters {clusters} --codes composition"
+    line = f"analyze {{run}} --epoch {epoch} --selection {name} --clusters {clusters}"
     line += "" if asked.get("umap") is True else " --skip-umap"
     return as_json(desk.jobs.start(f"{clusters} classes of {name}", desk.line(line), work).told())
 
@@ -333,13 +335,13 @@ def film(desk: Desk, query: Query, body: bytes) -> Reply:
     def work() -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder):
-            maps = np.stack([desk._decoded(view, code) for code in place.codes])
+            maps = np.stack([desk.decoded(place, i) for i in range(len(place.codes))])
             paths = save_volumes(maps, view.run.grid, folder)
             made = movie.write_movie(maps, view.run.grid.working_pixel, paths, folder / "reference", level)
         return [*made, *paths]
 
     command = place.command.replace("volumes", "movie", 1) or f"movie {shlex.quote(str(folder))}"
-    line = desk._told(view, command) + ("" if level is None else f" --level {level:g}")
+    line = desk.told(view, command) + ("" if level is None else f" --level {level:g}")
     return as_json(desk.jobs.start(f"movie {at}", line, work).told())
 
 

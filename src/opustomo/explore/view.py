@@ -1,68 +1,123 @@
-"""What a run knows of its particles, as the page asks for it: numbers, names, codes of maps, pictures.
+"""A run and its particles, as the page asks for it: columns, codes of maps, pictures.
 
-Owns: the names of what points can be placed and coloured by, and of what can be decoded.
+Owns: the names of what can be decoded, and that a particle's map is that of all its codes.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from opustomo.analysis.class_quality import read_quality
 from opustomo.analysis.controls import run_particles
 from opustomo.analysis.data_maps import open_rows
-from opustomo.analysis.latents import analysis_folder, principal_components, stored_umap, traversal
-from opustomo.analysis.paths import along, graph_path
+from opustomo.analysis.dynamics import Hinge, hinges
+from opustomo.analysis.latents import in_use, principal_components, traversal
+from opustomo.analysis.paths import along, rows_passed
 from opustomo.analysis.picked import read_selection
-from opustomo.analysis.places import stem
+from opustomo.analysis.places import options_of, stem
+from opustomo.analysis.seen import along_conformation, seen_as
 from opustomo.analysis.volumes import read_codes
 from opustomo.checkpoint import Run, open_run
-from opustomo.data.pickles import load_labels
+from opustomo.config_analysis import Codes
 from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of
 from opustomo.data.readers.source import Source
 from opustomo.data.sections import Pictures, sections, sections_of
-from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError
+from opustomo.explore.columns import Column, Values, called, of_run, of_star
+from opustomo.physics.geometry import matrix_to_euler, rotation_angle
 from opustomo.physics.observation import seen_through
 
 Floats = NDArray[np.float64]
-Column = tuple[NDArray[np.float32], list[str] | None]  # (P,) numbers, or indices into names; NaN where there is none
-MOST_NAMES = 512  # of a column: more cannot be told apart, nor listed
 FEWEST_POINTS, MOST_POINTS = 2, 100
-AT = re.compile(r"mean|row:\d+|selection:[\w.-]+|class:(?:kmeans\d+|groups):\d+|pc:\d+|(?:path|between):\d+(?:-\d+)+")
+POINTS = 10  # of a series of the commands, unless they are told
+AT = re.compile(
+    r"mean|row:\d+|selection:[\w.-]+|(?:pc|motion):\d+|(?:path|between):\d+(?:-\d+)+|"
+    r"class:(?:conformation\.|joint\.)?(?:filter\.)?(?:kmeans\d+|groups):\d+"
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A code, or a series of them (n, zdim), and the command that decodes the same, "" where there is none."""
+    """A code, or a series of them (n, zdim), of ``run``; the command that decodes the same, "" where there is none."""
 
-    codes: Floats
+    run: Run
+    codes: NDArray[np.floating[Any]]
     titles: list[str]
-    command: str
+    command: str = ""
 
 
 class View:
-    """A run at one epoch; what is asked for once is kept."""
+    """A run at one epoch; what is asked for once is kept.
+
+    Two locks, under which one thread finds out while the others wait: a large STAR file takes its time, and nobody who
+    does not need it is to wait for it.
+    """
 
     def __init__(self, path: Path, epoch: int = -1) -> None:
         self.run: Run = open_run(path, epoch)
-        self.lock = threading.RLock()  # one thread finds out, the others wait for it
+        self.lock, self.reading = threading.RLock(), threading.RLock()
+        self.columns: dict[str, Column] = {}
+
+    def look(self) -> dict[str, Column]:
+        """The columns there are now: ``analyze`` may have been run since."""
+        with self.lock:
+            self.columns = of_run(self)
+            return self.columns
+
+    # --- the run by its codes ---
+
+    @cached_property
+    def seen(self) -> dict[Codes, Run]:
+        """The run by composition; where there are bodies by their conformation and by both, too."""
+        found: dict[Codes, Run] = {"composition": self.run}
+        if self.run.conformation is not None:
+            found |= {codes: seen_as(self.run, codes) for codes in get_args(Codes)[1:]}
+        return found
+
+    @property
+    def whole(self) -> Run:
+        """By all codes of a particle."""
+        return self.seen.get("joint", self.run)
+
+    @property
+    def analyses(self) -> dict[str, tuple[Codes, bool]]:
+        """Which codes, and whether a second round, by what stands before the names of classes."""
+        return {f"{codes}." * (codes != "composition") + "filter." * second: (codes, second)
+                for codes in self.seen for second in (False, True)}  # fmt: skip
+
+    def folder_of(self, prefix: str) -> Path:
+        """Of an analysis."""
+        return self.run.path / f"{stem(*self.analyses[prefix])}.{self.run.epoch}"
 
     @cached_property
     def components(self) -> Any:
-        """Principal components of the codes."""
+        """Principal components of the composition."""
         return principal_components(np.asarray(self.run.codes, np.float64))
+
+    @cached_property
+    def motion_sizes(self) -> list[float]:
+        """How far each conformation moves the density, voxels; [] without bodies."""
+        if self.run.conformation is None:
+            return []
+        bodies = self.run.bodies
+        return list(bodies.model.modes(bodies.dimensions)[1].tolist())
+
+    @cached_property
+    def hinges(self) -> list[Hinge]:
+        """Of every pair of bodies, those that move most first."""
+        return hinges(self.run.bodies.model.bodies, self.run.bodies.motions.motion)
+
+    # --- the particles in the STAR file: with ``reading`` held ---
 
     @cached_property
     def source(self) -> Source | None:
@@ -89,75 +144,11 @@ class View:
         """Where the particles are in their tomograms, where the file says it."""
         if self.source is None:
             return None
-        grid = self.run.grid
         try:
-            return places_of(self.source, self.run.rotation, self.run.origin, grid.pixel_size, None, self.datadir)
+            pixel = self.run.grid.pixel_size
+            return places_of(self.source, self.run.rotation, self.run.origin, pixel, None, self.datadir)
         except UserError:
             return None
-
-    @cached_property
-    def makers(self) -> dict[str, tuple[str, Callable[[], Column]]]:
-        """What there is of every particle, without the STAR file: name to (label, how to get it)."""
-        run, found = self.run, {}
-        share = self.components.explained
-        for i in range(min(len(share), run.codes.shape[1])):
-            if share[i] > 1e-9:
-                found[f"pc:{i + 1}"] = (f"PC{i + 1} ({share[i]:.0%})", self._number(self.components.scores, i))
-        umap = stored_umap(analysis_folder(run), len(run.codes))
-        if umap is not None:
-            found |= {f"umap:{i + 1}": (f"UMAP{i + 1}", self._number(umap, i)) for i in range(2)}
-        found |= {f"z:{i + 1}": (f"code {i + 1}", self._number(run.codes, i)) for i in range(run.codes.shape[1])}
-        found |= dict(self._classes())
-        own = run.path / "linear.npz"  # of the linear stage as a run of its own
-        fitted = read_arrays(own, "restore it from a copy") if own.is_file() else run.linear_results()
-        for name, values in (fitted or {}).items():
-            if name in ("evidence", "gain", "outlier"):
-                found[name] = ({"outlier": "outlier score"}.get(name, name), self._number(values))
-        found["beam"] = ("beam axis to z (degrees)", self._number(self._beam))
-        return found
-
-    def _classes(self) -> Iterator[tuple[str, tuple[str, Callable[[], Column]]]]:
-        run = self.run
-        second = run.path / f"{stem('composition', True)}.{run.epoch}"
-        for folder, words in ((analysis_folder(run), ""), (second, ", second round")):
-            for path in sorted(folder.glob("*/labels.pkl")):
-                name = path.parent.name
-                if re.fullmatch(r"kmeans\d+|groups", name):
-                    label = name.replace("kmeans", "k-means ") + words
-                    yield f"class:{name}" + ":2" * bool(words), (label, partial(_labels, path, len(run.codes)))
-                quality = path.with_name("quality.csv")
-                if quality.is_file() and quality.stat().st_mtime >= path.stat().st_mtime:
-                    yield f"worth:{name}", (f"worth of its class ({name})", partial(_worth, path))
-
-    @cached_property
-    def star_makers(self) -> dict[str, tuple[str, Callable[[], Column]]]:
-        """The same of what the STAR file says: reading a large one takes its time."""
-        found: dict[str, tuple[str, Callable[[], Column]]] = {}
-        if self.source is None:
-            return found
-        if self.run.config.get("estpose"):
-            found |= {"turn": ("pose change (degrees)", self._number(lambda: self.pose_change[0])),
-                      "shift": ("pose change (Å)", self._number(lambda: self.pose_change[1]))}  # fmt: skip
-        if self.places is not None:
-            found["tomogram"] = ("tomogram", partial(_named, pd.Series(self.places.tomogram)))
-            found |= {f"place:{axis}": (f"place {axis} (Å)", self._number(self.places.centre, i))
-                      for i, axis in enumerate("xyz")}  # fmt: skip
-        for name, values in self.source.table.particles.items():
-            make = {"number": _numeric, "names": _named}.get(kind_of(values))
-            if make is not None:
-                found[f"star:{name}"] = (str(name), partial(make, values))
-        return found
-
-    @staticmethod
-    def _number(values: Any, column: int | None = None) -> Callable[[], Column]:
-        def made() -> Column:
-            found = np.asarray(values() if callable(values) else values)
-            return np.ascontiguousarray(found if column is None else found[:, column], np.float32), None
-
-        return made
-
-    def _beam(self) -> Floats:
-        return np.degrees(np.arccos(np.clip(np.asarray(self.run.rotation)[:, 2, 2], -1, 1)))
 
     @cached_property
     def pose_change(self) -> tuple[Floats, Floats]:
@@ -165,19 +156,40 @@ class View:
         if self.poses_given is None:
             raise UserError(f"{self.run.star}: is not there, so how far poses moved is not known; put it back")
         rotation, origin = self.poses_given
-        cosine = (np.einsum("pij,pij->p", rotation, self.run.rotation) - 1) / 2
-        moved = np.linalg.norm(origin - self.run.origin, axis=1) * self.run.grid.pixel_size
-        return np.degrees(np.arccos(np.clip(cosine, -1, 1))), moved
+        turned = rotation_angle(torch.from_numpy(rotation), torch.from_numpy(self.run.rotation)).numpy()
+        return turned, np.linalg.norm(origin - self.run.origin, axis=1) * self.run.grid.pixel_size
 
-    def column(self, name: str) -> Column:
+    @cached_property
+    def star_columns(self) -> dict[str, Column]:
+        """What the STAR file adds to the columns."""
+        return of_star(self)
+
+    def column(self, name: str) -> Values:
         """A number or name of every particle.  UserError where there is none such."""
         with self.lock:
-            found = self.makers.get(name) or self.star_makers.get(name)
-            if found is None:
+            found = (self.columns or self.look()).get(name)
+            if found is not None:
+                return found.get()
+        with self.reading:
+            if name not in self.star_columns:
                 raise UserError(f"there is no column {name[:80]!r} in this run")
-            return found[1]()
+            return self.star_columns[name].get()
 
-    def place(self, at: str, points: int = 10) -> Place:
+    # --- what can be decoded ---
+
+    def offered(self) -> list[tuple[str, str]]:
+        """What the menu of maps has, as ``place`` takes it, and its label."""
+        found = [("mean", "mean code")]
+        for name, column in self.columns.items():
+            if name.startswith("class:"):
+                found += [
+                    (f"{name}:{i}", f"{label} of {column.label}") for i, label in enumerate(column.get()[1] or [])
+                ]
+        found += [(f"pc:{i + 1}", f"along PC{i + 1}") for i in range(in_use(self.components.explained))]
+        moving = [i + 1 for i, size in enumerate(self.motion_sizes) if size > 0]
+        return found + [(f"motion:{i}", f"along conformation {i}") for i in moving]
+
+    def place(self, at: str, points: int = POINTS) -> Place:
         """The codes that ``at`` names: see AT.  UserError where they are not there."""
         if not AT.fullmatch(at):
             raise UserError(f"{at[:80]!r} names no code of this run")
@@ -185,52 +197,59 @@ class View:
             raise UserError(f"{points} maps: give {FEWEST_POINTS} to {MOST_POINTS}")
         kind, _, rest = at.partition(":")
         with self.lock:
+            if kind in ("path", "between"):
+                return self._way(kind, rest, points)
             return getattr(self, f"_{kind}")(rest, points)
 
-    def _codes(self) -> Floats:
-        return np.asarray(self.run.codes, np.float64)
-
     def _row(self, text: str, points: int) -> Place:
-        return Place(self._codes()[[self.checked(text)]], [f"particle {int(text) + 1}"], "")
+        return Place(self.whole, self.whole.codes[[self.checked(text)]], [f"particle {int(text) + 1}"])
 
     def _mean(self, text: str, points: int) -> Place:
-        return Place(self._codes().mean(0, keepdims=True), ["mean code"], "")
+        return Place(self.run, np.asarray(self.run.codes, np.float64).mean(0, keepdims=True), ["mean code"])
 
     def _selection(self, text: str, points: int) -> Place:
-        rows = read_selection(self.run.path, text)
-        return Place(self._codes()[rows].mean(0, keepdims=True), [f"mean of {text}"], "")
+        codes = np.asarray(self.whole.codes[read_selection(self.run.path, text)], np.float64)
+        return Place(self.whole, codes.mean(0, keepdims=True), [f"mean of {text}"])
 
     def _class(self, text: str, points: int) -> Place:
         name, number = text.split(":")
-        codes = read_codes(analysis_folder(self.run) / name / "centers.txt", self.run.codes.shape[1])
+        *_, kind = name.split(".")
+        prefix = name.removesuffix(kind)
+        if prefix not in self.analyses:
+            raise UserError(f"{name}: this run has no bodies, so there are classes of its composition alone")
+        run = self.seen[self.analyses[prefix][0]]
+        codes = read_codes(self.folder_of(prefix) / kind / "centers.txt", run.codes.shape[1])
         if int(number) >= len(codes):
             raise UserError(f"{name}: has classes 0 to {len(codes) - 1}, not {number}")
-        option = "groups" if name == "groups" else f"kmeans {name[6:]}"
-        return Place(codes[[int(number)]], [f"class {number} of {name}"], f"volumes {{run}} --{option}")
+        option = "--groups" if kind == "groups" else f"--kmeans {kind[6:]}"
+        command = f"volumes {{run}}{options_of(*self.analyses[prefix])} {option}"
+        return Place(run, codes[[int(number)]], [f"class {number} of {called(prefix, kind)}"], command)
 
     def _pc(self, text: str, points: int) -> Place:
         if not 1 <= int(text) <= len(self.components.axes):
             raise UserError(f"pc {text}: there are components 1 to {len(self.components.axes)}")
         codes = traversal(self.components, int(text), points)
         score = (codes - self.components.mean) @ self.components.axes[int(text) - 1]
-        told = f"volumes {{run}} --pc {text}" if points == 10 else ""
-        return Place(codes, [f"PC{text} {value:+.2f}" for value in score], told)
+        told = f"volumes {{run}} --pc {text}" if points == POINTS else ""
+        return Place(self.run, codes, [f"PC{text} {value:+.2f}" for value in score], told)
+
+    def _motion(self, text: str, points: int) -> Place:
+        run = self.seen.get("conformation")
+        if run is None:
+            raise UserError(f"{self.run.path}: has no conformation; train with --masks to have one")
+        codes = along_conformation(run, int(text), points)
+        told = f"volumes {{run}} --conformation {text}" if points == POINTS else ""
+        return Place(run, codes, [f"conformation {text}, {value:+.2f}" for value in codes[:, int(text) - 1]], told)
 
     def _way(self, kind: str, text: str, points: int) -> Place:
         anchors = [self.checked(word) for word in text.split("-")]
-        codes = self._codes()
-        if (np.ptp(codes[anchors], axis=0) == 0).all():
-            raise UserError(f"{kind} {text}: the codes are equal, there is no way between them; give others")
-        rows = graph_path(codes, anchors, self.run.typical) if kind == "path" else np.array(anchors)
-        titles = [f"{kind}, {i + 1} of {points}" for i in range(points)]
-        told = f"volumes {{run}} --{kind} {' '.join(map(str, anchors))} --points {points}"
-        return Place(along(codes[rows], points), titles, told)
-
-    def _path(self, text: str, points: int) -> Place:
-        return self._way("path", text, points)
-
-    def _between(self, text: str, points: int) -> Place:
-        return self._way("between", text, points)
+        codes = np.asarray(self.whole.codes, np.float64)
+        rows = rows_passed(codes, anchors, kind == "path", self.run.typical, f"{kind} {text}")
+        more = "" if self.whole is self.run else options_of("joint", False)
+        told = f"volumes {{run}}{more} --{kind} {' '.join(map(str, anchors))} --points {points}"
+        return Place(
+            self.whole, along(codes[rows], points), [f"{kind}, {i + 1} of {points}" for i in range(points)], told
+        )
 
     def checked(self, text: str) -> int:
         """A row number of this run.  UserError where it has no such particle."""
@@ -240,26 +259,30 @@ class View:
 
     def nearest(self, row: int, count: int) -> NDArray[np.uint32]:
         """Rows of the ``count`` particles whose codes are nearest to that of ``row``, itself among them."""
-        count = min(max(count, 1), len(self.run.codes))
-        distance = np.square(self.run.codes - self.run.codes[row]).sum(1)
+        codes = self.whole.codes
+        count = min(max(count, 1), len(codes))
+        distance = np.square(codes - codes[row]).sum(1)
         return np.argpartition(distance, count - 1)[:count].astype(np.uint32)
+
+    # --- one particle ---
 
     def particle(self, row: int, decoded: Callable[[], NDArray[np.float32]]) -> tuple[dict[str, Any], Pictures]:
         """Facts and pictures of one particle; ``decoded``: makes its map."""
-        run, facts, pictures, notes = self.run, dict[str, Any](row=row), Pictures(), list[str]()
-        with self.lock:
+        run, pictures, notes = self.run, Pictures(), list[str]()
+        facts = {"row": row, "euler": run.euler[row].tolist(), "origin": run.origin[row].tolist()}
+        with self.reading:
             source, before, places = self.source, self.poses_given, self.places
-        if source is not None and before is not None:
-            facts |= {"tomogram": "" if places is None else str(places.tomogram[row])}
-            if places is not None:
-                facts["place"] = places.centre[row].round(1).tolist()
-            facts |= {"turn": float(self.pose_change[0][row]), "shift": float(self.pose_change[1][row])}
-            facts["origin_given"] = before[1][row].round(2).tolist()
-            try:
-                pictures += sections_of(source, row, self.datadir)
-            except UserError as error:
-                notes.append(str(error))
-        facts |= {"euler": run.euler[row].round(2).tolist(), "origin": run.origin[row].round(2).tolist()}
+            change = None if before is None else self.pose_change
+        if places is not None:
+            facts |= {"tomogram": str(places.tomogram[row]), "place": places.centre[row].tolist()}
+        if before is not None and change is not None:
+            facts |= {"euler_given": matrix_to_euler(torch.from_numpy(before[0][row])).tolist(),
+                      "origin_given": before[1][row].tolist(),
+                      "turn": float(change[0][row]), "shift": float(change[1][row])}  # fmt: skip
+        try:
+            pictures += [] if source is None else sections_of(source, row, self.datadir)
+        except UserError as error:
+            notes.append(str(error))
         volume = decoded()
         try:
             index, rows = torch.tensor([row]), open_rows(run)
@@ -270,37 +293,3 @@ class View:
             notes.append(str(error))
         pictures += sections(volume, "map")
         return facts | {"notes": notes}, pictures
-
-
-def _labels(path: Path, count: int) -> Column:
-    labels = load_labels(path, -1)
-    if len(labels) != count:
-        raise UserError(f"{path}: is of {len(labels)} particles where the run has {count}; analyze it again")
-    names = [f"class {i}" for i in range(int(labels.max()) + 1)]
-    return np.where(labels < 0, np.nan, labels).astype(np.float32), names
-
-
-def _worth(path: Path) -> Column:
-    labels = load_labels(path, -1)
-    worth = np.full(max(int(labels.max()) + 1, 1), np.nan)
-    for row in read_quality(path.with_name("quality.csv")):
-        if 0 <= row.number < len(worth):
-            worth[row.number] = row.worth
-    return np.where(labels < 0, np.nan, worth[labels]).astype(np.float32), None
-
-
-def kind_of(column: pd.Series[Any]) -> str:
-    """number or names; "" for a column that says nothing, or has more names than can be shown."""
-    value = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-    if np.isfinite(value).all():
-        return "number" if np.ptp(value) > 0 else ""
-    return "names" if 1 < column.nunique() <= min(MOST_NAMES, len(column) - 1) else ""
-
-
-def _numeric(column: pd.Series[Any]) -> Column:
-    return pd.to_numeric(column).to_numpy(np.float32), None
-
-
-def _named(column: pd.Series[Any]) -> Column:
-    index, names = pd.factorize(column, sort=True)
-    return index.astype(np.float32), [str(name) for name in names]
