@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -17,19 +18,24 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pytest
+import torch
 
 from opustomo import cli
 from opustomo.analysis import picked
 from opustomo.analysis.volumes import read_codes
-from opustomo.checkpoint import open_run
+from opustomo.bodies import BodyModel, BodyResult, Motions, with_joints
+from opustomo.checkpoint import load_tensors, open_run
 from opustomo.compat.legacy_files import load_labels, save_pickle
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
+from opustomo.data.tensors import save_tensors
 from opustomo.errors import Interrupted, UserError
 from opustomo.explore import gate, server, work
 from opustomo.explore.answers import GET, POST, Desk
 from opustomo.explore.gate import Refused
-from opustomo.physics.volume import fourier_shell_correlation
+from opustomo.explore.view import View
+from opustomo.physics.bodies import soft_bodies
+from opustomo.physics.volume import centred_coordinates, fourier_shell_correlation
 from small_set import PARTICLES, SmallSet, analysed
 
 
@@ -338,8 +344,6 @@ def test_a_map_as_a_file(site: Site, run: Path, tmp_path: Path) -> None:
 
 
 def test_fsc_of_two_maps(site: Site, run: Path) -> None:
-    import torch
-
     opened = open_run(run)
     maps = [torch.from_numpy(opened.decode(opened.codes[[i]])[0]) for i in (2, 30)]
     found = site.json("/api/0/fsc?a=row:2&b=row:30")
@@ -648,3 +652,70 @@ def test_what_is_served_is_what_is_listed() -> None:
         assert not [word for word in text.split() if "://" in word and "www.w3.org" not in word], path.name
         assert "eval(" not in text and "innerHTML" not in text and " style=" not in text and ' onclick="' not in text
     assert set(POST) == {"selection", "export", "analyze", "movie"}
+
+
+# --- bodies that move ---
+
+
+@pytest.fixture(scope="module")
+def hinged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as if its halves in x turned against each other about z, by -20 to 20 degrees, with classes of that."""
+    folder = tmp_path_factory.mktemp("hinged") / "run"
+    shutil.copytree(run, folder)
+    weights, codes = (load_tensors(folder / f"{name}.2.pkl") for name in ("weights", "z"))
+    mean, power = weights["model"]["mean"], torch.ones(run_grid(run).working_box // 2 + 1)
+    x = centred_coordinates(mean.shape[-1])[..., 0]
+    bodies = with_joints(soft_bodies(torch.stack([x - 1.0, 1.0 - x]), 1.0), mean, (0, 1))
+    motion = torch.zeros(PARTICLES, 12)
+    motion[:, 2] = torch.linspace(-20, 20, PARTICLES).deg2rad()
+    model = BodyModel(bodies, mean, weights["model"]["components"], motion.T @ motion / PARTICLES, power, mean)
+    still = torch.zeros(PARTICLES)
+    motions = Motions(motion, codes["mu"], still, torch.ones(PARTICLES, 2), torch.eye(12))
+    result = BodyResult(("left", "right"), model, motions, still, 2)
+    save_tensors(folder / "weights.2.pkl", weights | {"bodies": result.state()})
+    y, spread = result.conformation
+    save_tensors(folder / "z.2.pkl", codes | {"multi_mu": y, "multi_sigma": spread})
+    classes = folder / "defanalyze.2" / "kmeans2"
+    save_pickle(classes / "labels.pkl", (y[:, 0] > 0).long().numpy())
+    (classes / "centers.txt").write_text("-1 0\n1 0\n")
+    return folder
+
+
+def run_grid(run: Path) -> Any:
+    return open_run(run).grid
+
+
+def test_conformations_are_columns_and_a_particles_map_is_moved(hinged: Path) -> None:
+    desk, opened = Desk(hinged), open_run(hinged)
+    about = json.loads(GET["about"](desk, {}).body)
+    headings = {name: column["heading"] for name, column in about["columns"].items()}
+    assert headings["y:1"] == headings["angle:1"] == "Bodies" and "y:2" not in headings  # which moves nothing
+    view = desk.view({})
+    angle = view.column("angle:1")[0]
+    assert np.abs(np.abs(angle) - np.abs(np.linspace(-20, 20, PARTICLES))).max() < 1e-2
+    assert abs(np.corrcoef(angle, view.column("y:1")[0])[0, 1]) > 0.999
+    density = torch.from_numpy(opened.decode(opened.codes[[3]]))
+    y = torch.from_numpy(opened.conformation[[3]])
+    moved = opened.bodies.model.bodies.move(density, y @ opened.bodies.model.modes(2)[0].T)[0].numpy()
+    found = desk.map(view, {"at": "row:3"})[0]
+    assert np.allclose(found, moved, atol=1e-5) and np.abs(found - density[0].numpy()).max() > 0.1 * density.max()
+    ends = [desk.map(view, {"at": "motion:1", "i": i})[0] for i in ("0", "9")]
+    assert np.abs(ends[0] - ends[1]).max() > 0.1 * density.max()
+    desk.close()
+
+
+def test_maps_of_conformations_are_those_of_the_commands(hinged: Path, tmp_path: Path) -> None:
+    desk = Desk(hinged)
+    view = desk.view({})
+    for at, i in (("motion:1", 7), ("path:3-40-11", 5), ("class:conformation.kmeans2:1", 0)):
+        volume, _, command = desk.map(view, {"at": at, "i": str(i)})
+        out = tmp_path / at.partition(":")[0]
+        assert cli.main([*command.split()[1:], "-o", str(out)]) == 0
+        with mrcfile.open(out / f"reference{i if i else 1}.mrc") as written:
+            assert np.allclose(written.data, volume, atol=1e-5), at
+    assert "--codes joint --path 3 40 11" in desk.map(view, {"at": "path:3-40-11"})[2]
+    desk.close()
+    before = View(hinged, 1)  # when no body was known
+    for at, words in (("class:joint.kmeans2:0", "no bodies"), ("motion:1", "--masks")):
+        with pytest.raises(UserError, match=words):
+            before.place(at)

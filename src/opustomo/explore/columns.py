@@ -90,11 +90,10 @@ def called(prefix: str, name: str) -> str:
 
 def _moved(view: View) -> Iterator[Named]:
     """The conformation, and by how many degrees one body is turned against another."""
-    moving = view.run.conformation
-    for i in range(0 if moving is None else moving.shape[1]):
-        if view.motion_sizes[i] > 0:
-            yield f"y:{i + 1}", Column(f"conformation {i + 1}", "Bodies", _numbers(moving, i))
-    for i, hinge in enumerate([] if moving is None else view.hinges):
+    for number in view.conformations:
+        get = _numbers(view.run.conformation, number - 1)
+        yield f"y:{number}", Column(f"conformation {number}", "Bodies", get)
+    for i, hinge in enumerate(view.hinges if view.conformations else []):
         names = [view.run.bodies.names[body] for body in (hinge.moving, hinge.fixed)]
         yield f"angle:{i + 1}", Column(f"{names[0]} to {names[1]} (degrees)", "Bodies", _numbers(hinge.angle))
 

@@ -105,12 +105,12 @@ class View:
         return principal_components(np.asarray(self.run.codes, np.float64))
 
     @cached_property
-    def motion_sizes(self) -> list[float]:
-        """How far each conformation moves the density, voxels; [] without bodies."""
+    def conformations(self) -> list[int]:
+        """Numbers (from 1) of those that move anything; [] without bodies."""
         if self.run.conformation is None:
             return []
-        bodies = self.run.bodies
-        return list(bodies.model.modes(bodies.dimensions)[1].tolist())
+        size = self.run.bodies.model.modes(self.run.bodies.dimensions)[1]
+        return [i + 1 for i in torch.nonzero(size > 1e-3 * size.max())[:, 0].tolist()]
 
     @cached_property
     def hinges(self) -> list[Hinge]:
@@ -186,8 +186,7 @@ class View:
                     (f"{name}:{i}", f"{label} of {column.label}") for i, label in enumerate(column.get()[1] or [])
                 ]
         found += [(f"pc:{i + 1}", f"along PC{i + 1}") for i in range(in_use(self.components.explained))]
-        moving = [i + 1 for i, size in enumerate(self.motion_sizes) if size > 0]
-        return found + [(f"motion:{i}", f"along conformation {i}") for i in moving]
+        return found + [(f"motion:{i}", f"along conformation {i}") for i in self.conformations]
 
     def place(self, at: str, points: int = POINTS) -> Place:
         """The codes that ``at`` names: see AT.  UserError where they are not there."""
