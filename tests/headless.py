@@ -89,6 +89,12 @@ class Page:
     def keys(self, name: str, *keys: str) -> None:
         self.find(name).send_keys(*keys)
 
+    def press(self, *keys: str) -> None:
+        """Keys, wherever the focus is."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver, duration=0).send_keys(*keys).perform()
+
     def drag(self, name: str, points: list[tuple[float, float]]) -> None:
         """Through points in parts of the element's width and height from its upper left; one point: a click."""
         from selenium.webdriver.common.action_chains import ActionChains

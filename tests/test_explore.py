@@ -360,7 +360,7 @@ def test_the_nearest(site: Site, run: Path) -> None:
 def test_a_particle(site: Site, run: Path, small_set: SmallSet) -> None:
     """Its sections are those of its file; its poses before and after differ by what is told."""
     facts, values = site.packet("/api/0/particle?row=4")
-    assert [p["title"] for p in facts["pictures"]][:3] == ["across z", "across y", "across x"]
+    assert [p["title"] for p in facts["pictures"]][:3] == [f"subtomogram across {axis}" for axis in "zyx"]
     assert len(facts["pictures"]) == 12 and facts["notes"] == []
     with mrcfile.open(small_set.folder / read_star(small_set.star).particles["rlnImageName"][4]) as raw_file:
         n = len(raw_file.data)

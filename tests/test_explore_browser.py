@@ -20,7 +20,7 @@ from opustomo.data.atomic import hold
 from opustomo.data.pickles import load_labels
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
-from small_set import PARTICLES, SmallSet, analysed
+from small_set import PARTICLES, SmallSet, analysed, hurry
 
 pytestmark = pytest.mark.skipif(bool(headless.why_not()), reason=headless.why_not())
 
@@ -73,15 +73,17 @@ def rows_kept(run: Path, page: Page, name: str) -> np.ndarray:
     return picked.read_selection(run, name)
 
 
-# what can be used but has no name for a screen reader, and what does not fit into the window
-NAMELESS = """[...document.querySelectorAll('button, input, select, canvas, img')].filter(e => e.offsetParent &&
-  !e.ariaHidden && !(e.ariaLabel || e.textContent.trim() || e.alt || e.closest('label') || e.title))
-  .map(e => e.outerHTML)"""
+# what does not fit into the window, what can be used, and what has the focus and how that is seen
 BEYOND = """[...document.querySelectorAll('#latent *, #map *, header *')].filter(e => {
   const b = e.getBoundingClientRect();
   return e.offsetParent && !e.closest('#legend') && e.tagName !== 'OPTION' && b.width &&
     (b.right > innerWidth + 1 || b.bottom > innerHeight + 1 || b.left < 0);
 }).map(e => e.outerHTML.slice(0, 80))"""
+USABLE = """[...document.querySelectorAll('button, input, select, canvas[tabindex]')].filter(e =>
+  e.offsetParent && !e.disabled && e.tabIndex >= 0).length"""
+FOCUSED = """[[...document.querySelectorAll('body *')].indexOf(document.activeElement),
+  getComputedStyle(document.activeElement).outlineStyle, document.activeElement.outerHTML.slice(0, 80)]"""
+TABS = ("map", "particle", "tomograms", "act", "live")
 AROUND_ALL = [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)]
 
 
@@ -217,7 +219,7 @@ def test_a_second_map_and_the_difference(page: Page) -> None:
     whole = covered(pixels(page, "molecule"))
     page.choose("show", "difference")  # the map in grey, and what it has more or less in colours
     page.wait(lambda: 0.0005 < covered(pixels(page, "molecule")) < 0.9 * whole)
-    assert "class 0 of kmeans3" in page.text("caption")
+    assert "less class 0 of k-means 3" in page.text("caption")
     assert pixels(page, "fsc").std() > 3
     page.click("hold")
     assert not page.find("fsc").is_displayed()
@@ -273,13 +275,44 @@ def test_export_and_read_back(page: Page, run: Path, small_set: SmallSet) -> Non
     page.click("clear")
 
 
+def test_a_selection_is_loaded_and_classified_again(page: Page, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    page.click("#legend button:nth-child(1)")
+    rows = rows_kept(run, page, "again")
+    page.click("clear")
+    page.click("tab-act")
+    page.driver.find_element("xpath", "//div[b='again']/button[.='Select']").click()
+    page.wait(lambda: page.text("count") == f"{len(rows)} selected")
+    assert np.array_equal(rows_kept(run, page, "loaded"), rows)
+    page.click("tab-act")
+    page.set("clusters", 2)
+    page.driver.find_element("xpath", "//div[b='again']/button[.='Classify again']").click()
+    page.wait(lambda: "2 classes of again: done" in page.text("jobs"))
+    assert "--selection again --clusters 2" in page.text("line")
+    page.wait(lambda: page.js("document.querySelector('#colour option[value=\"class:filter.kmeans2\"]') !== null"))
+    page.choose("colour", "class:filter.kmeans2")
+    page.wait(lambda: len(page.driver.find_elements("css selector", "#legend button")) == 2)
+    sizes = [int(page.text(f"#legend button:nth-child({i}) em")) for i in (1, 2)]
+    labels = load_labels(run / "analyze.filter.1" / "kmeans2" / "labels.pkl", -1)
+    assert sizes == np.bincount(labels[rows]).tolist() and set(labels[np.setdiff1d(np.arange(PARTICLES), rows)]) == {-1}
+    page.click("tab-map")
+    page.map_after(lambda: page.choose("what", "class:filter.kmeans2:1"))
+    assert page.text("command").endswith("--filtered --kmeans 2")
+    page.choose("colour", "class:kmeans3")
+    page.click("clear")
+
+
 def test_a_particle_and_its_tomogram(page: Page) -> None:
     page.click("tab-particle")
     page.wait(lambda: len(page.driver.find_elements("css selector", "#pictures canvas")) == 12)
     told = page.text("facts")
     page.click("next")
     page.wait(lambda: page.text("facts") != told)
-    assert "turned by" in page.text("facts") and pixels(page, "pictures").std() > 20
+    assert (
+        "in the STAR file" in page.text("facts")
+        and "not known" not in page.text("facts")
+        and pixels(page, "pictures").std() > 20
+    )
     page.click("tab-tomograms")
     page.wait(lambda: covered(pixels(page, "space")) > 0.001)
     before = pixels(page, "space")
@@ -300,8 +333,38 @@ def test_it_can_be_used_with_the_keyboard_and_read_aloud(page: Page) -> None:
     page.keys("points", "+", "+")
     page.wait(lambda: np.abs(pixels(page, "ink") - before).max() > 60)
     page.keys("points", "0")
-    assert page.js(NAMELESS) == []
     assert page.find("status").get_attribute("aria-live") == "polite"
+    page.keys("#legend button:nth-child(2)", "\ue007")  # Enter
+    assert page.text("count") == page.text("#legend button:nth-child(2) em") + " selected"
+    page.choose("colour", "pc:1")
+    page.wait(lambda: page.driver.find_elements("id", "range"))
+    page.keys("range", "\ue007")
+    assert int(page.text("count").split()[0]) >= PARTICLES - 4
+    page.choose("colour", "class:kmeans3")
+    page.keys("clear", "\ue007")
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_every_control_has_a_name_and_is_reached_by_tab(page: Page, tab: str) -> None:
+    """The browser's own tree of what a screen reader is told, and a stop of the Tab key for every control."""
+    page.click(f"tab-{tab}")
+    page.wait(lambda: tab != "particle" or page.js("document.querySelectorAll('#pictures canvas').length"))
+    nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    seen = [node for node in nodes if not node.get("ignored")]
+    used = [node for node in seen if any(p["name"] == "focusable" and p["value"]["value"] for p in node["properties"])]
+    used = [node for node in used if node["role"]["value"] not in ("RootWebArea", "MenuListPopup", "option")]
+    images = [node for node in seen if node["role"]["value"] in ("image", "img")]
+    assert [node for node in (*used, *images) if not node.get("name", {}).get("value")] == []
+    assert len(used) >= page.js(USABLE) > 15
+    stops = set()
+    page.driver.execute_script("document.getElementById('epoch').focus()")
+    for _ in range(page.js(USABLE)):
+        page.press("\ue004")  # Tab
+        place, outline, name = page.js(FOCUSED)
+        assert place < 0 or outline != "none", f"{name}: it is not seen that this has the focus"
+        stops.add(place)
+    assert len(stops - {-1}) >= page.js(USABLE) - 1  # beyond the last comes the browser itself
+    page.click("tab-map")
 
 
 @pytest.mark.parametrize("size", [(1280, 720), (1920, 1080)], ids=str)

@@ -30,11 +30,11 @@ def sections_of(source: Source, row: int, datadir: Path | None) -> Pictures:
         chosen = np.unique([count // 4, count // 2, count - 1 - count // 4]).astype(np.int64)
         images = read_slices(path, chosen)
         return [(f"image {i + 1} of {count}", image[::-1]) for i, image in zip(chosen, images, strict=True)]
-    return sections(read_volume(path)[0], "")
+    return sections(read_volume(path)[0], "subtomogram")
 
 
 def sections(volume: NDArray[np.float32], what: str) -> Pictures:
     """Sections (N, N) of a volume (z, y, x) through voxel N//2, across z, y and x, the second axis upwards."""
     c = volume.shape[0] // 2
     cut = {"z": volume[c], "y": volume[:, c], "x": volume[:, :, c]}
-    return [(f"{what} across {axis}".strip(), np.asarray(image[::-1], np.float32)) for axis, image in cut.items()]
+    return [(f"{what} across {axis}", np.asarray(image[::-1], np.float32)) for axis, image in cut.items()]

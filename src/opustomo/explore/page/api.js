@@ -33,9 +33,17 @@ export function keep(name, query) {
   link.click();
 }
 
+let resting = "";
+
 export function say(words, warn = false) {
-  $("status").textContent = words;
+  $("status").textContent = words || resting;
   $("status").classList.toggle("warn", warn);
+}
+
+// What stands there when there is nothing to say.
+export function rest(words) {
+  resting = words;
+  say("");
 }
 
 // An event handler whose failure is told, not lost.

@@ -1,5 +1,5 @@
 // The page: what is shown, what is selected, and how the parts are tied together.
-import { $, css, json, keep, make, packet, post, run, say, short, told } from "./api.js";
+import { $, css, json, keep, make, packet, post, rest, run, say, short, told } from "./api.js";
 import { axes, prepared } from "./charts.js";
 import { Cloud, palette, viridis } from "./cloud.js";
 import { watch } from "./live.js";
@@ -10,12 +10,13 @@ import { column, columns, fill, selection, state } from "./state.js";
 const ORDER = ["umap:1", "umap:2", "pc:1", "pc:2", "z:1", "z:2"];
 
 function offer() {
-  const names = Object.entries(state.columns), numbers = names.filter(([name]) => !/^(class|tomogram)/.test(name));
+  const all = Object.entries(state.columns), entry = ([name, { label, heading }]) => [name, label, heading];
+  const numbers = all.filter(([, { names }]) => !names).map(entry);
   const usual = ORDER.filter((name) => state.columns[name]);
   fill($("x"), numbers, $("x").value || usual[0]);
   fill($("y"), numbers, $("y").value || usual[1] || usual[0]);
-  const first = names.map(([name]) => name).filter((name) => /^class:\w+$/.test(name)).at(-1); // of all particles
-  fill($("colour"), [["density", "density"], ...names], $("colour").value || first);
+  const first = all.map(([name]) => name).filter((name) => /^class:\w+$/.test(name)).at(-1); // of all particles
+  fill($("colour"), [["density", "density of the points"], ...all.map(entry)], $("colour").value || first);
 }
 
 // --- the plane of codes ----------------------------------------------------------------------------------------
@@ -115,11 +116,11 @@ async function colour() {
     Object.assign(found, { low, high });
     cloud.tint(found.values, low, high > low ? high : low + 1, viridis);
   }
-  legend(name);
+  legend();
   cloud.draw();
 }
 
-function legend(name) {
+function legend() {
   const { values, names, colours, low, high } = state.label, rgb = (c) => `rgb(${c.map((v) => Math.round(255 * v))})`;
   if (names) {
     const sizes = new Array(names.length).fill(0);
@@ -138,7 +139,7 @@ function legend(name) {
     make("input", { type: "number", step: "any", value: short(value), ariaLabel }));
   const button = make("button", { textContent: "Select this range", id: "range",
     onclick: () => choose((row) => values[row] >= Number(from.value) && values[row] <= Number(to.value)) });
-  $("legend").replaceChildren(make("div", { className: "scale" }, bar, from, to, ...(name === "density" ? [] : [button])));
+  $("legend").replaceChildren(make("div", { className: "scale" }, bar, from, to, button));
 }
 
 // --- the selection ---------------------------------------------------------------------------------------------
@@ -157,6 +158,7 @@ function show(next) {
   let count = 0;
   for (const m of state.marks) count += m;
   $("count").textContent = count ? `${count.toLocaleString("en")} selected` : "nothing selected";
+  $("keep").disabled = !count;
   $("undo").disabled = !past.length;
   $("redo").disabled = !future.length;
   cloud.mark(state.marks, count > 0);
@@ -171,6 +173,11 @@ function choose(test) {
     intersect: (old, hit) => old & hit }[$("mode").value];
   for (let i = 0; i < next.length; i++) next[i] = join(marks[i], test(i) ? 1 : 0);
   change(next);
+}
+
+async function chooseRows(address, query) {
+  const rows = new Set((await packet(address, query, Uint32Array))[1]);
+  choose((row) => rows.has(row));
 }
 
 function back(from, to) {
@@ -209,21 +216,28 @@ function nearestTo(px, py) {
 
 // --- the pointer and the keys ----------------------------------------------------------------------------------
 
+const HINTS = { pick: "Click a particle to see its map. Drag moves, the wheel zooms.", lasso: "Draw around particles.",
+  box: "Drag a box over particles.", path: "Click the particles that the way is to pass, or Enter for the picked one." };
+
 function tool(name) {
   state.tool = $("points").dataset.tool = name;
   for (const button of $("tools").children) button.setAttribute("aria-pressed", button.dataset.tool === name);
-  if (name === "path") { state.path = []; say("click the particles that the way is to pass"); cloud.draw(); }
+  rest(HINTS[name]);
+  if (name === "path") { state.path = []; cloud.draw(); }
 }
 
 function pick(row) {
   state.picked = row;
   $("row").value = row + 1;
   cloud.draw();
-  if (!$("particle").hidden) return particle();
-  return map.show(`row:${row}`, `particle ${row + 1}`);
+  return Promise.all([map.show(`row:${row}`, `particle ${row + 1}`), $("particle").hidden || particle()]);
 }
 
-document.addEventListener("picked", () => cloud.draw());
+function pass(row) {
+  if (row >= 0 && state.path.at(-1) !== row) state.path.push(row);
+  cloud.draw();
+  if (state.path.length > 1) return map.way(state.path);
+}
 
 function pointers() {
   const canvas = $("points"), at = (event) => {
@@ -260,10 +274,7 @@ function pointers() {
     if (Math.hypot(to[0] - from[0], to[1] - from[1]) > 4) return;
     const row = nearestTo(...to);
     if (row < 0) return;
-    if (state.tool !== "path") return pick(row);
-    if (state.path.at(-1) !== row) state.path.push(row);
-    cloud.draw();
-    if (state.path.length > 1) map.way(state.path);
+    return state.tool === "path" ? pass(row) : pick(row);
   }));
   canvas.addEventListener("wheel", (event) => {
     event.preventDefault();
@@ -275,6 +286,7 @@ function pointers() {
     else if (event.key === "+") zoom(1.25, canvas.clientWidth / 2, canvas.clientHeight / 2);
     else if (event.key === "-") zoom(0.8, canvas.clientWidth / 2, canvas.clientHeight / 2);
     else if (event.key === "0") home();
+    else if (event.key === "Enter" && state.tool === "path") pass(state.picked);
     else return;
     event.preventDefault();
   });
@@ -311,16 +323,12 @@ function kept(names) {
     say(`${job.title}: begun`);
     await jobs();
   });
-  const mean = names.map((name) => [`selection:${name}`, `mean of ${name}`]);
-  map.offer(state.about, mean);
+  map.offer([...state.about.maps, ...names.map((name) => [`selection:${name}`, `mean of ${name}`])]);
   const none = make("p", { className: "note",
     textContent: "None kept yet: choose particles on the left and give the choice a name." });
   $("kept").replaceChildren(...(names.length ? [] : [none]), ...names.map((name) => make("div", { className: "item bar" },
     make("b", { textContent: name }),
-    make("button", { textContent: "Select", onclick: told(async () => {
-      const rows = new Set((await packet("selection", { name }, Uint32Array))[1]);
-      choose((row) => rows.has(row));
-    }) }),
+    make("button", { textContent: "Select", onclick: told(() => chooseRows("selection", { name })) }),
     make("button", { textContent: "Write STAR",
       onclick: ask(name, "export", () => ({ corrected: $("corrected").checked })) }),
     make("button", { textContent: "Classify again",
@@ -359,7 +367,7 @@ function tab(name) {
     button.tabIndex = own ? 0 : -1;
     $(button.getAttribute("aria-controls")).hidden = !own;
   }
-  const work = { particle, tomograms: space, act: jobs, map: () => map.redraw() }[name];
+  const work = { particle: () => pick(Number($("row").value) - 1), tomograms: space, act: jobs, map: () => map.redraw() }[name];
   if (work && state.about) told(work)();
 }
 
@@ -382,13 +390,12 @@ function wire() {
   $("redo").onclick = () => back(future, past);
   $("nearest").onclick = told(async () => {
     if (state.picked < 0) throw new Error("pick a particle first: the nearest to it are meant");
-    const query = { row: state.picked, k: $("k").value, epoch: state.epoch };
-    const rows = new Set((await packet("nearest", query, Uint32Array))[1]);
-    choose((row) => rows.has(row));
+    await chooseRows("nearest", { row: state.picked, k: $("k").value, epoch: state.epoch });
   });
-  $("row").onchange = told(particle);
-  $("before").onclick = told(() => neighbour(-1));
-  $("next").onclick = told(() => neighbour(1));
+  $("keep").onclick = () => { tab("act"); $("name").focus(); };
+  $("row").onchange = told(() => pick(Number($("row").value) - 1));
+  $("before").onclick = told(() => pick(neighbour(-1)));
+  $("next").onclick = told(() => pick(neighbour(1)));
   $("tomogram").onchange = told(space);
   $("save").onsubmit = told(async (event) => {
     event.preventDefault();

@@ -27,12 +27,12 @@ export function axes(pen, width, height, [left, right, bottom, top], names, marg
   const x = (v) => margin + ((v - left) / (right - left)) * (width - margin);
   const y = (v) => height - margin / 2 - ((v - bottom) / (top - bottom)) * (height - margin);
   pen.textAlign = "center";
-  for (const v of ticks(left, right, width / 110)) {
+  for (const v of ticks(left, right, Math.max(2, width / 110))) {
     if (margin) { pen.beginPath(); pen.moveTo(x(v), 0); pen.lineTo(x(v), height); pen.stroke(); }
     if (x(v) > 24 && x(v) < width - 24) pen.fillText(short(v), x(v), height - 4);
   }
   pen.textAlign = "left";
-  for (const v of ticks(bottom, top, height / 70)) {
+  for (const v of ticks(bottom, top, Math.max(2, height / 70))) {
     if (margin) { pen.beginPath(); pen.moveTo(0, y(v)); pen.lineTo(width, y(v)); pen.stroke(); }
     if (y(v) > 16 && y(v) < height - 18) pen.fillText(short(v), 4, y(v) + 4);
   }

@@ -3,7 +3,7 @@ import { $, json, keep, packet, post, say, short, told } from "./api.js";
 import { curves, sections } from "./charts.js";
 import { Molecule } from "./molecule.js";
 
-const SERIES = /^(pc|path|between):/;
+const SERIES = /^(pc|motion|path|between):/;
 const KEPT = 48; // maps in the page's memory
 const BLUE = "#0072b2", ORANGE = "#d55e00";
 
@@ -35,19 +35,12 @@ export class Map3d {
     return SERIES.test(at) ? { at, i, n: $("n").value, epoch: this.epoch() } : { at, epoch: this.epoch() };
   }
 
-  // What the menu has: classes, components, and the way and the particle chosen last.
-  offer(about, more) {
-    const entries = [["mean", "mean code"], ...more];
-    for (const [name, count] of Object.entries(about.classes)) {
-      const short = name.slice(6);
-      if (!/^(kmeans\d+|groups)$/.test(short)) continue;
-      for (let c = 0; c < count; c++) entries.push([`class:${short}:${c}`, `class ${c} of ${short}`]);
-    }
-    for (let pc = 1; pc <= about.used; pc++) entries.push([`pc:${pc}`, `along PC${pc}`]);
+  offer(entries) {
     this.entries = entries;
     this.menu();
   }
 
+  // What the run has, and the way and the particle chosen last.
   menu() {
     const rows = this.rows.join("-"), own = [];
     if (this.row) own.push(this.row);
@@ -110,7 +103,7 @@ export class Map3d {
     if (!this.now || $("map").hidden) return;
     const { volume, size } = this.now, level = this.level(), colour = $("tint").value, show = $("show").value;
     const layers = [{ volume, level, colour }];
-    if (this.held && show === "both") layers.push({ volume: this.held.volume, level, colour: ORANGE, glass: true });
+    if (this.held && show === "both") layers.push({ volume: this.held.volume, level, colour: ORANGE, net: true });
     if (this.held && show === "difference") {
       const less = volume.map((v, i) => v - this.held.volume[i]);
       let top = 0;
@@ -118,12 +111,12 @@ export class Map3d {
       layers[0] = { volume, level, colour: "#9aa5b1", glass: true };
       const minus = less.map((v) => -v);
       layers.unshift({ volume: less, level: top / 3, colour: BLUE }, { volume: minus, level: top / 3, colour: ORANGE });
-      this.less = less;
+      [this.less, this.apart] = [less, short(top / 3)];
     }
     this.molecule.show(layers, size, rough);
     $("told").textContent = short(level);
-    const other = { one: "", both: " · orange: ", difference: " · blue: more than, orange: less than " }[show];
-    $("caption").textContent = this.now.title + other + (other && this.held.title);
+    $("caption").textContent = this.now.title + { one: "", both: ` · orange net: ${this.held?.title}`,
+      difference: ` less ${this.held?.title} · blue: above ${this.apart}, orange: below -${this.apart}` }[show];
     this.cut();
   }
 
@@ -137,8 +130,8 @@ export class Map3d {
 
   async hold() {
     this.held = this.held ? null : { ...this.now, query: this.query() };
-    $("hold").textContent = this.held ? "Let go" : "Compare with";
-    $("show").disabled = !this.held;
+    $("hold").textContent = this.held ? "Stop comparing" : "Keep to compare";
+    $("show").hidden = !this.held;
     $("show").value = this.held ? "both" : "one";
     $("fsc").hidden = !this.held;
     if (this.held) say(`${this.held.title} is kept to compare with: choose another map`);
@@ -150,7 +143,9 @@ export class Map3d {
     const a = this.query(), b = this.held.query;
     const query = { a: a.at, b: b.at, ia: a.i ?? 0, ib: b.i ?? 0, n: $("n").value, epoch: this.epoch() };
     const { frequency, fsc } = await json("fsc", query);
-    curves($("fsc"), [{ x: frequency, y: fsc, colour: BLUE }], ["1/Å", "FSC"], [Math.min(0, ...fsc), 1.02]);
+    const below = fsc.findIndex((v, i) => i && v < 0.5), end = frequency[below < 0 ? fsc.length - 1 : below];
+    const name = `${below < 0 ? "above 0.5 to" : "0.5 at"} ${(1 / end).toFixed(1)} Å`;
+    curves($("fsc"), [{ x: frequency, y: fsc, colour: BLUE, name }], ["1/Å", "FSC"], [Math.min(0, ...fsc), 1.3]);
   }
 
   async play() {

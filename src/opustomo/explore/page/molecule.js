@@ -88,12 +88,12 @@ export class Molecule {
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
-  // layers: [{ volume, level, colour, glass }]; rough: in a hurry
+  // layers: [{ volume, level, colour, glass, net }], the last two of which let others be seen; rough: in a hurry
   show(layers, n, rough = false) {
     for (const mesh of this.group.children) [mesh.geometry, mesh.material].forEach((part) => part.dispose());
     this.group.clear();
-    for (const { volume, level, colour, glass } of layers) {
-      const fine = n <= FINE && !rough ? 2 : 1;
+    for (const { volume, level, colour, glass, net } of layers) {
+      const fine = n <= FINE && !rough && !net ? 2 : 1;
       if (fine === 2 && !this.finer.has(volume)) this.finer.set(volume, finer(volume, n));
       const { places, shades, faces } = fine === 2 ? surface(this.finer.get(volume), 2 * n - 1, level, 2 * (n >> 1), 2) :
         surface(volume, n, level, n >> 1);
@@ -102,7 +102,8 @@ export class Molecule {
       geometry.setAttribute("color", new three.BufferAttribute(shades, 3));
       geometry.setIndex(new three.BufferAttribute(faces, 1));
       geometry.computeVertexNormals();
-      this.group.add(new three.Mesh(geometry, new three.MeshPhongMaterial({ color: colour, vertexColors: true,
+      if (net) this.group.add(new three.Mesh(geometry, new three.MeshBasicMaterial({ color: colour, wireframe: true })));
+      else this.group.add(new three.Mesh(geometry, new three.MeshPhongMaterial({ color: colour, vertexColors: true,
         shininess: 24, specular: 0x1c1c1c, transparent: Boolean(glass), opacity: glass ? 0.28 : 1,
         depthWrite: !glass })));
     }

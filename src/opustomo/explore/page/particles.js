@@ -8,14 +8,17 @@ import * as three from "./three.module.min.js";
 export async function particle() {
   const row = Number($("row").value) - 1;
   const [facts, values] = await packet("particle", { row, epoch: state.epoch });
-  const list = (v) => v.map(short).join(", ");
-  const lines = [["tomogram", facts.tomogram], ["place (Å)", facts.place && list(facts.place)],
-    ["rot, tilt, psi", list(facts.euler)], ["origin (pixels)", list(facts.origin)],
-    ["as given", facts.origin_given && list(facts.origin_given)],
-    ["turned by", facts.turn !== undefined && `${short(facts.turn)}°, moved by ${short(facts.shift)} Å`],
-    ...facts.notes.map((note) => ["not shown", note])].filter(([, value]) => value);
-  $("facts").replaceChildren(make("table", {}, ...lines.map(([name, value]) =>
-    make("tr", {}, make("th", { textContent: name, scope: "row" }), make("td", { textContent: value })))));
+  const list = (v) => v?.map((value) => value.toFixed(2)).join(", ");
+  const line = (name, ...values) => make("tr", {}, make("th", { textContent: name, scope: "row" }),
+    ...values.map((value) => make("td", { textContent: value ?? "not known" })));
+  const head = ["pose", "in the STAR file", "of this run", "difference"].map((textContent) => make("th", { textContent, scope: "col" }));
+  const moved = facts.turn === undefined ? [] : [`${short(facts.turn)}°`, `${short(facts.shift)} Å`];
+  $("facts").replaceChildren(make("table", {}, make("tr", {}, ...head),
+    line("rot, tilt, psi (°)", list(facts.euler_given), list(facts.euler), moved[0]),
+    line("origin (pixels)", list(facts.origin_given), list(facts.origin), moved[1])),
+  make("p", { className: "note", textContent: [
+    facts.tomogram && `${facts.tomogram}, at x, y, z = ${facts.place.map((v) => v.toFixed(0)).join(", ")} Å`,
+    ...facts.notes.map((note) => `Not shown: ${note}`)].filter(Boolean).join(" · ") }));
   let offset = 0;
   $("pictures").replaceChildren(...facts.pictures.map(({ title, width, height }) => {
     const canvas = make("canvas", { width, height, role: "img", ariaLabel: title }), pen = canvas.getContext("2d");
@@ -25,10 +28,9 @@ export async function particle() {
     pen.putImageData(grey(pen.createImageData(width, height), part, 0, 1, low, high), 0, 0);
     return make("figure", {}, canvas, make("figcaption", { textContent: title }));
   }));
-  state.picked = row;
-  document.dispatchEvent(new Event("picked"));
 }
 
+// The row before or after the one that is shown, of those that are selected where there are any.
 export function neighbour(step) {
   const rows = selection(), now = Number($("row").value) - 1, count = state.marks.length;
   let next = (now + step + count) % count;
@@ -37,8 +39,7 @@ export function neighbour(step) {
     const at = after < 0 ? 0 : rows[after] === now || step < 0 ? after + step : after;
     next = rows[(at + rows.length) % rows.length];
   }
-  $("row").value = next + 1;
-  return particle();
+  return next;
 }
 
 export const cube = new Cloud($("space"), false);
@@ -50,7 +51,12 @@ cube.before = (width, height) => {
   cube.uniforms.frame.value.makeScale(scale * least / width, scale * least / height, -scale / 20)
     .multiply(new three.Matrix4().makeRotationFromQuaternion(turn.turn))
     .multiply(new three.Matrix4().makeTranslation(turn.middle.clone().negate()));
+  cube.camera.projectionMatrix.copy(cube.uniforms.frame.value);
 };
+
+const frame = new three.Box3Helper(new three.Box3(), 0x888888); // around all that are in the tomogram
+frame.frustumCulled = false;
+cube.scene.add(frame);
 
 export async function space() {
   if (!state.columns.tomogram) {
@@ -66,19 +72,24 @@ export async function space() {
   const rows = [];
   where.values.forEach((value, row) => { if (value === Number($("tomogram").value)) rows.push(row); });
   const part = (values) => Float32Array.from(rows, (row) => values[row]), [x, y, z] = xyz.map((c) => part(c.values));
-  const spans = [x, y, z].map((values) => [Math.min(...values), Math.max(...values)]);
-  turn.middle.set(...spans.map(([low, high]) => (low + high) / 2));
-  turn.size = Math.hypot(...spans.map(([low, high]) => high - low)) || 1;
+  const point = new three.Vector3(), size = new three.Vector3();
+  frame.box.makeEmpty();
+  rows.forEach((_, i) => frame.box.expandByPoint(point.set(x[i], y[i], z[i])));
+  frame.box.getCenter(turn.middle);
+  frame.box.getSize(size);
+  turn.size = size.length() || 1;
+  $("span").textContent = `${rows.length.toLocaleString("en")} particles within ${size.toArray().map((v) => v.toFixed(0)).join(" × ")} Å`;
   cube.place(x, y, z);
   const { names, colours, low, high } = state.label;
   cube.tint(part(state.label.values), ...(names ? [-0.5, names.length - 0.5, palette(colours, false)] : [low, high, viridis]));
   cube.mark(Uint8Array.from(rows, (row) => state.marks[row]), any);
   cube.uniforms.size.value = Math.max(4, 40 * rows.length ** -0.3) * devicePixelRatio;
   cube.draw();
-  const titles = ["tomogram", "particles", "selected", "share of it"];
+  const titles = ["tomogram", "particles", "selected", "share"];
   const head = make("tr", {}, ...titles.map((textContent) => make("th", { textContent, scope: "col" })));
   const order = where.names.map((_, i) => i).sort((a, b) => chosen[b] / total[b] - chosen[a] / total[a]);
   $("shares").replaceChildren(head, ...order.map((i) => make("tr", {}, make("td", { textContent: where.names[i] }),
     make("td", { className: "n", textContent: total[i] }), make("td", { className: "n", textContent: chosen[i] }),
-    make("td", {}, make("meter", { value: chosen[i] / total[i], max: 1, title: `${(100 * chosen[i] / total[i]).toFixed(1)} %` })))));
+    make("td", {}, make("progress", { value: chosen[i] / total[i], ariaHidden: "true" }),
+      ` ${(100 * chosen[i] / total[i]).toFixed(1)} %`))));
 }

@@ -16,8 +16,17 @@ export function column(name) {
   return columns.get(name);
 }
 
+// Entries [value, label, heading]; those of a heading stand together under it.
 export function fill(select, entries, chosen) {
-  select.replaceChildren(...entries.map(([value, label]) => make("option", { value, textContent: label })));
+  const groups = new Map();
+  select.replaceChildren();
+  for (const [value, label, heading] of entries) {
+    if (heading && !groups.has(heading)) {
+      groups.set(heading, make("optgroup", { label: heading }));
+      select.append(groups.get(heading));
+    }
+    (groups.get(heading) ?? select).append(make("option", { value, textContent: label }));
+  }
   if (entries.some(([value]) => value === chosen)) select.value = chosen;
 }
 
