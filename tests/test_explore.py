@@ -172,10 +172,11 @@ def test_every_answer_forbids_what_the_page_does_not_need(site: Site) -> None:
 
 
 PATHS = [
-    "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/page/app.js", "/vendor/README.txt",
-    "/server.py", "/api/0/../../app.js", "/api/0/about/x", "/api/1/about", "/api/-1/about", "/api/0x0/about",
-    "/api/9999/about", "/api/0", "/api/0/file?job=1&name=../../config.yaml", "/api/0/nothing", "/app.js/",
-    "/app.js%00", "/api/0/__class__",
+    "/" + "../" * 12 + "etc/passwd", "/" + "%2e%2e/" * 12 + "etc/passwd", "//etc/passwd", "/../server.py",
+    "/%2e%2e/server.py", "/..%2fserver.py", "/page/../../server.py", "/../../../../pyproject.toml", "/page/app.js",
+    "/vendor/README.txt", "/server.py", "/api/0/../../app.js", "/api/0/about/x", "/api/1/about", "/api/-1/about",
+    "/api/0x0/about", "/api/9999/about", "/api/0", "/api/0/file?job=1&name=../../config.yaml", "/api/0/nothing",
+    "/app.js/", "/app.js%00", "/api/0/__class__",
 ]  # fmt: skip
 
 
@@ -394,7 +395,11 @@ def test_a_selection_is_the_same_at_the_command_line(
     assert np.array_equal(site.packet("/api/0/selection?name=good.ones", "<u4")[1], rows)
     job = site.job("export", selection="good.ones")
     assert job["state"] == "done" and job["command"] == answer["command"]
-    page = site.ask(f"/api/0/file?job={job['number']}&name=selected.star")[2]
+    file = f"/api/0/file?job={job['number']}&name="
+    page = site.ask(file + "selected.star")[2]
+    assert (run / "selections" / "good.ones" / ".." / ".." / "config.yaml").is_file()
+    for name in ("../../config.yaml", "%2e%2e/%2e%2e/config.yaml", "/etc/passwd", str(run / "config.yaml"), ""):
+        assert site.ask(file + name)[0] == 404
     (tmp_path / "page.star").write_bytes(page)
     words = answer["command"].split()[1:]
     words[words.index("-o") + 1] = str(tmp_path / "typed")
@@ -479,6 +484,13 @@ def test_a_movie(site: Site, run: Path) -> None:
     assert way == f"opustomo movie {run} --between 3 11 --points 2 --level 0.01" and cli.parse_verb(way.split()[1:])
     high = site.job("movie", at="pc:1", n=3, level=1e9)
     assert high["state"] == "failed" and "--level" in high["message"]
+
+
+def test_nobody_waits_for_the_star_file(site: Site) -> None:
+    """A large one takes its time: maps and colours by codes are had meanwhile."""
+    with site.server.desks[0].view({}).reading:
+        assert site.ask("/api/0/map?at=row:13")[0] == site.ask("/api/0/column?name=pc:1")[0] == 200
+        assert site.ask("/api/0/about")[0] == 200
 
 
 # --- the queue ---

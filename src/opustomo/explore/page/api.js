@@ -46,6 +46,8 @@ export function rest(words) {
   say("");
 }
 
+addEventListener("error", (event) => say(event.error?.message ?? event.message, true)); // also of what fails before the page is up
+
 // An event handler whose failure is told, not lost.
 export const told = (work) => async (...given) => {
   try { return await work(...given); } catch (error) { say(error.message, true); }

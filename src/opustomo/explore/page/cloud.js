@@ -46,6 +46,12 @@ export function palette(colours, smooth) {
 }
 export const viridis = palette(VIRIDIS, true);
 
+export function renderer(canvas, options) {
+  try { return new three.WebGLRenderer({ canvas, ...options }); } catch {
+    throw new Error("this browser has no WebGL: switch on its hardware acceleration, or open the link in another one");
+  }
+}
+
 // A canvas that gets its size anew is made anew: only where it has changed.
 export function fit(renderer, width, height) {
   const canvas = renderer.domElement, ratio = devicePixelRatio;
@@ -57,7 +63,7 @@ export function fit(renderer, width, height) {
 export class Cloud {
   constructor(canvas, flat) {
     this.canvas = canvas;
-    this.renderer = new three.WebGLRenderer({ canvas, antialias: false, powerPreference: "high-performance" });
+    this.renderer = renderer(canvas, { antialias: false, powerPreference: "high-performance" });
     this.scene = new three.Scene();
     this.camera = new three.Camera();
     this.geometry = new three.BufferGeometry();

@@ -1,7 +1,7 @@
 // Iso-surfaces of density maps, made here, so that the contour follows the hand.
 import * as three from "./three.module.min.js";
 import { css } from "./api.js";
-import { fit, trackball } from "./cloud.js";
+import { fit, renderer, trackball } from "./cloud.js";
 
 // Twice as fine, by cubic interpolation: (n, n, n) to (2 n - 1, ...), voxel i to 2 i.
 export function finer(volume, n) {
@@ -72,7 +72,7 @@ const FINE = 72; // voxels: larger maps are fine enough, and would take too long
 export class Molecule {
   constructor(canvas) {
     this.canvas = canvas;
-    this.renderer = new three.WebGLRenderer({ canvas, antialias: true });
+    this.renderer = renderer(canvas, { antialias: true });
     this.scene = new three.Scene();
     this.camera = new three.OrthographicCamera();
     this.camera.position.z = 500;
