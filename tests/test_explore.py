@@ -373,7 +373,12 @@ def test_a_particle(site: Site, run: Path, small_set: SmallSet) -> None:
 
 def test_training_is_told_before_and_after_there_are_codes(site: Site, run: Path, tmp_path: Path) -> None:
     found = site.json("/api/0/live")
-    assert found["status"]["state"] == "done" and found["epochs"] == [0, 1, 2] and len(found["loss"]) >= 3
+    assert (
+        not found["running"]
+        and ": done\n" in found["words"]
+        and found["epochs"] == [0, 1, 2]
+        and len(found["loss"]) >= 3
+    )
     assert site.ask("/api/0/preview")[2].startswith(b"\x89PNG") or not (run / "tmp.png").stat().st_size
     (tmp_path / "run.log").write_bytes((run / "run.log").read_bytes())
     desk = Desk(tmp_path)

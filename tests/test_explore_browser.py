@@ -388,7 +388,7 @@ def test_a_running_training_is_watched(page: Page, run: Path, finished_run: Path
         page.wait(lambda: page.js("document.readyState") == "complete" and page.times("map-shown"))
         page.click("tab-live")
         page.wait(lambda: "running" in page.text("state") and "left" in page.text("state"))
-        assert "the codes have collapsed" in page.text("warnings")
+        assert "the codes have collapsed" in page.text("state")
         assert pixels(page, "bound").std() > 3
         assert page.find("epoch").get_attribute("value") == "1"
         for name in ("weights", "pose", "z"):
@@ -428,6 +428,14 @@ def test_a_run_that_has_only_begun(page: Page, run: Path, tmp_path: Path) -> Non
         page.js("location.reload()")
         page.wait(lambda: page.times("map-shown"))
     assert page.complaints() == []
+
+
+def test_a_browser_without_webgl_is_told_so(page: Page, link: str) -> None:
+    absent = {"source": "HTMLCanvasElement.prototype.getContext = () => null;"}
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", absent)
+    page.open(link)
+    page.wait(lambda: "this browser has no WebGL: switch on" in page.text("status"))
+    page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 @pytest.mark.skipif(not DRAWN, reason="only where OPUSTOMO_SCREENSHOT names a run, for the documents")

@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from opustomo.explore.gate import LARGE, SMALL, Refused
 from opustomo.explore.view import Place, View
 from opustomo.explore.work import Decoder, Jobs
 from opustomo.physics.volume import fourier_shell_correlation
-from opustomo.status import status_of
+from opustomo.status import in_words, status_of
 from opustomo.stored import read_config
 
 EPOCHS = 2  # opened at a time
@@ -211,9 +210,12 @@ def particle(desk: Desk, query: Query) -> Reply:
 
 def live(desk: Desk, query: Query) -> Reply:
     """How training goes: status, curves, the time of the last preview; also before the first epoch."""
-    found: dict[str, Any] = {"epochs": epochs_of(desk.path), "status": None, "preview": None}
-    with suppress(UserError):  # of older programs, or copied without its log
-        found["status"] = asdict(status_of(desk.path))
+    found: dict[str, Any] = {"epochs": epochs_of(desk.path), "running": False, "preview": None}
+    try:
+        status = status_of(desk.path)
+        found |= {"running": status.state == "running", "words": in_words(desk.path, status)}
+    except UserError as error:  # of older programs, or copied without its log
+        found["words"] = str(error)
     metrics = read_metrics(desk.path / "metrics.csv")
     for name in ("particles", "loss", "val_elbo", "linear_val_elbo"):
         values = metrics.get(name, np.zeros(0))

@@ -1,7 +1,7 @@
 // The page: what is shown, what is selected, and how the parts are tied together.
 import { $, css, json, keep, make, packet, post, rest, run, say, short, told } from "./api.js";
 import { axes, prepared } from "./charts.js";
-import { Cloud, palette, viridis } from "./cloud.js";
+import { Cloud, density, extent, palette, viridis } from "./cloud.js";
 import { watch } from "./live.js";
 import { Map3d } from "./map.js";
 import { cube, neighbour, particle, space } from "./particles.js";
@@ -23,13 +23,6 @@ function offer() {
 
 const cloud = new Cloud($("points"), true);
 const view = { x: 0, y: 0, sx: 1, sy: 1 };
-
-function extent(values) {
-  const step = Math.max(1, Math.floor(values.length / 20000)), some = [];
-  for (let i = 0; i < values.length; i += step) if (values[i] > -1e38) some.push(values[i]);
-  some.sort((a, b) => a - b);
-  return some.length ? [some[Math.floor(0.001 * some.length)], some[Math.ceil(0.999 * (some.length - 1))]] : [0, 1];
-}
 
 function home() {
   for (const [axis, values] of [["x", cloud.x], ["y", cloud.y]]) {
@@ -86,29 +79,9 @@ async function place() {
   cloud.draw();
 }
 
-// How many particles are near each, on a grid of the plane, smoothed.
-function density() {
-  const m = 256, grid = new Float32Array(m * m), { x, y } = cloud, values = new Float32Array(x.length);
-  const [[x0, x1], [y0, y1]] = [extent(x), extent(y)], fx = (m - 9) / (x1 - x0 || 1), fy = (m - 9) / (y1 - y0 || 1);
-  const within = (v) => Math.max(0, Math.min(m - 1, v | 0));
-  const cell = (i) => within((y[i] - y0) * fy + 4) * m + within((x[i] - x0) * fx + 4);
-  for (let i = 0; i < x.length; i++) grid[cell(i)]++;
-  const width = x.length > 20000 ? 1 : 3;
-  for (const step of [1, m]) for (let pass = 0; pass < 2; pass++) {
-    const old = grid.slice();
-    for (let i = width * step; i < grid.length - width * step; i++) {
-      let sum = 0;
-      for (let k = -width; k <= width; k++) sum += old[i + k * step];
-      grid[i] = sum / (2 * width + 1);
-    }
-  }
-  for (let i = 0; i < x.length; i++) values[i] = Math.sqrt(grid[cell(i)]);
-  return { values, names: null };
-}
-
 async function colour() {
   const name = $("colour").value;
-  const found = name === "density" ? density() : await column(name);
+  const found = name === "density" ? density(cloud.x, cloud.y) : await column(name);
   state.label = found;
   if (found.names) cloud.tint(found.values, -0.5, found.names.length - 0.5, palette(found.colours, false));
   else {

@@ -31,6 +31,34 @@ export const clean = (values) => {
   return values;
 };
 
+// Where nearly all values are: a thousandth at either end is beyond.
+export function extent(values) {
+  const step = Math.max(1, Math.floor(values.length / 20000)), some = [];
+  for (let i = 0; i < values.length; i += step) if (values[i] > -1e38) some.push(values[i]);
+  some.sort((a, b) => a - b);
+  return some.length ? [some[Math.floor(0.001 * some.length)], some[Math.ceil(0.999 * (some.length - 1))]] : [0, 1];
+}
+
+// How many particles are near each, on a grid of the plane, smoothed.
+export function density(x, y) {
+  const m = 256, grid = new Float32Array(m * m), values = new Float32Array(x.length);
+  const [[x0, x1], [y0, y1]] = [extent(x), extent(y)], fx = (m - 9) / (x1 - x0 || 1), fy = (m - 9) / (y1 - y0 || 1);
+  const within = (v) => Math.max(0, Math.min(m - 1, v | 0));
+  const cell = (i) => within((y[i] - y0) * fy + 4) * m + within((x[i] - x0) * fx + 4);
+  for (let i = 0; i < x.length; i++) grid[cell(i)]++;
+  const width = x.length > 20000 ? 1 : 3;
+  for (const step of [1, m]) for (let pass = 0; pass < 2; pass++) {
+    const old = grid.slice();
+    for (let i = width * step; i < grid.length - width * step; i++) {
+      let sum = 0;
+      for (let k = -width; k <= width; k++) sum += old[i + k * step];
+      grid[i] = sum / (2 * width + 1);
+    }
+  }
+  for (let i = 0; i < x.length; i++) values[i] = Math.sqrt(grid[cell(i)]);
+  return { values, names: null };
+}
+
 // colours: "#rrggbb" or [r, g, b] in 0..1; a name each, or a scale through them
 export function palette(colours, smooth) {
   const rgb = colours.map((c) => typeof c === "string" ?

@@ -1,23 +1,11 @@
 // Training as it goes: asked again and again, often while it runs.
-import { $, json, make, run, say } from "./api.js";
+import { $, json, run, say } from "./api.js";
 import { curves } from "./charts.js";
 
 const OFTEN = 3000, SELDOM = 15000; // ms
-const time = (s) => s < 90 ? `${s.toFixed(0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`;
 
 function draw(found) {
-  const { status } = found;
-  if (status) {
-    const words = [`${status.state}${status.epoch === null ? "" : `, epoch ${status.epoch} of ${status.epochs}`}`];
-    if (status.state === "running" && status.seconds_left !== null)
-      words.push(`about ${time(status.seconds_left)} left at ${status.particles_per_second.toPrecision(3)} particles/s`);
-    if (status.held_out !== null)
-      words.push(`held out ${status.held_out.toFixed(2)} nats, linear stage ${status.linear.toFixed(2)}`,
-        `best after epoch ${status.best_epoch}`);
-    if (status.next) words.push(`go on with: ${status.next}`);
-    $("state").textContent = words.join(" · ");
-    $("warnings").replaceChildren(...status.warnings.map((text) => make("li", { textContent: text })));
-  } else $("state").textContent = "no log here: made by another program, or copied without it";
+  $("state").textContent = found.words;
   if ($("live").hidden) return;
   const ended = found.val_elbo.map((v, i) => [v, i]).filter(([v]) => v !== null), epochs = ended.map((_, i) => i);
   const linear = found.linear_val_elbo.filter((v) => v !== null);
@@ -42,7 +30,7 @@ export async function watch(newer) {
       draw(last);
       const latest = last.epochs.at(-1) ?? -1;
       if (seen !== latest && latest >= 0 && $("follow").checked) { await newer(latest); seen = latest; }
-      pause = last.status?.state === "running" ? OFTEN : SELDOM;
+      pause = last.running ? OFTEN : SELDOM;
     } catch (error) { say(error.message, true); }
     setTimeout(ask, pause);
   };
