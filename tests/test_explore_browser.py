@@ -79,8 +79,8 @@ BEYOND = """[...document.querySelectorAll('#latent *, #map *, header *')].filter
   return e.offsetParent && !e.closest('#legend') && e.tagName !== 'OPTION' && b.width &&
     (b.right > innerWidth + 1 || b.bottom > innerHeight + 1 || b.left < 0);
 }).map(e => e.outerHTML.slice(0, 80))"""
-USABLE = """[...document.querySelectorAll('button, input, select, canvas[tabindex]')].filter(e =>
-  e.offsetParent && !e.disabled && e.tabIndex >= 0).length"""
+USABLE = """[...document.querySelectorAll('button, input, select, #points, #molecule, #space')].filter(e =>
+  e.offsetParent && !e.disabled && e.ariaSelected !== 'false').length"""
 FOCUSED = """[[...document.querySelectorAll('body *')].indexOf(document.activeElement),
   getComputedStyle(document.activeElement).outlineStyle, document.activeElement.outerHTML.slice(0, 80)]"""
 TABS = ("map", "particle", "tomograms", "act", "live")

@@ -104,8 +104,8 @@ def of_star(view: View) -> dict[str, Column]:
     if view.source is None:
         return found
     if view.run.config.get("estpose"):
-        for i, (name, label) in enumerate((("turn", "pose change (degrees)"), ("shift", "pose change (Å)"))):
-            found[name] = Column(label, "Poses", _numbers(partial(_change, view, i)))
+        found["turn"] = Column("pose change (degrees)", "Poses", _numbers(lambda: view.pose_change[0]))
+        found["shift"] = Column("pose change (Å)", "Poses", _numbers(lambda: view.pose_change[1]))
     if view.places is not None:
         place, names = "Tomograms", pd.Series(view.places.tomogram)
         found["tomogram"] = Column("tomogram", place, partial(_named, names), names=True)
@@ -119,10 +119,6 @@ def of_star(view: View) -> dict[str, Column]:
             get = partial(_numeric if kind == "number" else _named, values)
             found[f"star:{name}"] = Column(name, "STAR file", get, kind == "names")
     return found
-
-
-def _change(view: View, which: int) -> NDArray[np.float64]:
-    return view.pose_change[which]
 
 
 def kind_of(column: pd.Series[Any]) -> str:

@@ -19,6 +19,8 @@ export function ticks(low, high, about) {
   return found;
 }
 
+const told = (v) => String(v).length < 8 ? String(v) : short(v); // of a tick, with all its digits where there are few
+
 // Grid and numbers of a box [left, right] x [bottom, top] of values over the whole canvas.
 export function axes(pen, width, height, [left, right, bottom, top], names, margin = 0) {
   pen.fillStyle = css("muted");
@@ -29,12 +31,12 @@ export function axes(pen, width, height, [left, right, bottom, top], names, marg
   pen.textAlign = "center";
   for (const v of ticks(left, right, Math.max(2, width / 110))) {
     if (margin) { pen.beginPath(); pen.moveTo(x(v), 0); pen.lineTo(x(v), height); pen.stroke(); }
-    if (x(v) > 24 && x(v) < width - 24) pen.fillText(short(v), x(v), height - 4);
+    if (x(v) > 24 && x(v) < width - 24) pen.fillText(told(v), x(v), height - 4);
   }
   pen.textAlign = "left";
   for (const v of ticks(bottom, top, Math.max(2, height / 70))) {
     if (margin) { pen.beginPath(); pen.moveTo(0, y(v)); pen.lineTo(width, y(v)); pen.stroke(); }
-    if (y(v) > 16 && y(v) < height - 18) pen.fillText(short(v), 4, y(v) + 4);
+    if (y(v) > 16 && y(v) < height - 18) pen.fillText(told(v), 4, y(v) + 4);
   }
   pen.fillStyle = css("ink");
   pen.fillText(names[1], 4, 12);
