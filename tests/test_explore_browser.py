@@ -296,8 +296,8 @@ def test_a_selection_is_loaded_and_classified_again(page: Page, run: Path, monke
     labels = load_labels(run / "analyze.filter.1" / "kmeans2" / "labels.pkl", -1)
     assert sizes == np.bincount(labels[rows]).tolist() and set(labels[np.setdiff1d(np.arange(PARTICLES), rows)]) == {-1}
     page.click("tab-map")
-    page.map_after(lambda: page.choose("what", "class:filter.kmeans2:1"))
-    assert page.text("command").endswith("--filtered --kmeans 2")
+    page.choose("what", "class:filter.kmeans2:1")
+    page.wait(lambda: page.text("command").endswith("--filtered --kmeans 2"))
     page.choose("colour", "class:kmeans3")
     page.click("clear")
 

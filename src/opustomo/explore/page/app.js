@@ -71,7 +71,8 @@ cloud.after = () => {
 const outline = (points) => new Path2D(`M${points.map((p) => p.join(",")).join("L")}Z`);
 
 async function place() {
-  const [x, y] = await Promise.all([column($("x").value), column($("y").value)]);
+  const names = [$("x").value, $("y").value], [x, y] = await Promise.all(names.map(column));
+  if ($("x").value !== names[0] || $("y").value !== names[1]) return;
   const other = cloud.x !== x.values || cloud.y !== y.values;
   cloud.place(x.values, y.values);
   if (other) home();
@@ -82,6 +83,7 @@ async function place() {
 async function colour() {
   const name = $("colour").value;
   const found = name === "density" ? density(cloud.x, cloud.y) : await column(name);
+  if ($("colour").value !== name) return; // another one has been chosen meanwhile
   state.label = found;
   if (found.names) cloud.tint(found.values, -0.5, found.names.length - 0.5, palette(found.colours, false));
   else {
