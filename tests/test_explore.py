@@ -25,7 +25,7 @@ from opustomo.analysis import picked
 from opustomo.analysis.volumes import read_codes
 from opustomo.bodies import BodyModel, BodyResult, Motions, with_joints
 from opustomo.checkpoint import load_tensors, open_run
-from opustomo.compat.legacy_files import load_labels, save_pickle
+from opustomo.data.pickles import load_labels, save_pickle
 from opustomo.data.readers.relion import identities
 from opustomo.data.star import read_star
 from opustomo.data.tensors import save_tensors

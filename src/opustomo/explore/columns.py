@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.analysis.class_quality import read_quality
 from opustomo.analysis.latents import stored_umap
-from opustomo.compat.legacy_files import load_labels
+from opustomo.data.pickles import load_labels
 from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError, reading
 
