@@ -5,7 +5,6 @@ Owns: the sanity check before training.  If this map is not the molecule, nothin
 
 from __future__ import annotations
 
-import csv
 import logging
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from opustomo.analysis import plots
 from opustomo.config import AverageConfig, GridOptions
-from opustomo.data.atomic import atomic
+from opustomo.data.atomic import write_csv
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
@@ -147,11 +146,7 @@ def write_maps(
 
 def _write_fsc(folder: Path, fsc: Tensor, grid: Grid) -> None:
     resolutions = [grid.extent / max(shell, 1e-9) if shell else float("inf") for shell in range(len(fsc))]
-    with atomic(folder / "fsc.csv") as temporary, temporary.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["shell", "resolution_angstrom", "fsc"])
-        writer.writerows(
-            (i, f"{r:.3f}", f"{float(f):.5f}") for i, (r, f) in enumerate(zip(resolutions, fsc, strict=True))
-        )
+    rows = [(i, f"{r:.3f}", f"{float(f):.5f}") for i, (r, f) in enumerate(zip(resolutions, fsc, strict=True))]
+    write_csv(folder / "fsc.csv", ["shell", "resolution_angstrom", "fsc"], rows)
     frequency = np.arange(len(fsc)) / grid.extent
     plots.save(plots.fsc_curves(frequency, {"half maps": fsc.numpy()}), folder / "fsc.png")

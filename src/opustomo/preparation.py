@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
-import io
 import logging
 import os
 from collections.abc import Iterable
@@ -17,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.cache import Cache, OnTheFly, Row, fingerprint, prepare_cache, rows_without_disk
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
@@ -130,11 +128,8 @@ def name_damaged(particles: Particles, folder: Path) -> None:
     if len(bad) == 0:
         path.unlink(missing_ok=True)
         return
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["row", "file", "reason"])
-    table.writerows((i + 1, particles.image_files[i], faults[particles.names[i]]) for i in bad)
-    write_text(path, buffer.getvalue())
+    rows = ((i + 1, particles.image_files[i], faults[particles.names[i]]) for i in bad)
+    write_csv(path, ["row", "file", "reason"], rows)
     first = ", ".join(str(i + 1) for i in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     log.warning(
         "%d of %d particles cannot be used (rows %s): left out of the fits, their codes say nothing; reasons: %s",

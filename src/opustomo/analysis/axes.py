@@ -7,10 +7,8 @@ fitted *through* each particle's own uncertainty, so that noise neither makes a 
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from scipy.special import expit, logsumexp
 from scipy.stats import norm
 
 from opustomo.analysis import plots
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv, write_text
 from opustomo.data.pickles import save_pickle
 
 if TYPE_CHECKING:
@@ -275,7 +273,7 @@ def write_axes(run: Run, folder: Path) -> list[Axis]:
             _words(axis.groups.share), _words(axis.groups.centre), _words(axis.groups.width),
             f"{np.median(axis.error):.3f}", f"{certain:.3f}",
         ])  # fmt: skip
-    write_text(folder / "axes.csv", _csv(COLUMNS, rows))
+    write_csv(folder / "axes.csv", COLUMNS, rows)
     plots.save(
         plots.independent_axes([_panel(number, axis) for number, axis in enumerate(axes, 1)]), folder / "axes.png"
     )
@@ -349,10 +347,4 @@ def as_text(array: NDArray[Any], fmt: str = "%.6e") -> str:
     """One line for each row of an array."""
     buffer = io.StringIO()
     np.savetxt(buffer, array, fmt=fmt)
-    return buffer.getvalue()
-
-
-def _csv(header: list[str], rows: Sequence[Sequence[object]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     return buffer.getvalue()

@@ -6,7 +6,6 @@ Owns: quality.csv, quality_fsc.csv and their pictures beside the labels; what is
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import math
 from dataclasses import dataclass, fields
@@ -37,7 +36,7 @@ from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probabilit
 from opustomo.analysis.score_maps import resolution
 from opustomo.analysis.selection import find_labels
 from opustomo.config import QualityConfig
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.pickles import load_labels
 from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError, reading
@@ -298,7 +297,7 @@ def in_words(row: ClassQuality) -> str:
 
 def _write(rows: list[ClassQuality], measured: dict[int, list[Agreement]], extent: float, folder: Path) -> None:
     cells = [[_cell(getattr(row, f.name)) for f in fields(ClassQuality)] for row in rows]
-    _write_csv(folder / "quality.csv", COLUMNS, cells)
+    write_csv(folder / "quality.csv", COLUMNS, cells)
     curves: dict[str, Floats] = {}
     for number, (own, *random) in sorted(measured.items()):
         for name, column in (("fsc", ""), ("difference_fsc", "_difference")):
@@ -308,7 +307,7 @@ def _write(rows: list[ClassQuality], measured: dict[int, list[Agreement]], exten
         return
     frequency = np.arange(len(next(iter(curves.values())))) / extent
     table = np.stack([frequency, *curves.values()], 1)
-    _write_csv(folder / "quality_fsc.csv", ("frequency", *curves), [[f"{v:.6f}" for v in line] for line in table])
+    write_csv(folder / "quality_fsc.csv", ("frequency", *curves), [[f"{v:.6f}" for v in line] for line in table])
     plots.save(class_page.quality_figure(rows), folder / "quality.png")
     plots.save(class_page.agreement_figure(frequency, curves, rows), folder / "quality_fsc.png")
 
@@ -317,14 +316,6 @@ def _cell(value: float | int | str) -> str:
     if not isinstance(value, float):
         return str(value)
     return "" if math.isnan(value) else f"{value:.5g}"
-
-
-def _write_csv(path: Path, header: tuple[str, ...], cells: list[list[str]]) -> None:
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(header)
-    table.writerows(cells)
-    write_text(path, buffer.getvalue())
 
 
 QUALITY_AGAIN = "write it again with `opustomo quality`"

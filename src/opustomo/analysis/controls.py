@@ -5,12 +5,10 @@ Owns: controls.csv, tomograms.csv, convergence.csv and their pictures below anal
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import latent_plots, plots
 from opustomo.analysis.selection import source_of, trained_rows
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.readers.relion import tomograms
 from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
@@ -51,7 +49,7 @@ def write_controls(run: Run, embedding: Floats, names: tuple[str, str], folder: 
     order = sorted(columns, key=lambda name: -explained[name])
     rows = [[name, f"{explained[name]:.4f}", *(f"{v:.6g}" for v in np.percentile(columns[name], [0, 50, 100]))]
             for name in order]  # fmt: skip
-    write_text(folder / "controls.csv", _csv(["column", "r2", "lowest", "median", "highest"], rows))
+    write_csv(folder / "controls.csv", ["column", "r2", "lowest", "median", "highest"], rows)
     shown = {name: columns[name] for name in order[:PANELS]}
     plots.save(latent_plots.controls(embedding, shown, explained, names), folder / "controls.png")
     told = [f"{name} ({explained[name]:.2f})" for name in order if explained[name] > NOTABLE]
@@ -108,7 +106,7 @@ def write_tomograms(run: Run, labels: NDArray[np.integer], folder: Path) -> None
     rows = [[name, int(line.sum()), *line.tolist(), f"{value:.2f}"]
             for name, line, value in zip(shown, table, chi, strict=True)]  # fmt: skip
     header = ["tomogram", "particles", *(f"class{c}" for c in range(count)), "chi2"]
-    write_text(folder / "tomograms.csv", _csv(header, rows))
+    write_csv(folder / "tomograms.csv", header, rows)
     plots.save(plots.tomogram_fractions(np.asarray(labels), names, count), folder / "tomograms.png")
 
 
@@ -169,7 +167,7 @@ def write_convergence(run: Run, clusters: int, folder: Path, seed: int = 0) -> P
     columns["classes_ari_last"] = [float(adjusted_rand_score(labels[-1], label)) for label in labels]
     numbers = [epoch for epoch, _ in kept]
     rows = [[n, *("" if np.isnan(c[i]) else f"{c[i]:.4f}" for c in columns.values())] for i, n in enumerate(numbers)]
-    write_text(folder / "convergence.csv", _csv(["epoch", *columns], rows))
+    write_csv(folder / "convergence.csv", ["epoch", *columns], rows)
     figure = latent_plots.convergence(np.array(numbers), {name: np.array(c) for name, c in columns.items()})
     return plots.save(figure, folder / "convergence.png")
 
@@ -185,9 +183,3 @@ def linear_r2(before: Floats, after: Floats) -> float:
 def _classes(codes: Floats, clusters: int, seed: int) -> NDArray[np.int64]:
     count = min(clusters, len(np.unique(codes, axis=0)))
     return np.asarray(KMeans(count, n_init=3, random_state=seed).fit_predict(codes), np.int64)
-
-
-def _csv(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue()

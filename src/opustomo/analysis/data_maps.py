@@ -7,7 +7,6 @@ subtomograms at their full size, with half maps for RELION.
 from __future__ import annotations
 
 import csv
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from opustomo.analysis.filters import Gain, filtered
 from opustomo.analysis.volumes import option, origin_of, resample, target
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.config import GridOptions, InputOptions
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.cache import open_cache
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
@@ -193,11 +192,8 @@ def open_rows(run: Run) -> Rows:
 def _write_fsc(curves: dict[str, Floats], counts: dict[str, int], extent: float, folder: Path) -> None:
     """fsc_data.csv and fsc_data.png; extent: edge of the boxes in Angstrom."""
     frequency = np.arange(len(next(iter(curves.values())))) / extent
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["frequency", *curves])
-    table.writerows([f"{v:.6f}" for v in row] for row in zip(frequency, *curves.values(), strict=True))
-    write_text(folder / "fsc_data.csv", buffer.getvalue())
+    rows = ([f"{v:.6f}" for v in row] for row in zip(frequency, *curves.values(), strict=True))
+    write_csv(folder / "fsc_data.csv", ["frequency", *curves], rows)
     figure = plots.fsc_curves(frequency, curves, "Half maps of the data at each code", counts)
     plots.save(figure, folder / "fsc_data.png")
 

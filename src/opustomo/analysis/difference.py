@@ -22,7 +22,7 @@ from opustomo.analysis import plots
 from opustomo.analysis.data_maps import open_rows
 from opustomo.analysis.surface import FRONT, SIDE, contour, render
 from opustomo.analysis.volumes import origin_of
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.mrc import write_volume
 from opustomo.errors import UserError
 from opustomo.monitor import progress
@@ -142,7 +142,7 @@ def write_difference(
         "significant": int(found.significant.sum()), "largest_z": f"{found.largest:.2f}",
         "largest_z_null": f"{float(np.quantile(found.largest_null, 0.95)):.2f}", "p_value": f"{found.p_value:.4f}",
     }  # fmt: skip
-    write_text(folder / f"{name}.csv", f"{','.join(row)}\n{','.join(map(str, row.values()))}\n")
+    write_csv(folder / f"{name}.csv", list(row), [list(row.values())])
     plots.save(picture(found, name), folder / f"{name}.png")
     log.info("%s minus %s: %d of %d voxels differ (false discovery rate %g); largest |z| %.1f, p %.2g of no difference",
              *classes, found.significant.sum(), found.voxels, false_rate, found.largest, found.p_value)  # fmt: skip

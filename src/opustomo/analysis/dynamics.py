@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from opustomo.bodies import DOF, Bodies
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
@@ -91,12 +91,12 @@ def write_dynamics(run: Run, folder: Path) -> None:
         first, last = (float(codes[:, number].quantile(q)) for q in (0.05, 0.95))
         code = torch.linspace(first, last, POINTS)
         series[f"y{number + 1}"] = code[:, None] * loading[:, number]
-    lines = [",".join(COLUMNS)]
+    rows = []
     for name, motion in series.items():
         for hinge in hinges(bodies.model.bodies, motion):
             names = [name, bodies.names[hinge.fixed], bodies.names[hinge.moving]]
-            lines.append(",".join([*names, *cells(hinge, pixel)]))
-    write_text(folder / "dynamics.csv", "\n".join(lines) + "\n")
+            rows.append([*names, *cells(hinge, pixel)])
+    write_csv(folder / "dynamics.csv", COLUMNS, rows)
 
 
 def cells(hinge: Hinge, pixel: float) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from opustomo.analysis.dynamics import COLUMNS, Hinge, cells, hinges
 from opustomo.bodies import BodyModel, at_rest, find_motions, first_covariance, with_joints
 from opustomo.body_division import divide
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.bodies import parts_of
 from opustomo.physics.bodies import soft_bodies
 from opustomo.physics.fourier import band_multiplicity, irfft3, rfft3
@@ -86,12 +86,12 @@ def rigid_motion(volumes: Tensor, mask: Tensor, grid: Grid) -> tuple[Hinge, floa
 
 def write_series(run: Run, folder: Path) -> None:
     """dynamics.csv of the components of an analysis, as ``dynamics.write_dynamics``, and ``explained`` of each."""
-    lines = [",".join([*COLUMNS, "explained"])]
+    rows = []
     for path in sorted(folder.glob("pc*/z_pc.txt"), key=lambda path: int(path.parent.name[2:])):
         codes = np.loadtxt(path, ndmin=2).astype(np.float32)
         if np.ptp(codes, axis=0).max() == 0:
             continue
         hinge, explained = rigid_motion(torch.from_numpy(run.decode(codes)), run.mask, run.grid)
         names = [path.parent.name, "part1" if hinge.fixed == 0 else "part2", "part2" if hinge.fixed == 0 else "part1"]
-        lines.append(",".join([*names, *cells(hinge, run.grid.working_pixel), f"{explained:.3f}"]))
-    write_text(folder / "dynamics.csv", "\n".join(lines) + "\n")
+        rows.append([*names, *cells(hinge, run.grid.working_pixel), f"{explained:.3f}"])
+    write_csv(folder / "dynamics.csv", [*COLUMNS, "explained"], rows)

@@ -3,8 +3,10 @@ a file says of its origin."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import logging
 import os
 import re
@@ -14,7 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -62,6 +64,13 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8, surrogates kept) atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_csv(path: Path, header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table with commas between, a line for ``header`` and for each of ``rows``, atomically."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    write_text(path, buffer.getvalue())
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
