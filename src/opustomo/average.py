@@ -23,19 +23,11 @@ from opustomo.data.particles import Particles
 from opustomo.errors import UserError
 from opustomo.mask import automatic, solvent_mask
 from opustomo.monitor import progress, setup_log
-from opustomo.physics.fourier import (
-    band_frequencies,
-    fourier_resize,
-    from_band,
-    irfft3,
-    radial,
-    rfft3,
-    shell_sum,
-    to_band,
-)
+from opustomo.physics.fourier import band_frequencies, fourier_resize, radial, shell_sum
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centre_pad, fourier_shell_correlation
 from opustomo.preparation import name_damaged, prepare_process
+from opustomo.reconstruct import wiener
 
 log = logging.getLogger("opustomo")
 
@@ -65,11 +57,6 @@ def half_totals(
             numerator[c, half[i]] += share[c, i] * b
             weight[c, half[i]] += share[c, i] * w
     return numerator, weight
-
-
-def wiener(numerator: Tensor, weight: Tensor, size: int, precision: Tensor) -> Tensor:
-    """``IFFT[B / (W + precision)]``, (M, M, M), not masked."""
-    return irfft3(from_band(to_band(rfft3(numerator)) / (weight + precision), size))
 
 
 def half_maps(numerator: Tensor, weight: Tensor, size: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

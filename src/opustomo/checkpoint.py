@@ -33,10 +33,8 @@ from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
 from opustomo.errors import UserError, reading
 from opustomo.model.vae import Vae
 from opustomo.objective import envelope
-from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band
-from opustomo.physics.volume import centre_crop
+from opustomo.physics.observation import seen_through
 from opustomo.stored import read_config
 
 WITHIN, BEFORE = "state.pkl", "start.pkl"  # of an epoch that is not finished, and of the first
@@ -249,9 +247,8 @@ class Run:
             # training compares G V with the data; the map is V
             size = self.grid.working_box
             gain = 1.0 / envelope(strength, self.epoch, size, self.grid.extent)
-            sharp = irfft3(from_band(model_band(linear, size) * gain, size))
             # where the mask ends, not times the mask: the components are masked already
-            linear = centre_crop(sharp, self.grid.crop) * (self.mask > 0)
+            linear = seen_through(linear, gain, size) * (self.mask > 0)
         return linear + nonlinear
 
 
@@ -337,6 +334,4 @@ def _assemble(
 
 def write_map(path: Path, volume: Tensor, grid: Grid) -> None:
     """A model volume (C, C, C) on the working grid, with the header origin that overlays it on the consensus map."""
-    centre = (grid.box // 2) * grid.pixel_size
-    start = centre - (grid.crop // 2) * grid.working_pixel
-    write_volume(path, volume.numpy(), grid.working_pixel, (start, start, start))
+    write_volume(path, volume.numpy(), grid.working_pixel, grid.start(grid.working_pixel, grid.crop))

@@ -45,9 +45,8 @@ from opustomo.mixture import CodePosterior, Mixture, condition
 from opustomo.model.vae import Vae
 from opustomo.monitor import setup_log
 from opustomo.objective import residual_density
-from opustomo.physics.fourier import band_frequencies, band_multiplicity, from_band, irfft3
-from opustomo.physics.observation import model_band
-from opustomo.physics.volume import centre_crop
+from opustomo.physics.fourier import band_frequencies, band_multiplicity
+from opustomo.physics.observation import band_volume, model_band
 from opustomo.preparation import RowMaker, name_damaged, prepare_process, tell
 from opustomo.reconstruct import Rows
 from opustomo.start import Context, Start, context_of, device_of, stored_linear
@@ -182,7 +181,7 @@ def noise_in_units_of(model: LinearModel, inputs: Inputs, config: EncodeConfig) 
     size = grid.working_box
     # wrong poses blur what is fine: the scale is that of the coarse shape
     coarse = model_band(model.mean, size) * (band_frequencies(size).norm(dim=-1) < COARSE * size)
-    shape = centre_crop(irfft3(from_band(coarse, size)), grid.crop)
+    shape = band_volume(coarse, size, grid.crop)
     power = coarse.abs().square() * band_multiplicity(size)
     overlap = expected = 0.0
     rows = sample_rows(len(particles), SAMPLE).tolist()

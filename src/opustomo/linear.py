@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from opustomo.mixture import CHUNK, Mixture, single
-from opustomo.physics.fourier import (
-    band_multiplicity,
-    band_shell,
-    from_band,
-    irfft3,
-    radial,
-    spectral_gradient,
-)
+from opustomo.physics.fourier import band_multiplicity, band_shell, radial, spectral_gradient
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band
+from opustomo.physics.observation import band_volume, model_band
 from opustomo.physics.volume import centre_crop, centre_pad, centred_coordinates
 from opustomo.pose_scale import POSE, USUAL_POSE, likeliest_pose_scale
 from opustomo.reconstruct import (
@@ -272,7 +265,7 @@ def maximise(model: LinearModel, rows: Rows, index: Tensor, grid: Grid, mask: Te
     free = 1 + model.size
     modes = model_band(pose_modes(model.mean, model.pose_scale, grid), grid.working_box)
     held = torch.einsum("nad,dn->an", system[:, :free, free:].to(modes.dtype), modes)
-    right = right[:free] - centre_crop(irfft3(from_band(held, grid.working_box)), grid.crop)
+    right = right[:free] - band_volume(held, grid.working_box, grid.crop)
     system = system[:, :free, :free]
     spectra = torch.cat([model.mean_power[None], model.component_power.expand(model.size, -1)])
     precision = precision_of(spectra, grid, 1e-8 * float(model.mean_power.max()))
@@ -333,7 +326,7 @@ def add_components(model: LinearModel, count: int, grid: Grid, mask: Tensor, see
     shell = band_shell(size).float()
     noise = torch.view_as_complex(torch.randn((count, len(shell), 2), generator=generator))
     envelope = radial(0.05 * model.mean_power, size).sqrt() * torch.exp(-((shell / (0.25 * size)) ** 2))
-    fresh = centre_crop(irfft3(from_band(noise * envelope, size)), grid.crop) * mask
+    fresh = band_volume(noise * envelope, size, grid.crop) * mask
     return replace(model, components=torch.cat([model.components, fresh]))
 
 

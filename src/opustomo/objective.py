@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opustomo.physics.fourier import (
-    band_frequencies,
-    band_multiplicity,
-    from_band,
-    irfft3,
-    rfft3,
-    to_band,
-)
-from opustomo.physics.observation import model_band, model_band_adjoint
-from opustomo.physics.volume import centre_crop, centre_pad
+from opustomo.physics.fourier import band_frequencies, band_multiplicity
+from opustomo.physics.observation import band_volume, model_band, model_band_adjoint
 
 
 class _Band(torch.autograd.Function):
@@ -150,9 +142,8 @@ def residual_density(
     The consensus is subtracted before the division, so the wedge-shaped consensus signal, the main carrier of
     orientation, cancels.  mean: (C, C, C); precision ``1/tau^2`` of the residual: (n,).
     """
-    data = to_band(rfft3(centre_pad(numerator, size)))
-    filtered = (data - weight * model_band(mean, size)) / (weight + precision)
-    return centre_crop(irfft3(from_band(filtered, size)), numerator.shape[-1]) * mask
+    filtered = (model_band(numerator, size) - weight * model_band(mean, size)) / (weight + precision)
+    return band_volume(filtered, size, numerator.shape[-1]) * mask
 
 
 def envelope(bfactor: float, epoch: int, size: int, extent: float, device: torch.device | str = "cpu") -> Tensor:

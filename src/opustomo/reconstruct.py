@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opustomo.physics.fourier import band_index, frequencies, irfft3, radial, rfft3, shell_sum
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band
+from opustomo.physics.observation import band_volume, model_band
 from opustomo.physics.volume import centre_crop, centre_pad
 
 AMPLITUDE_BLUR = 0.7  # voxels over which local power is averaged: measured (docs/experiments.md)
@@ -125,6 +125,11 @@ def solve_masked(
         rho, previous = (residual * smooth).sum(), rho
         direction = smooth + (rho / previous.clamp(min=1e-30)) * direction
     return reach * x
+
+
+def wiener(numerator: Tensor, weight: Tensor, size: int, precision: Tensor) -> Tensor:
+    """``IFFT[B / (W + precision)]`` without a mask, (C, C, C); weight, precision: (n,) on the band of ``size``."""
+    return band_volume(model_band(numerator, size) / (weight + precision), size, numerator.shape[-1])
 
 
 def shell_power(

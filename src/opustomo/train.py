@@ -41,9 +41,7 @@ from opustomo.objective import (
     spectral_prior,
     total_variation,
 )
-from opustomo.physics.fourier import from_band, irfft3
-from opustomo.physics.observation import seen_through
-from opustomo.physics.volume import centre_crop
+from opustomo.physics.observation import band_volume, seen_through
 from opustomo.preparation import prepare_process
 from opustomo.profiling import Profile, part
 from opustomo.start import Context, Start, device_of, global_batch
@@ -186,7 +184,7 @@ def log_evidence(
         band = differentiable_band(nonlinear, size)
         if damping is not None:
             band = band * damping
-            nonlinear = centre_crop(irfft3(from_band(band, size)), context.grid.crop)
+            nonlinear = band_volume(band, size, context.grid.crop)
         known_part = torch.cat([torch.ones_like(code[:, :1]), code], 1) @ context.linear
         seen = torch.view_as_complex(known_part.unflatten(1, (-1, 2))) + band
         nuisance = pose_nuisance(context.pose, numerator, weight, context.pose_prior[index.to(context.device)])

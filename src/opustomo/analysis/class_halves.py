@@ -15,18 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opustomo.physics.fourier import band_multiplicity, from_band, irfft3, radial, rfft3, shell_mean, to_band
+from opustomo.physics.fourier import band_multiplicity, radial, shell_mean
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band, quadratic_form
+from opustomo.physics.observation import model_band, quadratic_form, seen_through
 from opustomo.physics.volume import (
-    centre_crop,
-    centre_pad,
     fourier_shell_correlation,
     randomise_phases,
     shell_counts,
     substituted_fsc,
 )
-from opustomo.reconstruct import Rows, mean_volume, own_precision, solve_masked, totals
+from opustomo.reconstruct import Rows, mean_volume, own_precision, solve_masked, totals, wiener
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -117,10 +115,7 @@ def half_map_fsc(sums: Sums, mask: Tensor, grid: Grid, generator: torch.Generato
 def _without_mask(weight: Tensor, numerator: Tensor, grid: Grid) -> Tensor:
     """Numerator over weight with a light regularisation, (C, C, C): a half map that knows no mask."""
     size = grid.working_box
-    floor = radial(0.02 * shell_mean(weight, size), size).clamp(min=1e-12)
-    return centre_crop(
-        irfft3(from_band(to_band(rfft3(centre_pad(numerator, size))) / (weight + floor), size)), grid.crop
-    )
+    return wiener(numerator, weight, size, radial(0.02 * shell_mean(weight, size), size).clamp(min=1e-12))
 
 
 def agreement(sums: Sums, average: Tensor, mask: Tensor, grid: Grid, generator: torch.Generator) -> Agreement:
@@ -154,8 +149,7 @@ def agreement(sums: Sums, average: Tensor, mask: Tensor, grid: Grid, generator: 
 
 def _residual(weight: Tensor, numerator: Tensor, volume: Tensor, grid: Grid) -> Tensor:
     """``B - W V``, (C, C, C)."""
-    seen = from_band(weight * model_band(volume, grid.working_box), grid.working_box)
-    return numerator - centre_crop(irfft3(seen), grid.crop)
+    return numerator - seen_through(volume, weight, grid.working_box)
 
 
 def independent_voxels(mask: Tensor) -> Floats:

@@ -38,7 +38,6 @@ from opustomo.analysis.selection import find_labels
 from opustomo.config import QualityConfig
 from opustomo.data.atomic import write_csv
 from opustomo.data.pickles import load_labels
-from opustomo.data.tensors import read_arrays
 from opustomo.errors import UserError, reading
 from opustomo.monitor import progress
 
@@ -251,9 +250,9 @@ def _known(run: Run, labels: NDArray[np.integer], seed: int) -> dict[int, dict[s
         used = spread > 0
         if used.any():
             values["sigma"] = np.sqrt(np.mean((run.sigma[:, used] / spread[used]) ** 2, axis=1))
-    outlier = _outlier_scores(run)
-    if outlier is not None:
-        values["outlier"] = outlier
+    outlier = (run.linear_results() or {}).get("outlier")
+    if outlier is not None and len(outlier) == len(run.codes):
+        values["outlier"] = outlier.astype(np.float64)
     names, rng = tomogram_names(run), np.random.default_rng(seed)
     found = {}
     for number in np.unique(labels).tolist():
@@ -273,15 +272,6 @@ def entropy(names: NDArray[np.str_]) -> float:
     """Of the distribution over names, in nats: 0 for one name, log n for n equally frequent ones."""
     share = np.unique(names, return_counts=True)[1] / len(names)
     return float(-(share * np.log(share)).sum()) + 0.0
-
-
-def _outlier_scores(run: Run) -> Floats | None:
-    """(P,) of the linear stage, None where its results are not there."""
-    path = run.path / "linear" / "linear.npz"
-    if not path.is_file():
-        return None
-    scores = np.asarray(read_arrays(path, "restore it from a copy")["outlier"], np.float64)
-    return scores if len(scores) == len(run.codes) else None
 
 
 def in_words(row: ClassQuality) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.analysis import plots
 from opustomo.analysis.filters import Gain, filtered
-from opustomo.analysis.volumes import option, origin_of, resample, target
+from opustomo.analysis.volumes import option, resample, target
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.atomic import write_csv
@@ -71,7 +71,7 @@ def write_data_volumes(
         volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
         path = folder / f"{prefix}{i}_data.mrc"
         volume = volume if gain is None else filtered(volume, grid.working_pixel, gain)
-        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
+        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, grid.start(pixel, size))
         paths.append(path)
         curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
         counts[f"{prefix}{i}"] = int(np.count_nonzero(weight))

@@ -21,15 +21,12 @@ from torch import Tensor
 from opustomo.analysis import plots
 from opustomo.analysis.data_maps import open_rows
 from opustomo.analysis.surface import FRONT, SIDE, contour, render
-from opustomo.analysis.volumes import origin_of
 from opustomo.data.atomic import write_csv
 from opustomo.data.mrc import write_volume
 from opustomo.errors import UserError
 from opustomo.monitor import progress
-from opustomo.physics.fourier import from_band, irfft3
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band
-from opustomo.physics.volume import centre_crop
+from opustomo.physics.observation import band_volume, model_band
 from opustomo.reconstruct import Rows, mean_volume, own_precision, solve_masked, totals
 
 if TYPE_CHECKING:
@@ -98,7 +95,7 @@ def difference(
     solved: list[NDArray[np.float32]] = []
     pairs = zip(weights[2:], numerators[2:], strict=True)
     for weight, numerator in progress(pairs, len(signs), "difference and permutations", "maps"):
-        seen = centre_crop(irfft3(from_band(weight * band, grid.working_box)), grid.crop)
+        seen = band_volume(weight * band, grid.working_box, grid.crop)
         right = (numerator - seen)[None]
         volume = solve_masked(system, right, precision, mask, grid, torch.zeros_like(right), STEPS)[0].numpy()
         density = density if solved else volume
@@ -133,7 +130,7 @@ def write_difference(
                             f"{int(labels.max())}); {FEWEST} are needed")  # fmt: skip
     grid, name = run.grid, f"difference{classes[0]}-{classes[1]}"
     found = difference(open_rows(run), sides[0], sides[1], run.mask, grid, false_rate, seed=seed)
-    place = (grid.working_pixel, origin_of(grid, grid.working_pixel, grid.crop))
+    place = (grid.working_pixel, grid.start(grid.working_pixel, grid.crop))
     for kind, values in (("", found.density), ("_z", found.z), ("_mask", found.significant.astype(np.float32))):
         write_volume(folder / f"{name}{kind}.mrc", values, *place)
     row = {

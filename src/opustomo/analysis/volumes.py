@@ -226,7 +226,7 @@ def save_volumes(
     for volume, gain in zip_longest(volumes, gains):
         ready = volume if gain is None else filtered(volume, grid.working_pixel, gain)
         path = folder / f"{prefix}{len(paths)}.mrc"
-        write_volume(path, resample(ready, grid.working_pixel, pixel, size, flip), pixel, origin_of(grid, pixel, size))
+        write_volume(path, resample(ready, grid.working_pixel, pixel, size, flip), pixel, grid.start(pixel, size))
         paths.append(path)
         if len(shown) < SHOWN:
             shown.append(ready[::-1] if flip else ready)
@@ -252,12 +252,6 @@ def target(grid: Grid, angpix: float | None, box: int) -> tuple[float, int]:
     if box and (box % 2 or box < needed):
         raise UserError(f"--box {box}: must be even and at least {needed} to hold the mask at {pixel:g} Angstrom")
     return pixel, box or needed
-
-
-def origin_of(grid: Grid, pixel: float, size: int) -> tuple[float, float, float]:
-    """Position in Angstrom of voxel 0 of a written map when voxel 0 of the consensus map (box N) is at 0."""
-    start = (grid.box // 2) * grid.pixel_size - (size // 2) * pixel
-    return start, start, start
 
 
 def resample(volume: Volume, pitch: float, pixel: float, size: int, flip: bool = False) -> Volume:

@@ -31,6 +31,14 @@ class Grid(NamedTuple):
         """Edge of the subtomogram in Angstrom: one Fourier voxel is 1 / extent."""
         return self.pixel_size * self.box
 
+    def start(self, pixel: float, size: int) -> tuple[float, float, float]:
+        """Where voxel 0 of a map lies, in Angstrom (x, y, z), when voxel 0 of the consensus map is at 0.
+
+        Centre voxels lie on each other; the map has ``size`` voxels of ``pixel`` Angstrom.
+        """
+        place = (self.box // 2) * self.pixel_size - (size // 2) * pixel
+        return place, place, place
+
 
 def working_size(box: int, downfrac: float) -> int:
     """M = 2 floor(N downfrac / 2); raises ValueError if downfrac is outside (0, 1] or M < 8."""

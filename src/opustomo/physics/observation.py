@@ -158,15 +158,20 @@ def model_band(volume: Tensor, size: int) -> Tensor:
     return to_band(rfft3(padded))
 
 
+def band_volume(band: Tensor, size: int, crop: int) -> Tensor:
+    """The inverse of ``model_band`` for what the band holds, cropped: (..., n) complex to (..., C, C, C)."""
+    return centre_crop(irfft3(from_band(band, size)), crop)
+
+
 def seen_through(volume: Tensor, weight: Tensor, size: int) -> Tensor:
     """``W V``, what the data show of a model volume: (..., C, C, C) and weights (..., n) to (..., C, C, C)."""
-    return centre_crop(irfft3(from_band(model_band(volume, size) * weight, size)), volume.shape[-1])
+    return band_volume(model_band(volume, size) * weight, size, volume.shape[-1])
 
 
 def model_band_adjoint(band: Tensor, size: int, crop: int) -> Tensor:
     """Gradient of a function of ``model_band(V)`` from that with respect to its result: (..., n) to (..., C, C, C)."""
     # the inverse counts a voxel and its mirror image, the band has one of them
-    return centre_crop(irfft3(from_band(band / band_multiplicity(size, band.device), size)), crop)
+    return band_volume(band / band_multiplicity(size, band.device), size, crop)
 
 
 def quadratic_form(band: Tensor, weight: Tensor, size: int) -> Tensor:
