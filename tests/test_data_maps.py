@@ -13,6 +13,7 @@ import torch
 from fake_run import CENTRES, ZDIM, FakeRun, fake_run
 from opustomo import checkpoint
 from opustomo.analysis import data_maps, plots
+from opustomo.analysis.volumes import MapFiles
 from opustomo.config import VolumesConfig
 from opustomo.data.mrc import read_volume
 from opustomo.data.observe import Noise
@@ -60,7 +61,8 @@ def test_data_volumes_show_the_state_of_the_neighbours(tmp_path: Path, monkeypat
     run.mask = spherical_mask(20, 7.5, 2.0)
     monkeypatch.setattr(data_maps, "open_cache", lambda folder: Rows(run, noise=0.1))
     codes = CENTRES[:2]
-    paths = data_maps.write_data_volumes(run, codes, tmp_path / "out", neighbours=25)
+    monkeypatch.setattr(data_maps, "usual_neighbours", lambda particles: 25)
+    paths = data_maps.write_data_volumes(run, codes, MapFiles(tmp_path / "out"))
     maps = [mrcfile.read(path).ravel() for path in paths]
     truth = (run.decode(codes) * run.mask.numpy()).reshape(2, -1)
     difference = np.corrcoef(maps[0] - maps[1], truth[0] - truth[1])[0, 1]
@@ -96,7 +98,7 @@ def test_legend_of_many_curves_names_their_particles_beside_them() -> None:
 def test_half_maps_of_noise_do_not_correlate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = fake_run(tmp_path, particles=60)
     monkeypatch.setattr(data_maps, "open_cache", lambda folder: Rows(run, noise=300.0))
-    data_maps.write_data_volumes(run, CENTRES[:1], tmp_path / "out", neighbours=30)
+    data_maps.write_data_volumes(run, CENTRES[:1], MapFiles(tmp_path / "out"))
     _, curves = data_maps.read_fsc(tmp_path / "out" / "fsc_data.csv")
     assert abs(curves["reference0"][4:].mean()) < 0.15
 
@@ -104,11 +106,11 @@ def test_half_maps_of_noise_do_not_correlate(tmp_path: Path, monkeypatch: pytest
 def test_from_data_without_a_fitting_cache_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = fake_run(tmp_path)
     with pytest.raises(UserError, match=r"cache: no cache here; make it with `opustomo cache"):
-        data_maps.write_data_volumes(run, np.zeros((1, ZDIM)), tmp_path / "out")
+        data_maps.write_data_volumes(run, np.zeros((1, ZDIM)), MapFiles(tmp_path / "out"))
     other, _ = fake_run(tmp_path, particles=30)
     monkeypatch.setattr(data_maps, "open_cache", lambda folder: Rows(other, noise=1.0))
     with pytest.raises(UserError, match=r"is of other particles.*opustomo cache"):
-        data_maps.write_data_volumes(run, np.zeros((1, ZDIM)), tmp_path / "out")
+        data_maps.write_data_volumes(run, np.zeros((1, ZDIM)), MapFiles(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -150,9 +152,10 @@ def test_full_maps_come_in_passes_that_fit_the_memory(
     codes = run.codes[[0, 30]]
     white = Noise(torch.ones(len(band_frequencies(24))), 1.0, False, torch.zeros(13))
     monkeypatch.setattr(data_maps, "estimate_noise", lambda *_, **__: white)
-    at_once = data_maps.write_full_volumes(run, codes, tmp_path / "a", "v", neighbours=6)
+    monkeypatch.setattr(data_maps, "usual_neighbours", lambda particles: 6)
+    at_once = data_maps.write_full_volumes(run, codes, MapFiles(tmp_path / "a", "v"))
     monkeypatch.setattr(data_maps, "MEMORY", 1.0)
-    one_by_one = data_maps.write_full_volumes(run, codes, tmp_path / "b", "v", neighbours=6)
+    one_by_one = data_maps.write_full_volumes(run, codes, MapFiles(tmp_path / "b", "v"))
     assert [p.name for p in at_once] == [p.name for p in one_by_one]
     for first, second in zip(at_once, one_by_one, strict=True):
         np.testing.assert_allclose(read_volume(first)[0], read_volume(second)[0], atol=1e-4)
@@ -162,5 +165,5 @@ def test_full_maps_of_another_star_file_are_refused(small_set: SmallSet, finishe
     run = checkpoint.open_run(finished_run)
     fewer = replace(run, codes=run.codes[:50])
     with pytest.raises(UserError, match=r"60 particles where .* has 50"):
-        data_maps.write_full_volumes(fewer, run.codes[:1], tmp_path / "out", "v")
+        data_maps.write_full_volumes(fewer, run.codes[:1], MapFiles(tmp_path / "out", "v"))
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ def _centre_of_mass_angstrom(path: Path) -> np.ndarray:
 def test_header_is_exact_and_the_map_overlays_the_consensus(tmp_path: Path, angpix: float | None, box: int) -> None:
     run, _ = fake_run(tmp_path)
     codes = np.array([[2.0, 3, 0, 0]])
-    (path,) = volumes.write_volumes(run, codes, tmp_path / "out", angpix=angpix, box=box)
+    (path,) = volumes.write_volumes(run, codes, volumes.MapFiles(tmp_path / "out", angpix=angpix, box=box))
     assert path == tmp_path / "out" / "reference0.mrc" and mrcfile.validate(str(path))
     with mrcfile.open(path) as mrc:
         n = mrc.data.shape[0]
@@ -61,7 +61,8 @@ def test_coarse_samples_are_low_passed_not_aliased() -> None:
 def test_box_only_pads(tmp_path: Path) -> None:
     run, _ = fake_run(tmp_path)
     small, large = (
-        volumes.write_volumes(run, np.zeros((1, ZDIM)), tmp_path / str(box), angpix=8.0, box=box)[0] for box in (0, 60)
+        volumes.write_volumes(run, np.zeros((1, ZDIM)), volumes.MapFiles(tmp_path / str(box), angpix=8.0, box=box))[0]
+        for box in (0, 60)
     )
     a, b = mrcfile.read(small), mrcfile.read(large)
     start = 30 - len(a) // 2
@@ -76,8 +77,8 @@ def test_box_only_pads(tmp_path: Path) -> None:
 def test_flip_mirrors_z_about_the_centre_voxel(tmp_path: Path, angpix: float | None) -> None:
     run, _ = fake_run(tmp_path)
     codes = np.array([[3.0, 3, 0, 0]])
-    (plain,) = volumes.write_volumes(run, codes, tmp_path / "a", angpix=angpix)
-    (flipped,) = volumes.write_volumes(run, codes, tmp_path / "b", angpix=angpix, flip=True)
+    (plain,) = volumes.write_volumes(run, codes, volumes.MapFiles(tmp_path / "a", angpix=angpix))
+    (flipped,) = volumes.write_volumes(run, codes, volumes.MapFiles(tmp_path / "b", angpix=angpix, flip=True))
     a, b = mrcfile.read(plain), mrcfile.read(flipped)
     np.testing.assert_allclose(b[1:], a[1:][::-1], atol=1e-5)
     x, y, z = _centre_of_mass_angstrom(plain)
@@ -99,7 +100,7 @@ def test_flip_mirrors_z_about_the_centre_voxel(tmp_path: Path, angpix: float | N
 def test_pixel_sizes_and_boxes_that_do_not_fit(tmp_path: Path, angpix: float, box: int, message: str) -> None:
     run, _ = fake_run(tmp_path)
     with pytest.raises(UserError, match=message):
-        volumes.write_volumes(run, np.zeros((1, ZDIM)), tmp_path / "out", angpix=angpix, box=box)
+        volumes.write_volumes(run, np.zeros((1, ZDIM)), volumes.MapFiles(tmp_path / "out", angpix=angpix, box=box))
     assert not (tmp_path / "out").exists()
 
 
@@ -118,11 +119,6 @@ def test_lists_of_codes_name_the_bad_row(tmp_path: Path) -> None:
             volumes.read_codes(path, 4)
     with pytest.raises(UserError, match=r"missing\.txt: cannot be read"):
         volumes.read_codes(tmp_path / "missing.txt", 4)
-
-
-def test_options_are_found_in_any_group() -> None:
-    config = {"grid": {"mask": "m.mrc"}, "lr": 1, "input": {"datadir": None}}
-    assert volumes.option(config, "mask") == "m.mrc" and volumes.option(config, "datadir") == ""
 
 
 def test_codes_of_axes_and_groups_come_from_the_analysis(tmp_path: Path) -> None:

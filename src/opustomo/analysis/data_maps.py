@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.analysis import plots
 from opustomo.analysis.filters import Gain, filtered
-from opustomo.analysis.volumes import option, resample, target
+from opustomo.analysis.volumes import MapFiles, resample
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.atomic import write_csv
@@ -39,73 +39,50 @@ Floats = NDArray[np.float64]
 MEMORY = 2e9  # bytes of sums held at a time; more codes than fit need another pass over the subtomograms
 
 
-def write_data_volumes(
-    run: Run,
-    codes: NDArray[np.floating],
-    folder: Path,
-    prefix: str = "reference",
-    angpix: float | None = None,
-    box: int = 0,
-    flip: bool = False,
-    neighbours: int = 0,
-    seed: int = 0,
-    gain: Gain | None = None,
-) -> list[Path]:
+def write_data_volumes(run: Run, codes: NDArray[np.floating], files: MapFiles, gain: Gain | None = None) -> list[Path]:
     """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
 
-    Particles are weighted by a Gaussian of their distance in code space that covers ``neighbours`` of them (0: a
-    tenth, at least 32).  Two random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random``
-    is the same for randomly chosen particles: what every subset shares.  ``gain``: of the maps' spectra.
-    UserError: the run has no cache.
+    Particles are weighted by a Gaussian of their distance in code space that covers ``usual_neighbours`` of them.  Two
+    random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random`` is the same for randomly chosen
+    particles: what every subset shares.  ``gain``: of the maps' spectra.  UserError: the run has no cache.
     """
     rows = open_rows(run)
     grid, n = run.grid, len(run.codes)
-    pixel, size = target(grid, angpix, box)
-    rng = np.random.default_rng(seed)
+    files.sampling(grid)  # wrong sizes are told before the first map is made
+    rng = np.random.default_rng(0)
     half = rng.permutation(n) % 2 == 0
     curves: dict[str, Floats] = {}
     counts: dict[str, int] = {}
     paths = []
     for i, code in enumerate(progress(codes, len(codes), "volumes from data", "volumes")):
-        weight = kernel(run.codes, code, neighbours or usual_neighbours(n))
+        name, weight = f"{files.prefix}{i}", kernel(run.codes, code, usual_neighbours(n))
         volume = reconstruct(rows, torch.from_numpy(weight), grid, run.mask).numpy()
-        path = folder / f"{prefix}{i}_data.mrc"
         volume = volume if gain is None else filtered(volume, grid.working_pixel, gain)
-        write_volume(path, resample(volume, grid.working_pixel, pixel, size, flip), pixel, grid.start(pixel, size))
-        paths.append(path)
-        curves[f"{prefix}{i}"] = _half_map_fsc(run, rows, weight, half)
-        counts[f"{prefix}{i}"] = int(np.count_nonzero(weight))
+        paths.append(files.write(f"{name}_data", volume, grid))
+        curves[name], counts[name] = _half_map_fsc(run, rows, weight, half), int(np.count_nonzero(weight))
         if i == 0:
-            control = _half_map_fsc(run, rows, rng.permutation(weight), half)
-    curves["random"], counts["random"] = control, counts[f"{prefix}0"]
-    _write_fsc(curves, counts, grid.crop * grid.working_pixel, folder)
+            control, counted = _half_map_fsc(run, rows, rng.permutation(weight), half), counts[name]
+    curves["random"], counts["random"] = control, counted
+    _write_fsc(curves, counts, grid.crop * grid.working_pixel, files.folder)
     return paths
 
 
-def write_full_volumes(
-    run: Run,
-    codes: NDArray[np.floating],
-    folder: Path,
-    prefix: str,
-    flip: bool = False,
-    neighbours: int = 0,
-    gain: Gain | None = None,
-) -> list[Path]:
+def write_full_volumes(run: Run, codes: NDArray[np.floating], files: MapFiles, gain: Gain | None = None) -> list[Path]:
     """Maps from the subtomograms at their own box and pixel size: PREFIXi_data.mrc, _half1.mrc and _half2.mrc.
 
     Poses are the run's last ones; particles are weighted as in ``write_data_volumes``; halves are the file's random
     subsets, or alternate rows.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the map is
     filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being
-    the control.
+    the control.  What ``files`` say of box and pixel size is for decoded maps alone.
     """
     inputs = _full_inputs(run)
     particles, size = inputs.particles, inputs.grid.working_box
     grid, mask = inputs.grid._replace(crop=size), centre_pad(inputs.mask, size)
-    contrast, normalisation = (option(run.config, name) or "auto" for name in ("contrast", "normalisation"))
-    noise = estimate_noise(particles, grid, mask, contrast=contrast, normalisation=normalisation)
-    around = [kernel(run.codes, code, neighbours or usual_neighbours(len(particles))) for code in codes]
+    stated: dict[str, Any] = {name: run.config.get(name) or "auto" for name in ("contrast", "normalisation")}
+    noise = estimate_noise(particles, grid, mask, **stated)
+    around = [kernel(run.codes, code, usual_neighbours(len(particles))) for code in codes]
     weights = torch.from_numpy(np.stack([*around, np.random.default_rng(0).permutation(around[0])])).float()
-    names = [*(f"{prefix}{i}" for i in range(len(codes))), "random"]
+    names = [*(f"{files.prefix}{i}" for i in range(len(codes))), "random"]
     at_once = max(1, int(MEMORY / (2 * 4 * 1.5 * size**3)))
     curves: dict[str, Floats] = {}
     paths = []
@@ -119,17 +96,17 @@ def write_full_volumes(
                 continue
             ready = volume.numpy() if gain is None else filtered(volume.numpy(), grid.pixel_size, gain)
             for kind, values in (("data", ready), ("half1", halves[0].numpy()), ("half2", halves[1].numpy())):
-                paths.append(folder / f"{name}_{kind}.mrc")
-                written = resample(values, grid.pixel_size, grid.pixel_size, size, flip)
+                paths.append(files.folder / f"{name}_{kind}.mrc")
+                written = resample(values, grid.pixel_size, grid.pixel_size, size, files.flip)
                 write_volume(paths[-1], written, grid.pixel_size)
     counts = {name: int(weight.count_nonzero()) for name, weight in zip(names, weights, strict=True)}
-    _write_fsc(curves, counts, grid.extent, folder)
+    _write_fsc(curves, counts, grid.extent, files.folder)
     return paths
 
 
 def _full_inputs(run: Run) -> Inputs:
     """The run's particles at its last poses and its mask, at the subtomograms' own sampling."""
-    mask, datadir, ind = (option(run.config, name) for name in ("mask", "datadir", "ind"))
+    mask, datadir, ind = (run.config.get(name) for name in ("mask", "datadir", "ind"))
     options = InputOptions(
         Path(datadir) if datadir else None,
         format=run.config.get("format") or "auto",

@@ -38,7 +38,7 @@ from opustomo.analysis.latents import (
 from opustomo.analysis.page import Section
 from opustomo.analysis.report_classes import axes_section, classes_section
 from opustomo.analysis.report_motion import motion_section
-from opustomo.analysis.volumes import option, save_volumes
+from opustomo.analysis.volumes import MapFiles, save_volumes
 from opustomo.config import ReportConfig
 from opustomo.data.atomic import write_text
 from opustomo.errors import reading
@@ -239,7 +239,7 @@ def class_volumes(run: Run, analysis: Analysis) -> Volumes:
     written = [folder / f"reference{i}.mrc" for i in range(len(volumes))]
     made = (folder / "centers.txt").stat().st_mtime
     if not all(path.is_file() and path.stat().st_mtime >= made for path in written):
-        save_volumes(volumes, run.grid, folder)
+        save_volumes(volumes, run.grid, MapFiles(folder))
     return volumes
 
 
@@ -360,7 +360,7 @@ def _next(run: Run, analysis: Analysis) -> Section:
 
 def _options(config: dict[str, Any], *names: str) -> str:
     """The named options of a run as typed on a command line; those not set or left to detection are left out."""
-    values = {name: option(config, name) for name in names}
+    values = {name: str(config.get(name) or "") for name in names}
     return "".join(f" --{name} {shlex.quote(value)}" for name, value in values.items() if value not in ("", "auto"))
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,7 @@ def main(config: VolumesConfig) -> None:
                         "train on these classes alone (opustomo select --filtered)")  # fmt: skip
     angpix, box = _sampling(run, config)
     folder = config.output or folder_of(run, config)
+    files = MapFiles(folder, config.prefix, angpix, box, config.flip)
     remove_dead(folder)
     gain = gain_of(config.lowpass, config.sharpen) if config.lowpass or config.sharpen else None
     if config.conformation:
@@ -65,11 +67,11 @@ def main(config: VolumesConfig) -> None:
         codes = read_codes(_source(run, config), run.codes.shape[1])
     data: list[Path] = []
     if config.full:
-        data = write_full_volumes(run, codes, folder, config.prefix, config.flip, gain=gain)
+        data = write_full_volumes(run, codes, files, gain)
     elif config.from_data:
-        data = write_data_volumes(run, codes, folder, config.prefix, angpix, box, config.flip, gain=gain)
+        data = write_data_volumes(run, codes, files, gain)
     gains = _by_fsc(config, folder, len(codes)) if config.fsc_weight else [gain] * len(codes)
-    written = [*write_volumes(run, codes, folder, config.prefix, angpix, box, config.flip, gains), *data]
+    written = [*write_volumes(run, codes, files, gains), *data]
     log.info("written: %s ... %s", written[0], written[-1].name)
 
 
@@ -188,70 +190,73 @@ def read_codes(path: Path, zdim: int) -> Floats:
     return np.array(codes)
 
 
-def write_volumes(
-    run: Run,
-    codes: NDArray[np.floating],
-    folder: Path,
-    prefix: str = "reference",
-    angpix: float | None = None,
-    box: int = 0,
-    flip: bool = False,
-    gains: Sequence[Gain | None] = (),
-) -> list[Path]:
-    """Decode ``codes`` (n, zdim) into ``folder``/PREFIXi.mrc, i from 0; the paths written.
+@dataclass(frozen=True)
+class MapFiles:
+    """Where maps are written, ``folder``/PREFIXi.mrc with i from 0, and how they are sampled.
 
-    ``angpix``: pixel size in Angstrom (None: the working pixel), exact in the header; ``box``: pad to this even
-    size; ``flip``: mirror along z about the centre voxel; ``gains``: of each map's spectrum (none: as decoded).  The
-    header's origin lays the map over the consensus map.  PREFIX.png shows the first 64.  UserError: a pixel size or
-    box that does not fit.
+    angpix: pixel size in Angstrom (None: the working pixel), exact in the header; box: pad to this even size (0: the
+    smallest that holds the crop); flip: mirror along z about the centre voxel.
+    """
+
+    folder: Path
+    prefix: str = "reference"
+    angpix: float | None = None
+    box: int = 0
+    flip: bool = False
+
+    def sampling(self, grid: Grid) -> tuple[float, int]:
+        """Pixel size in Angstrom and even box; UserError where they do not fit a map of ``grid``."""
+        pixel, box = grid.working_pixel if self.angpix is None else float(self.angpix), self.box
+        if not (math.isfinite(pixel) and pixel > 0):
+            raise UserError(f"--angpix {self.angpix}: a pixel size in Angstrom above 0 is needed")
+        needed = 2 * math.ceil(grid.crop * grid.working_pixel / pixel / 2 - 1e-6)
+        if not 4 <= needed <= LARGEST_BOX or box > LARGEST_BOX:
+            raise UserError(f"--angpix {pixel:g} --box {box}: a box of {max(needed, box)} voxels (4 to {LARGEST_BOX} "
+                            f"are allowed); the working pixel is {grid.working_pixel:g} Angstrom")  # fmt: skip
+        if box and (box % 2 or box < needed):
+            raise UserError(f"--box {box}: must be even and at least {needed} to hold the mask at {pixel:g} Angstrom")
+        return pixel, box or needed
+
+    def write(self, name: str, volume: Volume, grid: Grid) -> Path:
+        """Write a map (C, C, C) of ``grid`` as NAME.mrc; the header's origin lays it over the consensus map."""
+        pixel, size = self.sampling(grid)
+        path = self.folder / f"{name}.mrc"
+        resampled = resample(volume, grid.working_pixel, pixel, size, self.flip)
+        write_volume(path, resampled, pixel, grid.start(pixel, size))
+        return path
+
+
+def write_volumes(
+    run: Run, codes: NDArray[np.floating], files: MapFiles, gains: Sequence[Gain | None] = ()
+) -> list[Path]:
+    """Decode ``codes`` (n, zdim) into ``files``; the paths written.  PREFIX.png shows the first 64.
+
+    gains: of each map's spectrum (none: as decoded).  UserError: a pixel size or box that does not fit.
     """
     decoded = progress(_decoded(run, codes), len(codes), "volumes", "volumes")
-    return save_volumes(decoded, run.grid, folder, prefix, angpix, box, flip, gains)
+    return save_volumes(decoded, run.grid, files, gains)
 
 
 def save_volumes(
-    volumes: Iterable[Volume],
-    grid: Grid,
-    folder: Path,
-    prefix: str = "reference",
-    angpix: float | None = None,
-    box: int = 0,
-    flip: bool = False,
-    gains: Sequence[Gain | None] = (),
+    volumes: Iterable[Volume], grid: Grid, files: MapFiles, gains: Sequence[Gain | None] = ()
 ) -> list[Path]:
-    """Write maps (C, C, C) of the working grid; options, files and errors as in ``write_volumes``."""
-    pixel, size = target(grid, angpix, box)
+    """Write maps (C, C, C) of the working grid; files and errors as in ``write_volumes``."""
+    files.sampling(grid)  # wrong sizes are told before the first map is decoded
     paths: list[Path] = []
     shown: list[Volume] = []
     for volume, gain in zip_longest(volumes, gains):
         ready = volume if gain is None else filtered(volume, grid.working_pixel, gain)
-        path = folder / f"{prefix}{len(paths)}.mrc"
-        write_volume(path, resample(ready, grid.working_pixel, pixel, size, flip), pixel, grid.start(pixel, size))
-        paths.append(path)
+        paths.append(files.write(f"{files.prefix}{len(paths)}", ready, grid))
         if len(shown) < SHOWN:
-            shown.append(ready[::-1] if flip else ready)
+            shown.append(ready[::-1] if files.flip else ready)
     picture = plots.montage(np.stack(shown), [path.stem for path in paths[:SHOWN]])
-    plots.save(picture, folder / f"{prefix}.png")
+    plots.save(picture, files.folder / f"{files.prefix}.png")
     return paths
 
 
 def _decoded(run: Run, codes: NDArray[np.floating]) -> Iterator[Volume]:
     for start in range(0, len(codes), BATCH):
         yield from run.decode(np.asarray(codes[start : start + BATCH], np.float32))
-
-
-def target(grid: Grid, angpix: float | None, box: int) -> tuple[float, int]:
-    """(pixel size in Angstrom, even box) of written maps; without ``box`` the smallest that holds the crop."""
-    pixel = grid.working_pixel if angpix is None else float(angpix)
-    if not (math.isfinite(pixel) and pixel > 0):
-        raise UserError(f"--angpix {angpix}: a pixel size in Angstrom above 0 is needed")
-    needed = 2 * math.ceil(grid.crop * grid.working_pixel / pixel / 2 - 1e-6)
-    if not 4 <= needed <= LARGEST_BOX or box > LARGEST_BOX:
-        raise UserError(f"--angpix {pixel:g} --box {box}: a box of {max(needed, box)} voxels (4 to {LARGEST_BOX} are "
-                        f"allowed); the working pixel is {grid.working_pixel:g} Angstrom")  # fmt: skip
-    if box and (box % 2 or box < needed):
-        raise UserError(f"--box {box}: must be even and at least {needed} to hold the mask at {pixel:g} Angstrom")
-    return pixel, box or needed
 
 
 def resample(volume: Volume, pitch: float, pixel: float, size: int, flip: bool = False) -> Volume:
@@ -266,18 +271,14 @@ def resample(volume: Volume, pitch: float, pixel: float, size: int, flip: bool =
         return np.asarray(volume, np.float32)
     place = (np.arange(size) - size // 2) * (pixel / pitch)
     band = min(1.0, pitch / pixel)
-    along = band * np.sinc(band * (place[:, None] - (np.arange(box) - box // 2)))
-    # padding is padding: the tails of the interpolation do not run on into the added voxels
-    along[np.abs(place) > box / 2] = 0
-    depth = band * np.sinc(band * (-place[:, None] - (np.arange(box) - box // 2))) if flip else along
-    if flip:
-        depth[np.abs(place) > box / 2] = 0
+
+    def reading(at: NDArray[np.floating]) -> Floats:
+        matrix = band * np.sinc(band * (at[:, None] - (np.arange(box) - box // 2)))
+        # padding is padding: the tails of the interpolation do not run on into the added voxels
+        matrix[np.abs(at) > box / 2] = 0
+        return np.asarray(matrix, np.float64)
+
+    along, depth = reading(place), reading(-place if flip else place)
     turned = np.einsum("zc,cyx->zyx", depth, volume, optimize=True)
     turned = np.einsum("yc,zcx->zyx", along, turned, optimize=True)
     return np.einsum("xc,zyc->zyx", along, turned, optimize=True).astype(np.float32)
-
-
-def option(config: dict[str, Any], name: str) -> str:
-    """An option by its own name, in whichever group of config.yaml it stands; "" when not set."""
-    inner = (option(values, name) for values in config.values() if isinstance(values, dict))
-    return str(config.get(name) or next((found for found in inner if found), ""))

@@ -24,7 +24,7 @@ from opustomo.analysis import latents, movie, picked, selection
 from opustomo.analysis.plots import class_colours, slice_limits
 from opustomo.analysis.report import read_metrics
 from opustomo.analysis.surface import contour
-from opustomo.analysis.volumes import save_volumes
+from opustomo.analysis.volumes import MapFiles, save_volumes
 from opustomo.checkpoint import epochs_of
 from opustomo.config import AnalyzeConfig, SelectConfig
 from opustomo.data.atomic import exclusive
@@ -179,7 +179,7 @@ def mrc(desk: Desk, query: Query) -> Reply:
     view = desk.view(query)
     volume, title, _ = desk.map(view, query)
     with tempfile.TemporaryDirectory() as folder:
-        path = save_volumes([volume], view.run.grid, Path(folder))[0]
+        path = save_volumes([volume], view.run.grid, MapFiles(Path(folder)))[0]
         return Reply(path.read_bytes(), "application/octet-stream", f"{'_'.join(title.replace(',', '').split())}.mrc")
 
 
@@ -338,7 +338,7 @@ def film(desk: Desk, query: Query, body: bytes) -> Reply:
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder):
             maps = np.stack([desk.decoded(place, i) for i in range(len(place.codes))])
-            paths = save_volumes(maps, view.run.grid, folder)
+            paths = save_volumes(maps, view.run.grid, MapFiles(folder))
             made = movie.write_movie(maps, view.run.grid.working_pixel, paths, folder / "reference", level)
         return [*made, *paths]
 
