@@ -22,7 +22,7 @@ import torch
 from run import lookup
 from torch import Tensor
 
-from opustomo import encode, linear, linear_fit, linear_stage, train
+from opustomo import context, linear, linear_fit, linear_stage, train
 from opustomo.analysis.quality import evaluate, json_text
 from opustomo.checkpoint import open_run
 from opustomo.config import GridOptions, LinearConfig, TrainConfig
@@ -115,8 +115,8 @@ NETWORK = [
     Variant("network, everything on"),
     Variant("with an encoder", options={"encoderres": 6}),
     Variant("no decoder", ((Vae, "nonlinear", nothing_added),)),
-    Variant("encoder sees the consensus too", ((encode, "residual_density", consensus_left),), {"encoderres": 6}),
-    Variant("encoder input not deconvolved", ((encode, "residual_density", not_deconvolved),), {"encoderres": 6}),
+    Variant("encoder sees the consensus too", ((context, "residual_density", consensus_left),), {"encoderres": 6}),
+    Variant("encoder input not deconvolved", ((context, "residual_density", not_deconvolved),), {"encoderres": 6}),
     Variant("no spectral prior", options={"prior": 0.0}),
     Variant("--lamb 0.8", options={"lamb": 0.8}),
     Variant("--beta cos", options={"beta": "cos"}),

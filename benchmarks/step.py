@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from opustomo.context import Context, linear_bands
 from opustomo.linear import LinearModel
 from opustomo.mixture import Mixture, Statistics
 from opustomo.model.vae import Vae
@@ -26,7 +27,6 @@ from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
 from opustomo.preparation import prepare_process
-from opustomo.start import Context, linear_bands
 from opustomo.train import draw, train_step
 
 AIM = 1.6  # a step over its bare network; tests/test_profiling.py fails at half above it

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opustomo import config, start, train
+from opustomo import config, context, train
+from opustomo.context import Context
 from opustomo.model.vae import Vae
 from opustomo.physics import fourier
 
@@ -34,7 +35,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "autocast",
         lambda kind, *rest, **more: contextlib.nullcontext() if kind == "meta" else cast(kind, *rest, **more),
     )
-    monkeypatch.setattr(start, "_autocast", lambda device: False)
+    monkeypatch.setattr(context, "_autocast", lambda device: False)
     yield
     for made in (fourier._frequencies, fourier._band_frequencies, fourier._band_multiplicity, fourier._band_shell):
         made.cache_clear()
@@ -44,8 +45,8 @@ class Moved(NamedTuple):
     """What a step needs, moved as ``train`` moves it; luck is drawn on the CPU there, too."""
 
     network: Vae
-    context: start.Context
-    luck: tuple[Tensor, Tensor]
+    context: Context
+    luck: train.Luck
 
 
 def moved(benchmark: ModuleType, encoderres: int) -> Moved:
@@ -56,7 +57,7 @@ def moved(benchmark: ModuleType, encoderres: int) -> Moved:
     return Moved(network.to(META), context.to(META), luck)
 
 
-def whole_step(network: Vae, context: start.Context, luck: tuple[Tensor, Tensor]) -> Tensor:
+def whole_step(network: Vae, context: Context, luck: train.Luck) -> Tensor:
     """One step with every term of the loss; its loss."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     out = train.train_step(network, context, torch.arange(4), torch.ones_like(context.precision), luck)

@@ -15,13 +15,13 @@ import torch
 from opustomo import cli
 from opustomo import train as training
 from opustomo.config import TrainConfig
+from opustomo.context import Context
 from opustomo.guard import RanAway, Watch
 from opustomo.interruption import Asked
 from opustomo.keeping import Learner
 from opustomo.mixture import CodePosterior, Statistics
 from opustomo.model.vae import Vae
 from opustomo.objective import magnitude, total_variation
-from opustomo.start import Context
 from small_set import (
     EPOCHS,
     PARTICLES,

@@ -1,7 +1,6 @@
-"""Codes of particles from a model that is held: every epoch of ``train`` ends with this, and the verb ``encode``.
+"""The verb ``encode``: other particles of the same molecule in the model of a finished run.
 
-Owns: the posterior of a batch, the pass over all particles, and new particles in a finished run.  Nothing is fitted
-there but the particles' own poses and gains, and their noise model.
+Owns: what is found for new particles: their own poses and gains, and their noise model.  Nothing else is fitted.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from opustomo import checkpoint, parallel
+from opustomo import checkpoint
 from opustomo.body_stage import find_in_bodies, with_common, write_bodies
 from opustomo.config import EncodeConfig
+from opustomo.context import context_of, encode_all
 from opustomo.data.cache import CTF_PACK, hash_mask
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs
@@ -41,15 +40,13 @@ from opustomo.linear_fit import (
     linear_result,
 )
 from opustomo.linear_stage import last_poses, stage_state, write_results
-from opustomo.mixture import CodePosterior, Mixture, condition
-from opustomo.model.vae import Vae
+from opustomo.mixture import Mixture
 from opustomo.monitor import setup_log
-from opustomo.objective import residual_density
 from opustomo.physics.fourier import band_frequencies, band_multiplicity
 from opustomo.physics.observation import band_volume, model_band
 from opustomo.preparation import RowMaker, name_damaged, prepare_process, tell
 from opustomo.reconstruct import Rows
-from opustomo.start import Context, Start, context_of, device_of, stored_linear
+from opustomo.start import CLUSTERS, Start, device_of, stored_linear
 
 log = logging.getLogger("opustomo")
 
@@ -58,64 +55,12 @@ COARSE = 0.15  # of the working box: shells below it
 SCALE = 1.3  # grey values that are further off than this factor are brought to the run's; gains do the rest
 FEW = 24  # particles, of which the noise cannot be told well
 EVIDENCE = -2  # among the features
-CLUSTERS = 4  # whose volumes are written
 # what a checkpoint must have besides the model
 _NEEDED = frozenset({"linear", "mixture", "usual", "grid", "noise"})
 
 
-# ------------------------------------------------------------------------------------------------ codes of a batch
-
-
-def read_batch(context: Context, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerators and weights of a batch with the particles' gains applied, on the device."""
-    gain = context.gain[index.to(context.device)]
-    numerator = context.rows.numerator(index).to(context.device, non_blocking=True) * gain[:, None, None, None]
-    weight = context.rows.weight(index).to(context.device, non_blocking=True) * gain[:, None].square()
-    return numerator, weight
-
-
-def known(context: Context, index: Tensor) -> CodePosterior:
-    """What the linear stage knows of the codes of a batch."""
-    return condition(context.mixture, context.statistics.at(index.to(context.device)))
-
-
-def posterior_of(
-    model: Vae, context: Context, linear: CodePosterior, numerator: Tensor, weight: Tensor
-) -> CodePosterior:
-    """Posterior of the codes of a batch: the linear stage's, moved by the encoder if there is one."""
-    if model.encoder is None:
-        return linear
-    density = residual_density(numerator, weight, model.mean, context.precision, model.mask, context.grid.working_box)
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=context.autocast):
-        shift, log_scale = model.encode(density, linear.centre().float(), linear.spread().float())
-    return linear.moved(shift.double(), log_scale.double())
-
-
-@torch.no_grad()
-def encode_all(model: Vae, context: Context, zdim: int) -> tuple[Tensor, Tensor]:
-    """Codes and their standard deviations of every particle, (P, zdim) each; several processes share the work.
-
-    Dimensions without a component have the prior's code: as many columns as ``--zdim``, as users of such files expect.
-    """
-    model.eval()
-    shape = len(context.gain), context.mixture.mean.shape[1]
-    means, sigmas = torch.zeros(shape), torch.zeros(shape)
-    for index in parallel.turns(torch.arange(shape[0]).split(32)):
-        posterior = known(context, index)
-        if model.encoder is not None:
-            posterior = posterior_of(model, context, posterior, *read_batch(context, index))
-        means[index] = posterior.centre().float().cpu()
-        sigmas[index] = posterior.spread().float().cpu()
-    unused = (0, zdim - shape[1])
-    parallel.total(means), parallel.total(sigmas)  # every row is zero in all processes but one
-    return functional.pad(means, unused), functional.pad(sigmas, unused, value=1.0)
-
-
-# ------------------------------------------------------------------------------------------------ the verb
-
-
 def main(config: EncodeConfig) -> int:
-    """``opustomo encode``: other particles of the same molecule in the model of a finished run."""
+    """``opustomo encode``."""
     run = checkpoint.open_run(config.run, config.epoch)
     _refuse(config, run)
     device = device_of(config.device)
@@ -129,7 +74,7 @@ def main(config: EncodeConfig) -> int:
     name_damaged(inputs.particles, config.output)
     _name_unusual(run, start.linear)
     if run.kind == "network":
-        context = context_of(start, np.zeros(len(start.rows), np.int64), device)
+        context = context_of(start.inputs, start.rows, start.linear, np.zeros(len(start.rows), np.int64), device)
         code, sigma = encode_all(run.model.to(device), context, run.codes.shape[1])
     else:
         code, sigma = start.linear.codes.centre().float(), start.linear.codes.spread().float()

@@ -17,6 +17,7 @@ from torch import Tensor
 from opustomo import checkpoint, parallel
 from opustomo.choices import choices
 from opustomo.config import TrainConfig
+from opustomo.context import Context
 from opustomo.course import Course
 from opustomo.errors import UserError
 from opustomo.model.vae import Vae
@@ -24,7 +25,6 @@ from opustomo.monitor import setup_log
 from opustomo.preparation import prepare_process
 from opustomo.resume import Continuation, resolve
 from opustomo.start import (
-    Context,
     Start,
     build,
     check_compiler,

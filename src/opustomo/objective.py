@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -146,6 +147,7 @@ def residual_density(
     return band_volume(filtered, size, numerator.shape[-1]) * mask
 
 
+@lru_cache(maxsize=2)
 def envelope(bfactor: float, epoch: int, size: int, extent: float, device: torch.device | str = "cpu") -> Tensor:
     """``exp(-pi^2 B0 s^2)`` on the band, (n,), with the schedule of B0: slightly smaller every epoch.
 

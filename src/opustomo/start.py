@@ -20,6 +20,7 @@ from opustomo import checkpoint, parallel
 from opustomo.bodies import BodyResult
 from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_bodies
 from opustomo.config import TrainConfig
+from opustomo.context import Context, context_of
 from opustomo.data.batches import wedge_groups
 from opustomo.data.bodies import absolute
 from opustomo.data.export import fingerprint_of
@@ -30,7 +31,7 @@ from opustomo.data.pickles import load_indices, load_poses, load_split, save_spl
 from opustomo.data.poses import with_poses
 from opustomo.data.species import with_species
 from opustomo.errors import UserError
-from opustomo.linear import LinearModel, infer, pose_modes, pose_prior
+from opustomo.linear import LinearModel, infer
 from opustomo.linear_fit import (
     MAX_COMPONENTS,
     LinearResult,
@@ -43,10 +44,9 @@ from opustomo.linear_fit import (
 )
 from opustomo.linear_stage import keep, kept, write_results
 from opustomo.memory import plan
-from opustomo.mixture import Mixture, Statistics
+from opustomo.mixture import Mixture
 from opustomo.model.vae import Vae
-from opustomo.objective import PoseModes, on_the_band
-from opustomo.physics.fourier import from_band, irfft3, radial, resize_spectrum, shell_mean
+from opustomo.physics.fourier import from_band, irfft3, resize_spectrum
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
@@ -56,39 +56,11 @@ from opustomo.resume import LEARNED, Continuation
 
 log = logging.getLogger("opustomo")
 
+CLUSTERS = 4  # of the linear stage, whose maps are written
 NOT_NEGATIVE = (
     "lr", "wd", "beta_control", "prior", "tv", "l1", "lamb", "bfactor", "width", "encoderres", "log_interval",
     "checkpoint_minutes", "keep",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Context:
-    """Everything a step needs besides the network: data, linear posterior and constants; on the device."""
-
-    rows: Rows
-    grid: Grid
-    statistics: Statistics  # what the linear stage knows of every code
-    mixture: Mixture  # prior of the codes
-    gain: Tensor  # (P,)
-    pose_prior: Tensor  # (P, 6) prior mean of the pose error at the rows' poses, in units of its scale
-    typical: Tensor  # (P,) bool: particles that take part in training
-    linear: Tensor  # (1+K, 2n) mean and components on the band, real and imaginary parts
-    pose: PoseModes
-    precision: Tensor  # (n,) of the encoder's Wiener filter
-    group: np.ndarray  # (P,) wedge orientation
-    device: torch.device
-    autocast: bool
-
-    def to(self, device: torch.device) -> Context:
-        """The same on another device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("typical", "device")}
-        moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
-        return dataclasses.replace(self, **moved, device=device, autocast=_autocast(device))
-
-
-def _autocast(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -241,50 +213,63 @@ def start_from_linear(
     config: TrainConfig, inputs: Inputs, train: Tensor, held: Tensor, continuation: Continuation | None
 ) -> Start:
     """Particles at their last poses, their rows and the linear stage; from a checkpoint, or fitted."""
-    grid, mask = inputs.grid, inputs.mask
     folder, shared = (None, None) if config.no_cache else (config.output / "cache", config.cache)
-    results = config.output / "linear"
-    bodies: BodyResult | None = None
     # steps read a few rows at a time: a continuation need not wait for all of them
     make_rows = RowMaker(inputs, folder, config.input, config.workers, shared, hold=continuation is None)
-    if continuation is not None:
-        stored = continuation.weights
-        particles = inputs.particles if continuation.new_poses else _with_stored_poses(inputs.particles, stored)
-        if tuple(stored["grid"]) == tuple(grid):
-            make_rows.noise = Noise(**stored["noise"])
-        rows = make_rows(particles)
-        model, mixture, typical = stored_linear(stored, grid, mask), Mixture(**stored["mixture"]), stored["typical"]
-        if "bodies" in stored:
-            bodies = BodyResult.of(stored["bodies"])
-            rows = at_rest_rows(body_files(config), bodies, rows, grid)
-        assert make_rows.noise is not None
-        known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
-        posterior = known[0] if known else infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
-        brightness = change_over_average(model, posterior.code)
-        usual = (stored["usual"][0], stored["usual"][1]) if continuation.optimiser else None
-        if known:
-            _, about, codes, error = known
-            usual = usual or usual_range(features(posterior, brightness))
-            linear = LinearResult(model, posterior, about, mixture, error, [], typical, brightness, usual, codes)
-        else:
-            linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
-            linear = linear if bodies is None else with_common(linear, bodies)
-            keep(results, linear, rows, make_rows.noise)
+    if continuation is None:
+        start = _fitted(config, inputs, make_rows, train, held)
     else:
-        # before the hours that what comes first may take
-        asked = None if config.masks is None else bodies_of(config.masks, grid, config.zaffinedim)
-        plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
-        particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
-        if asked is not None:
-            bodies, rows, linear = fit_bodies(
-                asked, particles, rows, linear, plan, grid, mask, body_files(config), config.zaffinedim,
-                device_of(config.device),
-            )  # fmt: skip
-            write_bodies(config.output / "bodies", bodies, inputs.mask, grid)
-        write_results(results, linear, rows, grid, mask, 4, config.seed)
-        assert make_rows.noise is not None
+        start = _continued(config, inputs, make_rows, continuation)
+    name_damaged(start.inputs.particles, config.output)
+    return start
+
+
+def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, train: Tensor, held: Tensor) -> Start:
+    """From the data alone; with --masks the linear stage once more, of bodies at rest."""
+    grid, mask, bodies = inputs.grid, inputs.mask, None
+    # before the hours that what comes first may take
+    asked = None if config.masks is None else bodies_of(config.masks, grid, config.zaffinedim)
+    plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
+    particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
+    if asked is not None:
+        bodies, rows, linear = fit_bodies(
+            asked, particles, rows, linear, plan, grid, mask, body_files(config), config.zaffinedim,
+            device_of(config.device),
+        )  # fmt: skip
+        write_bodies(config.output / "bodies", bodies, mask, grid)
+    results = config.output / "linear"
+    write_results(results, linear, rows, grid, mask, CLUSTERS, config.seed)
+    assert make_rows.noise is not None
+    keep(results, linear, rows, make_rows.noise)
+    inputs = dataclasses.replace(inputs, particles=particles)
+    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+
+
+def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continuation: Continuation) -> Start:
+    """From a checkpoint; what it does not hold of every particle is read from beside it, or made again."""
+    stored, grid, bodies = continuation.weights, inputs.grid, None
+    particles = inputs.particles if continuation.new_poses else _with_stored_poses(inputs.particles, stored)
+    if tuple(stored["grid"]) == tuple(grid):
+        make_rows.noise = Noise(**stored["noise"])
+    rows: Rows = make_rows(particles)
+    model, mixture = stored_linear(stored, grid, inputs.mask), Mixture(**stored["mixture"])
+    if "bodies" in stored:
+        bodies = BodyResult.of(stored["bodies"])
+        rows = at_rest_rows(body_files(config), bodies, rows, grid)
+    assert make_rows.noise is not None
+    results, typical = config.output / "linear", stored["typical"]
+    known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
+    posterior = known[0] if known else infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
+    brightness = change_over_average(model, posterior.code)
+    usual = (stored["usual"][0], stored["usual"][1]) if continuation.optimiser else None
+    if known:
+        _, about, codes, error = known
+        usual = usual or usual_range(features(posterior, brightness))
+        linear = LinearResult(model, posterior, about, mixture, error, [], typical, brightness, usual, codes)
+    else:
+        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
+        linear = linear if bodies is None else with_common(linear, bodies)
         keep(results, linear, rows, make_rows.noise)
-    name_damaged(particles, config.output)
     inputs = dataclasses.replace(inputs, particles=particles)
     return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
 
@@ -333,45 +318,7 @@ def build(
         learned = {k: v for k, v in continuation.weights["model"].items() if k.split(".")[0] in LEARNED}
         network.load_state_dict(learned, strict=False)
     group = _orientation_groups(config, start.inputs.particles.rotation)
-    return network.to(device), context_of(start, group, device)
-
-
-def context_of(start: Start, group: np.ndarray, device: torch.device) -> Context:
-    """What a network needs to know of the particles; group (P,): wedge orientations."""
-    inputs, rows, linear = start.inputs, start.rows, start.linear
-    size = inputs.grid.working_box
-    return Context(
-        rows=rows,
-        grid=inputs.grid,
-        statistics=linear.statistics.to(device),
-        mixture=linear.mixture.to(device),
-        gain=linear.posterior.gain.to(device),
-        pose_prior=pose_prior(linear.model, rows, torch.arange(len(rows))).to(device),
-        typical=linear.typical,
-        linear=linear_bands(linear.model, inputs.grid).to(device),
-        pose=on_the_band(pose_modes(linear.model.mean, linear.model.pose_scale, inputs.grid), size).to(device),
-        precision=residual_precision(linear.model, inputs.mask, inputs.grid).to(device),
-        group=group,
-        device=device,
-        autocast=_autocast(device),
-    )
-
-
-def linear_bands(model: LinearModel, grid: Grid) -> Tensor:
-    """Mean and components on the band, real and imaginary parts side by side, (1+K, 2n)."""
-    bands = model_band(torch.cat([model.mean[None], model.components]), grid.working_box)
-    return torch.view_as_real(bands).flatten(1)
-
-
-def residual_precision(model: LinearModel, mask: Tensor, grid: Grid) -> Tensor:
-    """``1/tau^2`` on the band, (n,), of what is not the mean: the spectrum of the components together.
-
-    The spectrum of masked volumes is divided by the mask's share of the box (see ``reconstruct.shell_power``).
-    """
-    volumes = model.components if model.size else model.mean[None]
-    curve = shell_mean(model_band(volumes, grid.working_box).abs().square().sum(0), grid.working_box)
-    share = float(mask.square().sum()) / grid.working_box**3
-    return share / radial(curve.clamp(min=1e-3 * float(curve.max())), grid.working_box)
+    return network.to(device), context_of(start.inputs, start.rows, start.linear, group, device)
 
 
 def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray:

@@ -11,12 +11,14 @@ import logging
 import shlex
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opustomo import checkpoint, parallel
 from opustomo.config import TrainConfig
+from opustomo.context import Batch, Context, encode_all, known, posterior_of, read_batch
 from opustomo.course import Course
 from opustomo.data.batches import bank_rows, batch_order
 from opustomo.encode import encode_all, known, posterior_of, read_batch
@@ -44,7 +46,7 @@ from opustomo.objective import (
 from opustomo.physics.observation import band_volume, seen_through
 from opustomo.preparation import prepare_process
 from opustomo.profiling import Profile, part
-from opustomo.start import Context, Start, device_of, global_batch
+from opustomo.start import Start, device_of, global_batch
 from opustomo.verdict import warn_of_codes, write_verdict
 
 log = logging.getLogger("opustomo")
@@ -82,7 +84,7 @@ def fit(job: Job, start: Start | None) -> None:
     """All epochs.  start: only in the process that writes."""
     if start is None:
         prepare_process(job.config.workers, job.config.deterministic)
-    config, train, held, device = job.config, job.train, job.held, device_of(job.config.device)
+    config, train, device = job.config, job.train, device_of(job.config.device)
     model, context, bank = job.model.to(device), job.context.to(device), job.bank.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.wd, fused=True)
     if job.optimizer is not None:
@@ -105,7 +107,6 @@ def fit(job: Job, start: Start | None) -> None:
     gain, codes = 0.0, None
     with on_signal(asked):
         while learner.course.epoch < config.epochs:
-            epoch = learner.course.epoch
             try:
                 train_epoch(config, context, learner, train, metrics, watch, profile)
             except RanAway as trouble:
@@ -113,30 +114,43 @@ def fit(job: Job, start: Start | None) -> None:
                 metrics = files.metrics(learner.course)
                 continue
             with watch.between_epochs():
-                scores = evaluate(model, context, held if len(held) else train, config.bfactor, epoch)
-                gain = scores["val_elbo"] - job.bound
-                due = (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs
-                codes = encode_all(model, context, config.zdim) if due else None
-                following = learner.course.next_epoch(len(train))
-                if metrics is not None:
-                    metrics.append(epoch=epoch, particles=following.seen, linear_val_elbo=job.bound, **scores)
-                    log.info(
-                        "epoch %d: held-out bound %.2f nats per particle, linear stage %.2f (%+.2f)",
-                        epoch, scores["val_elbo"], job.bound, gain,
-                    )  # fmt: skip
-                    preview(config, model, context, train, epoch)
-                if codes is not None:
-                    files.save(learner, following, codes)
-            learner.course = following
+                gain, codes = end_epoch(job, context, learner, files, metrics)
+            learner.course = learner.course.next_epoch(len(train))
     if start is None:
         return
-    write_verdict(files.bounds(), job.bound, len(held))
+    write_verdict(files.bounds(), job.bound, len(job.held))
     assert codes is not None  # the last epoch is always saved
     used = start.linear.model.size
     warn_of_codes(config, start, codes[0][:, :used], codes[1][:, :used], gain)
     out = shlex.quote(str(config.output))
     log.info("finished in %.0f s, peak memory %.1f GB; next: opustomo analyze %s ; opustomo report %s",
              time.time() - job.started, peak_memory_gb(), out, out)  # fmt: skip
+
+
+def end_epoch(
+    job: Job, context: Context, learner: Learner, files: Files, metrics: Metrics | None
+) -> tuple[float, tuple[Tensor, Tensor] | None]:
+    """Held-out bound, a line about it and, where a checkpoint is due, codes and files; all as the next epoch begins.
+
+    Returns the bound's gain over the linear stage's, nats per particle, and codes and their standard deviations,
+    (P, zdim) each.
+    """
+    config, model, epoch = job.config, learner.model, learner.course.epoch
+    scores = evaluate(model, context, job.held if len(job.held) else job.train, config.bfactor, epoch)
+    gain = scores["val_elbo"] - job.bound
+    due = (epoch + 1) % config.checkpoint == 0 or epoch + 1 == config.epochs
+    codes = encode_all(model, context, config.zdim) if due else None
+    following = learner.course.next_epoch(len(job.train))
+    if metrics is not None:
+        metrics.append(epoch=epoch, particles=following.seen, linear_val_elbo=job.bound, **scores)
+        log.info(
+            "epoch %d: held-out bound %.2f nats per particle, linear stage %.2f (%+.2f)",
+            epoch, scores["val_elbo"], job.bound, gain,
+        )  # fmt: skip
+        preview(config, model, context, job.train, epoch)
+    if codes is not None:
+        files.save(learner, following, codes)
+    return gain, codes
 
 
 def set_back(learner: Learner, files: Files, trouble: RanAway) -> None:
@@ -166,13 +180,7 @@ def set_back(learner: Learner, files: Files, trouble: RanAway) -> None:
 
 
 def log_evidence(
-    model: Vae,
-    context: Context,
-    index: Tensor,
-    code: Tensor,
-    numerator: Tensor,
-    weight: Tensor,
-    damping: Tensor | None,
+    model: Vae, context: Context, batch: Batch, code: Tensor, damping: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``log p(data | V(z)) - log p(data | 0)`` with pose errors integrated out, (b,); D(z), (b, C, C, C), and as the
     data see it on the band, (b, n)."""
@@ -187,8 +195,9 @@ def log_evidence(
             nonlinear = band_volume(band, size, context.grid.crop)
         known_part = torch.cat([torch.ones_like(code[:, :1]), code], 1) @ context.linear
         seen = torch.view_as_complex(known_part.unflatten(1, (-1, 2))) + band
-        nuisance = pose_nuisance(context.pose, numerator, weight, context.pose_prior[index.to(context.device)])
-        fit, _ = evidence(model.linear(code) + nonlinear, seen, numerator, weight, nuisance, size)
+        prior = context.pose_prior[batch.index.to(context.device)]
+        nuisance = pose_nuisance(context.pose, batch.numerator, batch.weight, prior)
+        fit, _ = evidence(model.linear(code) + nonlinear, seen, batch.numerator, batch.weight, nuisance, size)
     return fit, density, band
 
 
@@ -209,17 +218,46 @@ class Step:
     density: Tensor
 
 
-def train_step(
-    model: Vae, context: Context, index: Tensor, damping: Tensor | None, luck: tuple[Tensor, Tensor]
-) -> Step:
-    """Forward pass of a batch: encode, sample (luck: see ``draw``), decode, compare."""
+class Luck(NamedTuple):
+    """What chance has to say about b codes: exponential numbers (b, J), one for each Gaussian, and normal ones (b, K).
+
+    They do not depend on the particles, so that every process can draw for the whole batch and keep its own.
+    """
+
+    race: Tensor
+    noise: Tensor
+
+    def of(self, rows: slice) -> Luck:
+        """That of some of the codes."""
+        return Luck(self.race[rows], self.noise[rows])
+
+
+def draw(mixture: Mixture, count: int, generator: torch.Generator) -> Luck:
+    """Luck of ``count`` codes, on the CPU."""
+    size = count, len(mixture.share)
+    race = torch.empty(size, dtype=mixture.share.dtype).exponential_(generator=generator)
+    noise = torch.randn((count, mixture.mean.shape[1]), generator=generator, dtype=mixture.share.dtype)
+    return Luck(race, noise)
+
+
+def chosen(posterior: CodePosterior, luck: Luck) -> tuple[Tensor, Tensor]:
+    """Which Gaussian of each posterior (b,), and noise (b, K), for ``CodePosterior.sample``; on its device.
+
+    The first of exponential clocks of rates ``share`` to ring is each one with probability ``share``.
+    """
+    race, noise = (values.to(posterior.share.device, non_blocking=True) for values in luck)
+    return (posterior.share / race).argmax(1), noise
+
+
+def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, luck: Luck) -> Step:
+    """Forward pass of a batch: encode, sample, decode, compare."""
     with part("read"):
-        numerator, weight = read_batch(context, index)
+        batch = read_batch(context, index)
     with part("encode"):
         linear = known(context, index)
-        posterior = posterior_of(model, context, linear, numerator, weight)
+        posterior = posterior_of(model, context, linear, batch)
         code = posterior.sample(*chosen(linear, luck))
-    fit, density, band = log_evidence(model, context, index, code.float(), numerator, weight, damping)
+    fit, density, band = log_evidence(model, context, batch, code.float(), damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
     kl = posterior.detach().log_density(code) - context.mixture.log_density(code)
     prior = spectral_prior(band, context.precision, context.grid.working_box)
@@ -248,23 +286,58 @@ def penalties(
     return prior, regulariser, disentangled
 
 
-def draw(mixture: Mixture, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What chance has to say about ``count`` codes: exponential numbers (b, J) and normal ones (b, K).
+@dataclass(frozen=True)
+class Contribution:
+    """What this process has to say about a batch, of which it has looked at its share.
 
-    They do not depend on the particles, so that every process can draw for the whole batch and keep its own.
+    rows: that share; objective: its part of the batch's mean, to be minimised, nats per particle; excess: of its rows,
+    see ``Step``; codes: of the whole batch (B, K) with --lamb; means: its part of the batch's mean loss, nll, kl and
+    weighted priors (6,), on the device, since reading it would wait for every step.
     """
-    size = count, len(mixture.share)
-    race = torch.empty(size, dtype=mixture.share.dtype).exponential_(generator=generator)
-    return race, torch.randn((count, mixture.mean.shape[1]), generator=generator, dtype=mixture.share.dtype)
+
+    rows: Tensor
+    objective: Tensor
+    excess: Tensor
+    codes: Tensor
+    means: Tensor
 
 
-def chosen(posterior: CodePosterior, luck: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Which Gaussian of each posterior (b,), and noise (b, K), for ``CodePosterior.sample``; on its device.
+def contribution(
+    config: TrainConfig, context: Context, learner: Learner, train: Tensor, index: Tensor, done: float
+) -> Contribution:
+    """Forward pass of this process's share of the batch at ``index``; done: how much of the run is, 0 to 1."""
+    course, bank = learner.course, learner.bank
+    damping = damping_of(config.bfactor, course.epoch, context)
+    luck = draw(context.mixture, len(index), course.generator)
+    others = bank_rows(train, context.group, index, course.generator) if config.lamb > 0 else index[:0]
+    here = parallel.share(len(index))
+    rows = index[here]
+    code = torch.zeros((0, bank.shape[1]), requires_grad=True, device=bank.device)
+    excess, means = code.detach().sum(1), torch.zeros(6, device=bank.device)
+    if len(rows):  # the last batch may have fewer particles than there are processes
+        out = train_step(learner.model, context, rows, damping, luck.of(here))
+        code, excess = out.code, out.excess
+    codes = parallel.joint(code, here, len(index)) if config.lamb > 0 else code
+    objective = 0.0 * codes.sum()  # all take part in the way back, whether their loss has these codes or not
+    if len(rows):
+        beta = beta_weight(config.beta, done) * config.beta_control
+        added = penalties(config, out, bank[others.to(context.device)], len(train), codes, here.start)
+        loss = out.nll + beta * out.kl + sum(added)
+        objective = objective + loss.sum() / len(index)
+        means = torch.stack([value.detach().sum() for value in (loss, out.nll, out.kl, *added)]) / len(index)
+    return Contribution(rows, objective, excess, codes.detach(), means)
 
-    The first of exponential clocks of rates ``share`` to ring is each one with probability ``share``.
-    """
-    race, noise = (values.to(posterior.share.device, non_blocking=True) for values in luck)
-    return (posterior.share / race).argmax(1), noise
+
+def take_step(learner: Learner, rate: float) -> None:
+    """A step of the optimiser along the gradients that all processes have gathered since the last one."""
+    with part("exchange"):
+        parallel.sum_gradients(learner.model)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    with part("optimiser"):
+        torch.nn.utils.clip_grad_norm_(learner.model.parameters(), CLIP)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
 
 
 def train_epoch(
@@ -281,12 +354,10 @@ def train_epoch(
     Each process has its share of every batch: the sums of their gradients are those of the whole batch.  After every
     step of the optimiser ``learner.course`` says where the epoch stands; that is when ``watch`` looks.
     """
-    model, optimizer, bank, course = learner.model, learner.optimizer, learner.bank, learner.course
-    model.train()
-    epoch, generator = course.epoch, course.generator
+    course, epoch = learner.course, learner.course.epoch
+    learner.model.train()
     if course.step == 0:
-        generator.manual_seed(config.seed * 100_003 + epoch)
-    damping = damping_of(config.bfactor, epoch, context)
+        course.generator.manual_seed(config.seed * 100_003 + epoch)
     batches = batch_order(train, context.group, global_batch(config), config.seed, epoch)
     lot = config.accum_step
     window = Window(metrics, course)
@@ -294,51 +365,28 @@ def train_epoch(
     told = progress(left, sum(map(len, left)), f"epoch {epoch}", size=len)
     for step, index in enumerate(profile.steps(told, len(left)) if profile is not None else told, course.step):
         done = (epoch + step / len(batches)) / config.epochs
-        beta = beta_weight(config.beta, done) * config.beta_control
-        rate = learning_rate(config.lr, done) * course.rate
-        luck = draw(context.mixture, len(index), generator)
-        others = bank_rows(train, context.group, index, generator) if config.lamb > 0 else index[:0]
-        here = parallel.share(len(index))
-        own = index[here]
-        code = torch.zeros((0, bank.shape[1]), requires_grad=True, device=bank.device)
-        excess, means = code.detach().sum(1), torch.zeros(6, device=bank.device)
-        if len(own):  # the last batch may have fewer particles than there are processes
-            out = train_step(model, context, own, damping, (luck[0][here], luck[1][here]))
-            code, excess = out.code, out.excess
-        codes = parallel.joint(code, here, len(index)) if config.lamb > 0 else code
-        objective = 0.0 * codes.sum()  # all take part in the way back, whether their loss has these codes or not
-        if len(own):
-            added = penalties(config, out, bank[others.to(context.device)], len(train), codes, here.start)
-            loss = out.nll + beta * out.kl + sum(added)
-            objective = objective + loss.sum() / len(index)
-            # kept on the device: reading it would wait for every step
-            means = torch.stack([value.detach().sum() for value in (loss, out.nll, out.kl, *added)]) / len(index)
+        found = contribution(config, context, learner, train, index, done)
         # the last group of an epoch may be shorter
         with part("backward"):
-            (objective / min(lot, len(batches) - step // lot * lot)).backward()
+            (found.objective / min(lot, len(batches) - step // lot * lot)).backward()
         if config.lamb > 0:
-            bank[index.to(context.device)] = codes.detach()
+            learner.bank[index.to(context.device)] = found.codes
         if watch is not None:
-            watch.note(own, excess, len(index))
-        window.add(len(index), means)
+            watch.note(found.rows, found.excess, len(index))
+        window.add(len(index), found.means)
         last = step + 1 == len(batches)
-        if (step + 1) % lot == 0 or last:
-            with part("exchange"):
-                parallel.sum_gradients(model)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with part("optimiser"):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        complete = (step + 1) % lot == 0 or last
+        rate = learning_rate(config.lr, done) * course.rate
+        if complete:
+            take_step(learner, rate)
         # --plot without an interval of its own: eight pictures an epoch
         interval = config.log_interval or (len(train) // 8 if config.plot else 0)
         if course.count and (last or (interval and course.count >= interval)):
-            window.write(beta, rate)
+            window.write(beta_weight(config.beta, done) * config.beta_control, rate)
             if config.plot and metrics is not None and not last:
-                preview(config, model, context, index, epoch)
-                model.train()
-        if (step + 1) % lot == 0 or last:
+                preview(config, learner.model, context, index, epoch)
+                learner.model.train()
+        if complete:
             course.step = step + 1
             if watch is not None:
                 watch.look(course, last)
@@ -368,14 +416,14 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
     batches = ((rows, [draw(context.mixture, len(rows), generator) for _ in range(EVALUATION_PAIRS)])
                for rows in index.split(16))  # fmt: skip
     for rows, lucks in parallel.turns(batches):
-        numerator, weight = read_batch(context, rows)
+        batch = read_batch(context, rows)
         linear, statistics = known(context, rows), context.statistics.at(rows.to(context.device))
-        posterior = posterior_of(model, context, linear, numerator, weight)
+        posterior = posterior_of(model, context, linear, batch)
         exact += float(linear.evidence.sum())
         for luck in lucks:
-            part, noise = chosen(linear, luck)
-            for code in (posterior.sample(part, noise), posterior.sample(part, -noise)):
-                fit, *_ = log_evidence(model, context, rows, code.float(), numerator, weight, damping)
+            which, noise = chosen(linear, luck)
+            for code in (posterior.sample(which, noise), posterior.sample(which, -noise)):
+                fit, *_ = log_evidence(model, context, batch, code.float(), damping)
                 density = posterior.log_density(code)
                 # what the linear stage makes of the same codes: together with its exact posterior it is its evidence
                 control = statistics.evidence(code) - linear.log_density(code)
@@ -395,12 +443,11 @@ def preview(config: TrainConfig, model: Vae, context: Context, index: Tensor, ep
     from opustomo.analysis import plots  # matplotlib: the first step does not wait for it
 
     model.eval()
-    shown = index[: min(4, len(index))]
-    numerator, weight = read_batch(context, shown)
-    code = posterior_of(model, context, known(context, shown), numerator, weight).centre().float()
+    batch = read_batch(context, index[:4])
+    code = posterior_of(model, context, known(context, batch.index), batch).centre().float()
     volume = model.linear(code) + model.nonlinear(code)
-    seen = seen_through(volume, weight, context.grid.working_box)
+    seen = seen_through(volume, batch.weight, context.grid.working_box)
     checkpoint.write_map(config.output / f"{config.tmp_prefix}.mrc", volume[0].cpu(), context.grid)
-    pictures = torch.stack([numerator, seen, numerator * model.mask], 1).sum(-3).cpu().numpy()
+    pictures = torch.stack([batch.numerator, seen, batch.numerator * model.mask], 1).sum(-3).cpu().numpy()
     titles = ("subtomogram", "reconstruction through its CTF", "masked subtomogram")
     plots.save(plots.picture_rows(pictures, titles), config.output / f"{config.tmp_prefix}.png")
