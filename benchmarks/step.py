@@ -106,7 +106,6 @@ def prepare(row: Row) -> tuple[Vae, Context]:
         mixture=mixture,
         gain=torch.ones(count),
         pose_prior=torch.zeros(count, len(modes.modes)),
-        typical=torch.ones(count, dtype=torch.bool),
         linear=linear_bands(model, grid),
         pose=modes,
         precision=torch.ones(band),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch_ctf import calculate_ctf_2d
 
+from opustomo.data.particles import TILT_COLUMNS
 from opustomo.physics.ctf import contrast_transfer, electron_wavelength
 
 SIZE, PIXEL = 64, 3.0
@@ -17,9 +18,9 @@ V, U = torch.meshgrid(torch.fft.fftfreq(SIZE, PIXEL), torch.fft.rfftfreq(SIZE, P
 def ours(**changes: float) -> torch.Tensor:
     values = {
         "defocus_u": 26000.0, "defocus_v": 22000.0, "defocus_angle": 20.0, "voltage": 300.0, "cs": 2.7,
-        "amplitude": 0.07, "phase_shift": 0.0, "bfactor": 0.0, "scale": 1.0,
+        "amplitude": 0.07, "phase_shift": 0.0, "bfactor": 0.0, "scale": 1.0, "dose": 0.0,
     } | changes  # fmt: skip
-    return contrast_transfer(U, V, **{name: torch.tensor(value) for name, value in values.items()})
+    return contrast_transfer(U, V, torch.tensor([values[name] for name in TILT_COLUMNS[3:]]))
 
 
 @pytest.mark.parametrize("angle", [0.0, 20.0, 70.0, 110.0])

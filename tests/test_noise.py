@@ -74,7 +74,7 @@ def averaged(folder: Path, transfer: Transfer, count: int = 200, noise: float = 
     state = rng.permutation(np.arange(count) % 2)
     # one CTF volume for all, as where it is made per tomogram
     defocus = rng.uniform(20000, 40000, count) if transfer == "tilts" else np.full(count, 26000.0)
-    rows = np.zeros((count, tilts, 12))
+    rows = np.zeros((count, tilts, 13))
     rows[..., 1], rows[..., 3], rows[..., 4] = microscope.tilts, defocus[:, None], defocus[:, None]
     rows[..., 6:9], rows[..., 10], rows[..., 11] = (300, 2.7, 0.07), microscope.bfactor, microscope.scale
     for i in range(count):
@@ -93,7 +93,7 @@ def averaged(folder: Path, transfer: Transfer, count: int = 200, noise: float = 
         euler=matrix_to_euler(torch.from_numpy(rotation)).numpy(), rotation=rotation, origin=origin, coordinates=None,
         tomogram=np.full(count, "", object), half=np.zeros(count, np.int64), box=32, pixel_size=7.5,
         transfer=transfer, premultiplied=transfer == "weight_volume",
-        tilts=rows.reshape(-1, 12) if by_tilts else np.zeros((0, 12)), tilt_offsets=np.arange(count + 1) * tilts,
+        tilts=rows.reshape(-1, 13) if by_tilts else np.zeros((0, 13)), tilt_offsets=np.arange(count + 1) * tilts,
     )  # fmt: skip
     density = np.stack([beads.density(32) for beads in states])
     outside = distance_transform_edt(density.max(0) < 0.05)

@@ -54,7 +54,7 @@ def tilt_rows(angles: list[float]) -> np.ndarray:
         RNG.uniform(-20, 20, n), np.array(angles), RNG.uniform(-90, 90, n),
         RNG.uniform(25000, 30000, n), RNG.uniform(18000, 24000, n), RNG.uniform(0, 180, n),
         np.full(n, 300.0), np.full(n, 2.7), np.full(n, 0.07),
-        RNG.uniform(0, 30, n), RNG.uniform(50, 300, n), RNG.uniform(0.4, 1, n),
+        RNG.uniform(0, 30, n), RNG.uniform(50, 300, n), RNG.uniform(0.4, 1, n), np.zeros(n),
     ]  # fmt: skip
     return np.stack(columns, 1)
 
@@ -62,7 +62,7 @@ def tilt_rows(angles: list[float]) -> np.ndarray:
 def brute_force(k: np.ndarray, rows: np.ndarray, extent: float) -> tuple[np.ndarray, np.ndarray]:
     """One voxel and one tilt at a time, from the formulas of METHOD sections 2 and 3."""
     h, m = np.zeros(len(k)), np.zeros(len(k))
-    for rot, tilt, psi, df_u, df_v, angle, kv, cs, amplitude, phase, bfactor, scale in rows:
+    for rot, tilt, psi, df_u, df_v, angle, kv, cs, amplitude, phase, bfactor, scale, _ in rows:
         frame = Rotation.from_euler("ZYZ", [rot, tilt, psi], degrees=True).as_matrix().T
         volts = kv * 1e3
         wavelength = 12.2643 / np.sqrt(volts + 0.978476e-6 * volts**2)
@@ -106,7 +106,7 @@ def test_transfer_is_hermitian() -> None:
 def test_multiplicity_counts_planes() -> None:
     """On the tilt axis all T planes meet; far from it a plane's own voxels have one and the rest none."""
     angles = [-60.0, -30.0, 0.0, 30.0, 60.0]
-    rows = np.zeros((5, 12))
+    rows = np.zeros((5, 13))
     rows[:, 1], rows[:, 6:9], rows[:, 3:5], rows[:, 11] = angles, (300, 2.7, 0.07), 20000, 1
     k = band_frequencies(SIZE).double()
 

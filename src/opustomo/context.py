@@ -37,7 +37,6 @@ class Context:
     mixture: Mixture  # prior of the codes
     gain: Tensor  # (P,)
     pose_prior: Tensor  # (P, 6) prior mean of the pose error at the rows' poses, in units of its scale
-    typical: Tensor  # (P,) bool: particles that take part in training
     linear: Tensor  # (1+K, 2n) mean and components on the band, real and imaginary parts
     pose: PoseModes
     precision: Tensor  # (n,) of the encoder's Wiener filter
@@ -47,9 +46,9 @@ class Context:
 
     def to(self, device: torch.device) -> Context:
         """The same on another device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("typical", "device")}
-        moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
-        return dataclasses.replace(self, **moved, device=device, autocast=_autocast(device))
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")} | {"device": device}
+        return dataclasses.replace(self, **moved, autocast=_autocast(device))
 
 
 def _autocast(device: torch.device) -> bool:
@@ -66,7 +65,6 @@ def context_of(inputs: Inputs, rows: Rows, linear: LinearResult, group: np.ndarr
         mixture=linear.mixture.to(device),
         gain=linear.posterior.gain.to(device),
         pose_prior=pose_prior(linear.model, rows, torch.arange(len(rows))).to(device),
-        typical=linear.typical,
         linear=linear_bands(linear.model, inputs.grid).to(device),
         pose=on_the_band(pose_modes(linear.model.mean, linear.model.pose_scale, inputs.grid), size).to(device),
         precision=residual_precision(linear.model, inputs.mask, inputs.grid).to(device),

@@ -8,7 +8,6 @@ first-order pose error explains must not end up in the code z.  Training starts 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -337,14 +336,10 @@ def fit(
     grid: Grid,
     mask: Tensor,
     iterations: int,
-    report: Callable[[int, float], None] | None = None,
 ) -> LinearModel:
-    """EM from ``model`` on the particles at ``index``; ``report`` receives (iteration, mean evidence)."""
-    for step in range(iterations):
-        post = infer(model, rows, index, grid)
-        if report is not None:
-            report(step, float(post.evidence.mean()))
-        model = maximise(model, rows, index, grid, mask, post)
+    """EM from ``model`` on the particles at ``index``."""
+    for _ in range(iterations):
+        model = maximise(model, rows, index, grid, mask, infer(model, rows, index, grid))
         moments, prior = statistics(columns(model, grid), rows, index, grid), pose_prior(model, rows, index).double()
         gain = estimate_gain(*moments, prior)
         scale = likeliest_pose_scale(model.pose_scale, *moments, gain, prior)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from opustomo.physics.geometry import euler_to_matrix
 
@@ -25,10 +26,10 @@ def pose_errors(rotation: Floats, origin: Floats, true_rotation: Floats, true_or
     rotation, true_rotation: (P, 3, 3) A; origin, true_origin: (P, 3) pixels.  The consensus frame is free: the common
     rotation G (A = A_true G) and the common shift t of the frame (origin = origin_true - A_true t) are removed first.
     """
-    relative = true_rotation.swapaxes(1, 2) @ rotation
-    angle = _angles(_mean_rotation(relative).T @ relative)
+    relative = Rotation.from_matrix(true_rotation.swapaxes(1, 2) @ rotation)
+    angle = _angles_from_mean(relative, relative)
     # again without the worst half: a few outliers must not turn the frame
-    angle = _angles(_mean_rotation(relative[angle <= np.median(angle)]).T @ relative)
+    angle = _angles_from_mean(relative[angle <= np.median(angle)], relative)
     shift = np.einsum("pji,pj->pi", true_rotation, origin - true_origin)
     distance = np.linalg.norm(shift - np.median(shift, axis=0), axis=1)
     return {
@@ -57,13 +58,6 @@ def directions(rotation: Floats) -> dict[str, Floats]:
     }
 
 
-def _mean_rotation(matrices: Floats) -> Floats:
-    """The rotation nearest, in the chordal sense, to all of (P, 3, 3)."""
-    u, _, vt = np.linalg.svd(matrices.sum(0))
-    return np.asarray(u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt)
-
-
-def _angles(matrices: Floats) -> Floats:
-    """Rotation angles (P,) in degrees; from the chord, since arccos of the trace is blind to small ones."""
-    chord = np.linalg.norm(matrices - np.eye(3), axis=(1, 2)) / np.sqrt(8)
-    return np.rad2deg(2 * np.arcsin(np.clip(chord, 0, 1)))
+def _angles_from_mean(some: Rotation, rotations: Rotation) -> Floats:
+    """Angles (P,) in degrees between P rotations and the (chordal) mean of some of them."""
+    return np.asarray(np.rad2deg((some.mean().inv() * rotations).magnitude()), np.float64)

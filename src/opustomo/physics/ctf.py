@@ -7,6 +7,7 @@ B-factor damps.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,24 +19,14 @@ def electron_wavelength(voltage: Tensor) -> Tensor:
     return 12.2643247 / torch.sqrt(volts * (1.0 + 0.978466e-6 * volts))
 
 
-def transfer_coefficients(
-    defocus_u: Tensor,
-    defocus_v: Tensor,
-    defocus_angle: Tensor,
-    voltage: Tensor,
-    cs: Tensor,
-    amplitude: Tensor,
-    phase_shift: Tensor,
-    bfactor: Tensor,
-    scale: Tensor,
-    dose: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """What ``transfer_at`` needs of a tilt image: all that does not depend on the frequency, so that it is made once.
+def transfer_coefficients(lens: Tensor) -> tuple[Tensor, ...]:
+    """What ``transfer_at`` needs of tilt images: all that does not depend on the frequency, so that it is made once.
 
-    Arguments as ``contrast_transfer``.  The astigmatic defocus makes the phase a quadratic form of (u, v), less a term
-    of the fourth order: ``c + uu u^2 + uv u v + vv v^2 - four s^4``.  Returns c, uu, uv, vv, four, the decay of the
-    envelope, the scale and, where an image has one, the dose.
+    lens: (..., 10) as for ``contrast_transfer``.  The astigmatic defocus makes the phase a quadratic form of (u, v),
+    less a term of the fourth order: ``c + uu u^2 + uv u v + vv v^2 - four s^4``.  Returns c, uu, uv, vv, four, decay
+    of the envelope, scale and, where an image has one, the dose; (...) each.
     """
+    defocus_u, defocus_v, defocus_angle, voltage, cs, amplitude, phase_shift, bfactor, scale, dose = lens.unbind(-1)
     wavelength, angle = electron_wavelength(voltage), 2.0 * torch.deg2rad(defocus_angle)
     mean, astigmatic = defocus_u + defocus_v, defocus_u - defocus_v
     half = 0.5 * math.pi * wavelength
@@ -48,56 +39,31 @@ def transfer_coefficients(
         0.25 * bfactor.abs(),
         scale,
     )
-    return form if dose is None or not bool((dose != 0).any()) else (*form, dose)
+    return (*form, dose) if bool((dose != 0).any()) else form
 
 
-def transfer_at(
-    u: Tensor,
-    v: Tensor,
-    constant: Tensor,
-    uu: Tensor,
-    uv: Tensor,
-    vv: Tensor,
-    four: Tensor,
-    decay: Tensor,
-    scale: Tensor,
-    dose: Tensor | None = None,
-) -> Tensor:
-    """``contrast_transfer`` at (u, v) from ``transfer_coefficients``; all arguments broadcast."""
+def transfer_at(u: Tensor, v: Tensor, coefficients: Iterable[Tensor]) -> Tensor:
+    """``contrast_transfer`` at (u, v) from ``transfer_coefficients``; all broadcast."""
+    constant, uu, uv, vv, four, decay, scale, *dose = coefficients
     u2, v2 = u * u, v * v
     s2 = u2 + v2
     phase = constant + uu * u2 + uv * (u * v) + vv * v2 - four * s2 * s2
     exponent = -decay * s2
-    if dose is not None:
-        exponent = exponent - 0.5 * dose / (0.245 * s2.clamp(min=1e-12) ** -0.8325 + 2.81)
+    if dose:
+        exponent = exponent - 0.5 * dose[0] / (0.245 * s2.clamp(min=1e-12) ** -0.8325 + 2.81)
     return torch.sin(phase) * scale * torch.exp(exponent)
 
 
-def contrast_transfer(
-    u: Tensor,
-    v: Tensor,
-    defocus_u: Tensor,
-    defocus_v: Tensor,
-    defocus_angle: Tensor,
-    voltage: Tensor,
-    cs: Tensor,
-    amplitude: Tensor,
-    phase_shift: Tensor,
-    bfactor: Tensor,
-    scale: Tensor,
-    dose: Tensor | None = None,
-) -> Tensor:
+def contrast_transfer(u: Tensor, v: Tensor, lens: Tensor) -> Tensor:
     """CTF times envelope times scale at in-plane frequencies (u, v).
 
-    u, v: 1/Angstrom along x and y of the aligned tilt image.  Defocus in Angstrom, its angle in degrees from x,
-    voltage in kV, Cs in mm, amplitude contrast as a fraction, phase shift in degrees, B-factor in Angstrom^2 (its
-    sign is ignored: both dialects mean damping).  All arguments broadcast.
-    ``sin(pi df lambda s^2 - pi/2 Cs lambda^3 s^4 + phase + asin w) scale exp(-|B| s^2 / 4)``, and with a dose in
-    electrons per square Angstrom times ``exp(-dose / (2 Nc))`` of the critical dose ``Nc = 0.245 s^-1.665 + 2.81``.
+    u, v: 1/Angstrom along x and y of the aligned tilt image; lens (..., 10), whose (...) broadcast with them: defocus u
+    and v in Angstrom, their angle in degrees from x, voltage in kV, Cs in mm, amplitude contrast as a fraction, phase
+    shift in degrees, B-factor in Angstrom^2 (its sign is ignored: both dialects mean damping), scale, and dose in
+    electrons per square Angstrom (0: no filter), as in data.particles.TILT_COLUMNS.
+    ``sin(pi df lambda s^2 - pi/2 Cs lambda^3 s^4 + phase + asin w) scale exp(-|B| s^2 / 4)``, and with a dose
+    times ``exp(-dose / (2 Nc))`` of the critical dose ``Nc = 0.245 s^-1.665 + 2.81``.
     Source: Mindell & Grigorieff 2003 for the astigmatic defocus; RELION for B-factor and scale; Grant & Grigorieff 2015
     (eLife 4:e06980) for the dose at 300 kV.
     """
-    coefficients = transfer_coefficients(
-        defocus_u, defocus_v, defocus_angle, voltage, cs, amplitude, phase_shift, bfactor, scale, dose
-    )
-    return transfer_at(u, v, *coefficients)
+    return transfer_at(u, v, transfer_coefficients(lens))

@@ -63,7 +63,7 @@ def image_transfer(tilts: Tensor, size: int, extent: float) -> Tensor:
     tilts: (T, 13) rows as in data.particles.TILT_COLUMNS; extent: box edge in Angstrom.
     """
     u, v = (image_frequencies(size) / extent).unbind(-1)
-    contrast = contrast_transfer(u, v, *tilts[:, 3:, None, None].unbind(1))
+    contrast = contrast_transfer(u, v, tilts[:, None, None, 3:])
     return torch.where(inside_band(size), contrast, 0.0)
 
 

@@ -63,7 +63,7 @@ def _near_planes(
     if matrix is not None:
         frames = frames @ matrix.to(frames)
     frames[:, :2] /= extent
-    steepest, coefficients = frames[:, 2].abs().argmax(1), transfer_coefficients(*tilts[:, 3:].unbind(1))
+    steepest, coefficients = frames[:, 2].abs().argmax(1), transfer_coefficients(tilts[:, 3:])
     strides = 1, size // 2 + 1, size * (size // 2 + 1)
     four = torch.arange(4, device=tilts.device, dtype=tilts.dtype)[:, None, None]
     for axis in range(3):
@@ -83,7 +83,7 @@ def _near_planes(
         which = line // len(place)
         tilt, h = chosen.index_select(0, which), height.flatten().index_select(0, found)
         u, v = (base[:, i].flatten().index_select(0, line) + h * slope[:, i].index_select(0, which) for i in (0, 1))
-        contrast = transfer_at(u, v, *(values.index_select(0, tilt) for values in coefficients))
+        contrast = transfer_at(u, v, (values.index_select(0, tilt) for values in coefficients))
         turns = h + size * (h < 0)  # of frequencies below zero
         voxel = place.index_select(0, line - which * len(place)) + turns.long() * strides[axis]
         yield voxel, tilt, 1.0 - distance.flatten().index_select(0, found), contrast
