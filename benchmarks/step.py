@@ -20,14 +20,14 @@ import torch
 
 from opustomo.context import Context, linear_bands
 from opustomo.linear import LinearModel
-from opustomo.mixture import Mixture, Statistics
+from opustomo.mixture import Mixture, Statistics, draw
 from opustomo.model.vae import Vae
 from opustomo.objective import PoseModes, on_the_band
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
 from opustomo.preparation import prepare_process
-from opustomo.train import draw, train_step
+from opustomo.train import train_step
 
 AIM = 1.6  # a step over its bare network; tests/test_profiling.py fails at half above it
 AIM_WITHOUT = 1.25  # where pose errors are not integrated out

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opustomo import config, context, train
+from opustomo import config, context, mixture, train
 from opustomo.context import Context
 from opustomo.model.vae import Vae
 from opustomo.physics import fourier
@@ -46,18 +46,18 @@ class Moved(NamedTuple):
 
     network: Vae
     context: Context
-    luck: train.Luck
+    luck: mixture.Luck
 
 
 def moved(benchmark: ModuleType, encoderres: int) -> Moved:
     """A small network on random data."""
     row = benchmark.Row("", 16, 14, 16, 0.25, 4, components=2, encoderres=encoderres)
     network, context = benchmark.prepare(row)
-    luck = train.draw(context.mixture, 4, torch.Generator().manual_seed(0))
+    luck = mixture.draw(context.mixture, 4, torch.Generator().manual_seed(0))
     return Moved(network.to(META), context.to(META), luck)
 
 
-def whole_step(network: Vae, context: Context, luck: train.Luck) -> Tensor:
+def whole_step(network: Vae, context: Context, luck: mixture.Luck) -> Tensor:
     """One step with every term of the loss; its loss."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     out = train.train_step(network, context, torch.arange(4), torch.ones_like(context.precision), luck)

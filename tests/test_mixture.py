@@ -20,6 +20,7 @@ from opustomo.mixture import (
     Statistics,
     choose_mixture,
     condition,
+    draw,
     fit_mixture,
     mean_evidence,
     single,
@@ -181,10 +182,8 @@ def test_evidence_is_bayes_theorem_at_any_code(planted: Planted) -> None:
 def samples(posterior: CodePosterior, count: int) -> torch.Tensor:
     """(count, K) of a posterior of one particle repeated."""
     generator = torch.Generator().manual_seed(3)
-    part = torch.multinomial(posterior.share[0], count, replacement=True, generator=generator)
-    noise = torch.randn((count, posterior.mean.shape[-1]), generator=generator, dtype=torch.float64)
     repeated = CodePosterior(*(t.expand(count, *t.shape[1:]) for t in vars(posterior).values()))
-    return repeated.sample(part, noise)
+    return repeated.sample(draw(STATES, count, generator))
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -19,7 +19,7 @@ from opustomo.context import Context
 from opustomo.guard import RanAway, Watch
 from opustomo.interruption import Asked
 from opustomo.keeping import Learner
-from opustomo.mixture import CodePosterior, Statistics
+from opustomo.mixture import CodePosterior, Luck, Statistics, draw
 from opustomo.model.vae import Vae
 from opustomo.objective import magnitude, total_variation
 from small_set import (
@@ -71,18 +71,18 @@ def prepared(small_set: SmallSet, finished_run: Path, tmp_path_factory: pytest.T
     return made[0]
 
 
-def most_likely(posterior: CodePosterior, luck: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of ``training.chosen``: no chance."""
-    return posterior.share.argmax(1), torch.zeros_like(posterior.mean[:, 0])
+def most_likely(posterior: CodePosterior, luck: object) -> torch.Tensor:
+    """In place of ``CodePosterior.sample``: no chance."""
+    return posterior.mean[torch.arange(len(posterior.mean)), posterior.share.argmax(1)]
 
 
-def luck(prepared: Prepared, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    return training.draw(prepared.context.mixture, count, torch.Generator().manual_seed(seed))
+def luck(prepared: Prepared, count: int, seed: int = 0) -> Luck:
+    return draw(prepared.context.mixture, count, torch.Generator().manual_seed(seed))
 
 
 def test_accumulated_steps_are_one_larger_batch(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches of six, and two of an epoch that ends before the group of three is full."""
-    monkeypatch.setattr(training, "chosen", most_likely)
+    monkeypatch.setattr(CodePosterior, "sample", most_likely)
     monkeypatch.setattr(training, "learning_rate", lambda peak, progress: 1e-2)
     monkeypatch.setattr(training, "beta_weight", lambda schedule, progress: 1.0)
     halves = [prepared.train[:6], prepared.train[6:12]]

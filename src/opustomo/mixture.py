@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +92,32 @@ class Mixture:
         return _log_density(self.share.log(), self.mean, torch.linalg.cholesky(self.covariance), code)
 
 
+class Luck(NamedTuple):
+    """What chance has to say about b codes: exponential numbers (b, J), one for each Gaussian, and normal ones (b, K).
+
+    They do not depend on the particles, so that every process can draw for the whole batch and keep its own.
+    """
+
+    race: Tensor
+    noise: Tensor
+
+    def of(self, rows: slice) -> Luck:
+        """That of some of the codes."""
+        return Luck(self.race[rows], self.noise[rows])
+
+    def opposite(self) -> Luck:
+        """The same Gaussians, on the other side of their middles."""
+        return Luck(self.race, -self.noise)
+
+
+def draw(mixture: Mixture, count: int, generator: torch.Generator) -> Luck:
+    """Luck of ``count`` codes, on the CPU."""
+    size = count, len(mixture.share)
+    race = torch.empty(size, dtype=mixture.share.dtype).exponential_(generator=generator)
+    noise = torch.randn((count, mixture.mean.shape[1]), generator=generator, dtype=mixture.share.dtype)
+    return Luck(race, noise)
+
+
 @dataclass(frozen=True)
 class CodePosterior:
     """Posterior of b codes, each a mixture: share (b, J), mean (b, J, K), lower factor (b, J, K, K), evidence (b,).
@@ -127,8 +154,13 @@ class CodePosterior:
         """The same without gradients."""
         return CodePosterior(*(getattr(self, f.name).detach() for f in fields(self)))
 
-    def sample(self, part: Tensor, noise: Tensor) -> Tensor:
-        """Codes (b, K) of the chosen parts (b,) for standard normal noise (b, K)."""
+    def sample(self, luck: Luck) -> Tensor:
+        """Codes (b, K).
+
+        The first of exponential clocks of rates ``share`` to ring is each one with probability ``share``.
+        """
+        race, noise = (values.to(self.share.device, non_blocking=True) for values in luck)
+        part = (self.share / race).argmax(1)
         every = torch.arange(len(part), device=part.device)
         return self.mean[every, part] + (self.factor[every, part] @ noise[..., None])[..., 0]
 

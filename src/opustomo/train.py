@@ -11,7 +11,6 @@ import logging
 import shlex
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from opustomo.guard import RanAway, Watch
 from opustomo.interruption import Asked, on_signal
 from opustomo.job import Job, prepare
 from opustomo.keeping import Files, Learner
-from opustomo.mixture import CodePosterior, Mixture
+from opustomo.mixture import Luck, draw
 from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, Window, peak_memory_gb, progress
 from opustomo.objective import (
@@ -218,37 +217,6 @@ class Step:
     density: Tensor
 
 
-class Luck(NamedTuple):
-    """What chance has to say about b codes: exponential numbers (b, J), one for each Gaussian, and normal ones (b, K).
-
-    They do not depend on the particles, so that every process can draw for the whole batch and keep its own.
-    """
-
-    race: Tensor
-    noise: Tensor
-
-    def of(self, rows: slice) -> Luck:
-        """That of some of the codes."""
-        return Luck(self.race[rows], self.noise[rows])
-
-
-def draw(mixture: Mixture, count: int, generator: torch.Generator) -> Luck:
-    """Luck of ``count`` codes, on the CPU."""
-    size = count, len(mixture.share)
-    race = torch.empty(size, dtype=mixture.share.dtype).exponential_(generator=generator)
-    noise = torch.randn((count, mixture.mean.shape[1]), generator=generator, dtype=mixture.share.dtype)
-    return Luck(race, noise)
-
-
-def chosen(posterior: CodePosterior, luck: Luck) -> tuple[Tensor, Tensor]:
-    """Which Gaussian of each posterior (b,), and noise (b, K), for ``CodePosterior.sample``; on its device.
-
-    The first of exponential clocks of rates ``share`` to ring is each one with probability ``share``.
-    """
-    race, noise = (values.to(posterior.share.device, non_blocking=True) for values in luck)
-    return (posterior.share / race).argmax(1), noise
-
-
 def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | None, luck: Luck) -> Step:
     """Forward pass of a batch: encode, sample, decode, compare."""
     with part("read"):
@@ -256,7 +224,7 @@ def train_step(model: Vae, context: Context, index: Tensor, damping: Tensor | No
     with part("encode"):
         linear = known(context, index)
         posterior = posterior_of(model, context, linear, batch)
-        code = posterior.sample(*chosen(linear, luck))
+        code = posterior.sample(luck)
     fit, density, band = log_evidence(model, context, batch, code.float(), damping)
     # the posterior's own parameters held (Roeder et al. 2017): no noise is left where the posterior is exact
     kl = posterior.detach().log_density(code) - context.mixture.log_density(code)
@@ -421,8 +389,7 @@ def evaluate(model: Vae, context: Context, index: Tensor, bfactor: float, epoch:
         posterior = posterior_of(model, context, linear, batch)
         exact += float(linear.evidence.sum())
         for luck in lucks:
-            which, noise = chosen(linear, luck)
-            for code in (posterior.sample(which, noise), posterior.sample(which, -noise)):
+            for code in (posterior.sample(luck), posterior.sample(luck.opposite())):
                 fit, *_ = log_evidence(model, context, batch, code.float(), damping)
                 density = posterior.log_density(code)
                 # what the linear stage makes of the same codes: together with its exact posterior it is its evidence
