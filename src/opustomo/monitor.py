@@ -17,12 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from opustomo import __version__, parallel
-from opustomo.course import Course
+from opustomo import __version__
 from opustomo.data.atomic import atomic, hold, remove_leftovers
 from opustomo.errors import UserError, printable
 
@@ -217,37 +214,3 @@ def peak_memory_gb() -> float:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-class Window:
-    """Running means between two lines of metrics.csv, in ``course``; metrics: None in a process that writes nothing."""
-
-    def __init__(self, metrics: Metrics | None, course: Course) -> None:
-        self.metrics, self.course, self.started = metrics, course, time.monotonic()
-
-    def add(self, count: int, values: Tensor) -> None:
-        """Means over ``count`` particles (6,): loss, nll, kl, and the weighted prior, regulariser and disentanglement.
-
-        Of several processes each adds its own particles' part of these means.  They stay on the device.
-        """
-        self.course.count += count
-        self.course.sums = self.course.sums.to(values.device) + count * values.double()
-
-    def write(self, beta: float, rate: float) -> None:
-        """A line of metrics; starts a new window."""
-        course, seconds = self.course, time.monotonic() - self.started
-        count, sums = course.count, parallel.total(course.sums.cpu()).tolist()
-        course.seen, course.count, course.sums = course.seen + count, 0, torch.zeros_like(course.sums)
-        self.started = time.monotonic()
-        if self.metrics is None:
-            return
-        loss, nll, kl, prior, regulariser, disentanglement = (value / count for value in sums)
-        logging.getLogger("opustomo").debug(
-            "epoch %d, %d particles: loss %.3f, nll %.3f, kl %.3f, beta %.3f, lr %.2e",
-            course.epoch, course.seen, loss, nll, kl, beta, rate,
-        )  # fmt: skip
-        self.metrics.append(
-            epoch=course.epoch, particles=course.seen, loss=loss, nll=nll, kl=kl, prior=prior,
-            regulariser=regulariser, disentanglement=disentanglement, beta=beta, lr=rate, seconds=seconds,
-            particles_per_second=count / max(seconds, 1e-9),
-        )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from opustomo import checkpoint, parallel
 from opustomo.config import TrainConfig
 from opustomo.context import Batch, Context, encode_all, known, posterior_of, read_batch
-from opustomo.course import Course
+from opustomo.course import Course, Window
 from opustomo.data.batches import bank_rows, batch_order
 from opustomo.encode import encode_all, known, posterior_of, read_batch
 from opustomo.errors import UserError
@@ -28,7 +28,7 @@ from opustomo.job import Job, prepare
 from opustomo.keeping import Files, Learner
 from opustomo.mixture import Luck, draw
 from opustomo.model.vae import Vae
-from opustomo.monitor import Metrics, Window, peak_memory_gb, progress
+from opustomo.monitor import Metrics, peak_memory_gb, progress
 from opustomo.objective import (
     beta_weight,
     differentiable_band,
