@@ -23,7 +23,7 @@ from run import lookup
 from torch import Tensor
 
 from opustomo import context, linear, linear_fit, linear_stage, train
-from opustomo.analysis.quality import evaluate, json_text
+from opustomo.analysis.evaluate import evaluate, json_text
 from opustomo.checkpoint import open_run
 from opustomo.config import GridOptions, LinearConfig, TrainConfig
 from opustomo.data import cache

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opustomo import checkpoint, cli
-from opustomo.analysis.quality import evaluate
+from opustomo.analysis.evaluate import evaluate
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import InputOptions
 from opustomo.data.cache import open_cache

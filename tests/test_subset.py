@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from opustomo import checkpoint, cli
-from opustomo.analysis.quality import evaluate
+from opustomo.analysis.evaluate import evaluate
 from opustomo.analysis.score_poses import pose_errors
 from opustomo.config import InputOptions
 from opustomo.data.cache import open_cache

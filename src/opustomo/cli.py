@@ -94,7 +94,7 @@ VERBS = {
         "  opustomo export run -o warp --kmeans 16 --corrected --format warp --coords-angpix 10",
         waits=True,
     ),
-    "evaluate": Verb("analysis.quality", "EvaluateConfig", "opustomo evaluate run --truth simulated"),
+    "evaluate": Verb("analysis.evaluate", "EvaluateConfig", "opustomo evaluate run --truth simulated"),
     "simulate": Verb(
         "simulate.dataset",
         "SimulateConfig",

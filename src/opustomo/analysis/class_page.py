@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from opustomo.analysis import page
 from opustomo.analysis.page import Section
-from opustomo.analysis.plots import INK, MUTED, Array, _axes, class_colours
+from opustomo.analysis.plots import INK, MUTED, Array, class_colours, panel
 
 if TYPE_CHECKING:
     from opustomo.analysis.class_quality import ClassQuality
@@ -35,9 +35,9 @@ def quality_figure(rows: Sequence[ClassQuality]) -> Figure:
     shown = [row for row in rows if not math.isnan(row.worth)]
     fig = Figure(figsize=(10.5, 1.7 + 0.27 * len(shown)), layout="constrained")
     worth, area, change = panels = [
-        _axes(fig, "Worth of one particle", "typical particles", "class (particles)", (1, 3, 1)),
-        _axes(fig, "Agreement of the halves", "FSC, mean over shells", place=(1, 3, 2)),
-        _axes(fig, "Difference from the average", "nats for each particle", place=(1, 3, 3)),
+        panel(fig, "Worth of one particle", "typical particles", "class (particles)", (1, 3, 1)),
+        panel(fig, "Agreement of the halves", "FSC, mean over shells", place=(1, 3, 2)),
+        panel(fig, "Difference from the average", "nats for each particle", place=(1, 3, 3)),
     ]
     for axes in panels:
         axes.set_yticks(range(len(shown)), [f"{row.number} ({row.particles:,})" for row in shown])
@@ -86,7 +86,7 @@ def agreement_figure(frequency: Array, curves: Mapping[str, Array], rows: Sequen
     lines = -(-len(shown) // columns)
     fig = Figure(figsize=(max(2.7 * columns + 0.4, 8.0), 2.1 * lines + 0.5), layout="constrained")  # room for the key
     for i, row in enumerate(shown):
-        axes = _axes(
+        axes = panel(
             fig,
             f"class {row.number} ({row.particles:,})",
             "resolution (Å)" if i + columns >= len(shown) else "",

@@ -154,7 +154,7 @@ def picture(found: Difference, title: str) -> Figure:
     score = np.abs(found.z) * (found.significant if found.significant.any() else 1)
     middle = np.unravel_index(int(score.argmax()), score.shape)
     for number, (axis, names) in enumerate((("z", "xy"), ("y", "xz"), ("x", "yz")), 1):
-        axes = plots._axes(fig, f"z scores, {axis} = {middle[number - 1]}", names[0], names[1], (1, 4, number))
+        axes = plots.panel(fig, f"z scores, {axis} = {middle[number - 1]}", names[0], names[1], (1, 4, number))
         image = axes.imshow(found.z.take(middle[number - 1], number - 1), cmap="PuOr", vmin=-reach, vmax=reach,
                             origin="lower")  # fmt: skip
         part = found.significant.take(middle[number - 1], number - 1)
@@ -162,7 +162,7 @@ def picture(found: Difference, title: str) -> Figure:
             axes.contour(part, levels=[0.5], colors=plots.INK, linewidths=0.8)
         axes.grid(False)
     fig.colorbar(image, ax=fig.axes, location="bottom", shrink=0.4, label="standard deviations of noise")
-    axes = plots._axes(fig, title, place=(1, 4, 4))
+    axes = plots.panel(fig, title, place=(1, 4, 4))
     axes.set_axis_off()
     if not found.significant.any():
         axes.set_title(f"{title}: nothing significant", fontsize=8, color=plots.INK, loc="left")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from opustomo.analysis.plots import INK, MUTED, ORANGE, SERIES, Array, _axes, _figure
+from opustomo.analysis.plots import INK, MUTED, ORANGE, SERIES, Array, figure, panel
 
 SMALL = 4  # pictures in a row
 DRAWN = 5_000  # particles of each small picture
@@ -20,8 +20,8 @@ DRAWN = 5_000  # particles of each small picture
 
 def density(xy: Array, names: tuple[str, str] = ("PC1", "PC2"), title: str = "") -> Figure:
     """Where the particles are dense: kernel density of ``xy`` (P, 2) with contours that enclose 10 to 90 % of them."""
-    fig = _figure()
-    axes = _axes(fig, title, *names)
+    fig = figure()
+    axes = panel(fig, title, *names)
     _density(fig, axes, xy)
     return fig
 
@@ -61,8 +61,8 @@ def path_picture(codes: Array, way: Array, anchors: Sequence[int], names: Sequen
     mean = codes.mean(0)
     plane = np.linalg.svd(codes - mean, full_matrices=False)[2][:2].T
     plane = np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
-    fig = _figure()
-    axes = _axes(fig, "Path through the codes", "PC1", "PC2")
+    fig = figure()
+    axes = panel(fig, "Path through the codes", "PC1", "PC2")
     _density(fig, axes, (codes - mean) @ plane)
     line = (way - mean) @ plane
     axes.plot(line[:, 0], line[:, 1], color=ORANGE, marker="o", markersize=4, linewidth=1.4)
@@ -79,7 +79,7 @@ def controls(xy: Array, columns: Mapping[str, Array], explained: Mapping[str, fl
     fig = Figure(figsize=(2.9 * wide, 2.6 * rows), layout="constrained")
     some = np.random.default_rng(0).permutation(len(xy))[:DRAWN]
     for place, (name, value) in enumerate(columns.items(), 1):
-        axes = _axes(fig, f"{name}, R² {explained[name]:.2f}", *names, place=(rows, wide, place))
+        axes = panel(fig, f"{name}, R² {explained[name]:.2f}", *names, place=(rows, wide, place))
         axes.title.set_fontsize(8)
         axes.title.set_parse_math(False)
         low, high = np.percentile(value, [2, 98])
@@ -94,8 +94,8 @@ def controls(xy: Array, columns: Mapping[str, Array], explained: Mapping[str, fl
 
 def convergence(epochs: Array, columns: Mapping[str, Array]) -> Figure:
     """One line for each column (n,) over the epochs (n,), NaN where there is nothing to compare with."""
-    fig = _figure(6.4, 3.4)
-    axes = _axes(fig, "Codes and classes from epoch to epoch", "epoch", "agreement (1: nothing changes)")
+    fig = figure(6.4, 3.4)
+    axes = panel(fig, "Codes and classes from epoch to epoch", "epoch", "agreement (1: nothing changes)")
     for (name, value), colour in zip(columns.items(), SERIES, strict=False):
         axes.plot(epochs, value, color=colour, marker="o", markersize=3.5, linewidth=1.5, label=name)
     axes.set_ylim(min(0.0, float(np.nanmin([*map(np.nanmin, columns.values())]))) - 0.02, 1.04)

@@ -61,7 +61,8 @@ def direction_colours(direction: Array) -> NDArray[np.float64]:
     return colours
 
 
-def _axes(fig: Figure, title: str = "", xlabel: str = "", ylabel: str = "", place: Any = 111) -> Axes:
+def panel(fig: Figure, title: str = "", xlabel: str = "", ylabel: str = "", place: Any = 111) -> Axes:
+    """Axes in the style of all our figures; place: as ``Figure.add_subplot`` takes it."""
     axes = fig.add_subplot(*place) if isinstance(place, tuple) else fig.add_subplot(place)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel(xlabel, fontsize=9, color=MUTED)
@@ -74,7 +75,8 @@ def _axes(fig: Figure, title: str = "", xlabel: str = "", ylabel: str = "", plac
     return axes
 
 
-def _figure(width: float = 5.6, height: float = 4.2) -> Figure:
+def figure(width: float = 5.6, height: float = 4.2) -> Figure:
+    """An empty figure; inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -85,8 +87,8 @@ def line(x: tuple[float, float], y: float, width: float) -> Line2D:
 
 def scatter(xy: Array, names: tuple[str, str] = ("PC1", "PC2"), title: str = "") -> Figure:
     """Codes in two coordinates ``xy`` (P, 2): points, or densities when there are very many."""
-    fig = _figure()
-    axes = _axes(fig, title, *names)
+    fig = figure()
+    axes = panel(fig, title, *names)
     if len(xy) > MANY:
         axes.hexbin(xy[:, 0], xy[:, 1], gridsize=60, mincnt=1, bins="log", cmap="GnBu", linewidths=0.1)
     else:
@@ -102,8 +104,8 @@ def _points(axes: Axes, xy: Array, colours: Array) -> None:
 
 def hexbin(xy: Array, names: tuple[str, str] = ("UMAP1", "UMAP2"), title: str = "") -> Figure:
     """Particles per hexagonal cell (logarithmic) of coordinates ``xy`` (P, 2)."""
-    fig = _figure()
-    axes = _axes(fig, title, *names)
+    fig = figure()
+    axes = panel(fig, title, *names)
     cells = axes.hexbin(xy[:, 0], xy[:, 1], gridsize=int(np.clip(len(xy) ** 0.5, 12, 60)), mincnt=1, cmap="GnBu_r")
     bar = fig.colorbar(cells, ax=axes, label="particles", pad=0.01)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
@@ -115,8 +117,8 @@ def classes(
     xy: Array, labels: Array, centres: Array, names: tuple[str, str] = ("PC1", "PC2"), title: str = ""
 ) -> Figure:
     """``xy`` (P, 2) coloured by ``labels`` (P,); the rows ``centres`` (K,) are marked with their class number."""
-    fig = _figure()
-    axes = _axes(fig, title, *names)
+    fig = figure()
+    axes = panel(fig, title, *names)
     colours = class_colours(len(centres))
     _points(axes, xy, colours[np.asarray(labels)])
     for k, row in enumerate(np.asarray(centres)):
@@ -136,9 +138,9 @@ def without_tails(values: Array, name: str) -> tuple[Array, str]:
 
 def histogram(values: Array, labels: Array, k: int, name: str = "PC1", title: str = "") -> Figure:
     """Particles over a code of one dimension, ``values`` (P,), stacked by ``labels`` (P,) of ``k`` classes."""
-    fig = _figure()
+    fig = figure()
     values, name = without_tails(np.asarray(values), name)
-    axes = _axes(fig, title, name, "particles")
+    axes = panel(fig, title, name, "particles")
     edges = np.histogram_bin_edges(values, int(np.clip(2 * len(values) ** 0.5, 5, 80)))
     below = np.zeros(len(edges) - 1)
     for c, colour in enumerate(class_colours(k)):
@@ -155,8 +157,8 @@ def viewing_direction(
     xy: Array, direction: Array, names: tuple[str, str] = ("UMAP1", "UMAP2"), title: str = ""
 ) -> Figure:
     """``xy`` (P, 2) coloured by the beam axis in the consensus frame, ``direction`` (P, 3), with a colour key."""
-    fig = _figure()
-    axes = _axes(fig, title, *names)
+    fig = figure()
+    axes = panel(fig, title, *names)
     _points(axes, xy, direction_colours(direction))
     key = axes.inset_axes((1.01, 0.0, 0.2, 0.26))
     u, v = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(-1, 1, 101))
@@ -176,12 +178,12 @@ def independent_axes(panels: Sequence[tuple[Array, Array, Array, str]]) -> Figur
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    fig = _figure(3.2 * columns, 2.5 * rows)
+    fig = figure(3.2 * columns, 2.5 * rows)
     places = fig.add_gridspec(rows, columns)
     for number, (place, group, law, title) in enumerate(panels):
         low, high = np.percentile(place, [0.5, 99.5])
         edges = np.linspace(low, high, int(np.clip(1.5 * len(place) ** 0.5, 8, 60)))
-        axes = _axes(fig, title, "position", "particles", places[number // columns, number % columns])
+        axes = panel(fig, title, "position", "particles", places[number // columns, number % columns])
         k = int(group.max()) + 1
         for colour, part in zip(class_colours(k), range(k), strict=True):
             axes.hist(np.clip(place[group == part], low, high), edges.tolist(), color=colour, alpha=0.6)
@@ -193,8 +195,8 @@ def independent_axes(panels: Sequence[tuple[Array, Array, Array, str]]) -> Figur
 
 def explained_variance(ratio: Array) -> Figure:
     """Bars: fraction of the variance of the codes on each principal component, (n,)."""
-    fig = _figure(5.6, 3.0)
-    axes = _axes(fig, "Explained variance", "principal component", "fraction of variance")
+    fig = figure(5.6, 3.0)
+    axes = panel(fig, "Explained variance", "principal component", "fraction of variance")
     number = np.arange(1, len(ratio) + 1)
     axes.bar(number, ratio, color=BLUE, width=0.7)
     axes.plot(number, np.cumsum(ratio), color=MUTED, marker="o", markersize=3, linewidth=1, label="cumulative")
@@ -206,13 +208,13 @@ def explained_variance(ratio: Array) -> Figure:
 
 def training_curves(metrics: Mapping[str, Array]) -> Figure:
     """Two panels from the columns of metrics.csv (NaN where empty): training loss and KL; held-out likelihood."""
-    fig = _figure(9.0, 3.4)
+    fig = figure(9.0, 3.4)
     passes = metrics["epoch"] + 1 if "epoch" in metrics else np.arange(len(next(iter(metrics.values()))))
     seen = metrics.get("particles", passes)
-    left = _axes(fig, "Training", "particles seen", "nats per particle", 121)
+    left = panel(fig, "Training", "particles seen", "nats per particle", 121)
     for name, colour, label in (("loss", BLUE, "loss"), ("nll", "#56b4e9", "negative log-likelihood")):
         _curve(left, seen, metrics.get(name), colour, label)
-    right = _axes(fig, "Held-out particles (higher is better)", "particles seen", "ELBO, nats per particle", 122)
+    right = panel(fig, "Held-out particles (higher is better)", "particles seen", "ELBO, nats per particle", 122)
     _curve(right, seen, metrics.get("val_elbo"), BLUE, "network", marker="o")
     linear = metrics.get("linear_val_elbo", np.array([]))
     if np.isfinite(linear).any():
@@ -244,9 +246,9 @@ def fsc_curves(
     The curve called ``random`` is a control and drawn grey and dashed.  ``particles``: how many made each curve.
     """
     columns = 1 + (len(curves) - 1) // 20  # of the legend, beside the curves
-    fig = _figure(5.6 + 1.0 * columns, 3.6)
+    fig = figure(5.6 + 1.0 * columns, 3.6)
     counts = {name: f"{name} ({count:,})" for name, count in (particles or {}).items()}
-    axes = _axes(fig, title, "resolution (Å)", "FSC")
+    axes = panel(fig, title, "resolution (Å)", "FSC")
     own = [name for name in curves if name != "random"]
     for name, colour in zip(own, class_colours(len(own)), strict=True):
         axes.plot(frequency, curves[name], color=colour, linewidth=1.4, label=counts.get(name, name))
@@ -264,8 +266,8 @@ def fsc_curves(
 
 def class_sizes(labels: Array, k: int) -> Figure:
     """Bars: particles in each of ``k`` classes."""
-    fig = _figure(5.6, 3.0)
-    axes = _axes(fig, "Class sizes", "class", "particles")
+    fig = figure(5.6, 3.0)
+    axes = panel(fig, "Class sizes", "class", "particles")
     axes.bar(np.arange(k), np.bincount(labels, minlength=k), color=class_colours(k), width=0.75)
     axes.set_xticks(np.arange(k))
     return fig
@@ -278,8 +280,8 @@ def tomogram_fractions(labels: Array, tomogram: Array, k: int, most: int = 40) -
     np.add.at(table, (index, np.asarray(labels)), 1)
     shown = np.sort(np.argsort(-counts, kind="stable")[:most])
     share = table[shown] / counts[shown, None]
-    fig = _figure(5.6, 1.0 + 0.24 * len(shown))
-    axes = _axes(fig, "Classes in each tomogram", "fraction of its particles")
+    fig = figure(5.6, 1.0 + 0.24 * len(shown))
+    axes = panel(fig, "Classes in each tomogram", "fraction of its particles")
     left = np.zeros(len(shown))
     for c, colour in enumerate(class_colours(k)):
         axes.barh(np.arange(len(shown)), share[:, c], left=left, color=colour, height=0.8, label=str(c))

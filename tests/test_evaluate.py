@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from opustomo.analysis import quality, score_codes, score_maps, score_poses
+from opustomo.analysis import evaluate, score_codes, score_maps, score_poses
 from opustomo.analysis.truth import read_truth
 from opustomo.config import EvaluateConfig
 from opustomo.data.mrc import read_volume
@@ -110,7 +110,7 @@ def perfect_run(simulated: Simulated, path: Path, noise: float = 0.02) -> FakeRu
 
 
 def test_perfect_codes_score_one(states: Simulated, tmp_path: Path) -> None:
-    scores = quality.evaluate(perfect_run(states, tmp_path), states.folder)  # type: ignore[arg-type]
+    scores = evaluate.evaluate(perfect_run(states, tmp_path), states.folder)  # type: ignore[arg-type]
     for name in ("auc", "kmeans_ari", "gmm_ari", "ica_auc"):
         assert scores["composition"][name] == pytest.approx(1.0, abs=0.02), name
     assert scores["conformation"]["hinge"]["probe_corr"] > 0.98
@@ -127,7 +127,7 @@ def test_codes_of_nothing_score_nothing(states: Simulated, tmp_path: Path) -> No
     rows = np.isfinite(hinge)
     assert abs(score_codes.conformation(codes[rows], hinge[rows])["probe_corr"]) < 0.3
     run.codes, run.maps = codes, lambda code: np.zeros((22,) * 3, np.float32)
-    assert quality.evaluate(run, states.folder)["invariance"]["max_r2"] < 0.1  # type: ignore[arg-type]
+    assert evaluate.evaluate(run, states.folder)["invariance"]["max_r2"] < 0.1  # type: ignore[arg-type]
 
 
 def test_one_component_that_is_the_coordinate_is_found() -> None:
@@ -192,7 +192,7 @@ def test_directions_are_beam_and_tilt_axis_in_the_consensus_frame() -> None:
 
 def test_true_maps_score_best_and_shifted_maps_are_off_centre(states: Simulated, tmp_path: Path) -> None:
     run = perfect_run(states, tmp_path)
-    scores = quality.evaluate(run, states.folder)["volumes"]  # type: ignore[arg-type]
+    scores = evaluate.evaluate(run, states.folder)["volumes"]  # type: ignore[arg-type]
     nyquist = 2 * GRID.working_pixel
     assert scores["states_found"] == 3
     assert scores["resolution_0.5_mean"] == pytest.approx(nyquist, rel=1e-3)
@@ -203,7 +203,7 @@ def test_true_maps_score_best_and_shifted_maps_are_off_centre(states: Simulated,
 
     decode = run.maps
     run.maps = lambda code: np.roll(decode(code), 1, axis=2)
-    worse = quality.evaluate(run, states.folder)["volumes"]  # type: ignore[arg-type]
+    worse = evaluate.evaluate(run, states.folder)["volumes"]  # type: ignore[arg-type]
     assert worse["off_centre_mean"] == pytest.approx(1.0, abs=0.15)
     assert worse["resolution_0.5_mean"] > nyquist * 1.2 and worse["fsc_area_mean"] < 0.9
 
@@ -212,14 +212,14 @@ def test_an_added_constant_and_a_factor_change_no_score(states: Simulated, tmp_p
     run = perfect_run(states, tmp_path)
     decode = run.maps
     run.maps = lambda code: 3 * decode(code) + 5
-    scores = quality.evaluate(run, states.folder)["volumes"]  # type: ignore[arg-type]
+    scores = evaluate.evaluate(run, states.folder)["volumes"]  # type: ignore[arg-type]
     assert scores["fsc_area_mean"] > 0.99 and scores["difference_cc_min"] > 0.95
 
 
 def test_the_same_map_for_every_state_has_no_difference(states: Simulated, tmp_path: Path) -> None:
     run = perfect_run(states, tmp_path)
     run.maps = lambda code: true_map(states.folder, 1, 4.0).numpy()
-    assert quality.evaluate(run, states.folder)["volumes"]["difference_cc_mean"] == 0  # type: ignore[arg-type]
+    assert evaluate.evaluate(run, states.folder)["volumes"]["difference_cc_mean"] == 0  # type: ignore[arg-type]
 
 
 def test_resolution_is_interpolated_in_angstrom() -> None:
@@ -234,7 +234,7 @@ def test_resolution_is_interpolated_in_angstrom() -> None:
 
 def test_given_poses_are_scored_before_and_the_runs_poses_after(states: Simulated, tmp_path: Path) -> None:
     run = perfect_run(states, tmp_path)
-    scores = quality.evaluate(run, states.folder)["poses"]  # type: ignore[arg-type]
+    scores = evaluate.evaluate(run, states.folder)["poses"]  # type: ignore[arg-type]
     assert scores["before"]["angle_median"] == pytest.approx(3.0 * 0.6745, rel=0.2)
     assert scores["before"]["angle_p90"] == pytest.approx(3.0 * 1.645, rel=0.2)
     assert scores["before"]["shift_median"] == pytest.approx(0.5 * 1.538, rel=0.15)  # Maxwell
@@ -273,7 +273,7 @@ def test_decoys_are_scored_as_outliers_and_left_out_elsewhere(tmp_path: Path) ->
     junk = simulated.plan.junk_kind > 0
     run.codes[junk] = 20 * np.random.default_rng(0).normal(size=run.codes[junk].shape)
     run.maps = lambda code: true_map(tmp_path, 1, 0.0).numpy()
-    scores = quality.evaluate(run, tmp_path)  # type: ignore[arg-type]
+    scores = evaluate.evaluate(run, tmp_path)  # type: ignore[arg-type]
     assert scores["junk"]["outlier_auc"] == 1.0
     assert scores["composition"]["gmm_ari"] == 1.0
     assert scores["poses"]["before"]["angle_p90"] < 5
@@ -284,7 +284,7 @@ def test_a_set_of_one_state_has_no_composition(tmp_path: Path) -> None:
     simulated = write_set(tmp_path, Preset(n=40, box=36, rotation=(-10.0, 10.0)))
     run = perfect_run(simulated, tmp_path)
     run.maps = lambda code: true_map(tmp_path, 1, 0.0).numpy()
-    scores = quality.evaluate(run, tmp_path)  # type: ignore[arg-type]
+    scores = evaluate.evaluate(run, tmp_path)  # type: ignore[arg-type]
     assert "composition" not in scores and "hinge" in scores["conformation"]
     assert scores["volumes"]["states_found"] == 1 and "difference_cc_mean" not in scores["volumes"]
 
@@ -302,13 +302,13 @@ def test_verb_prints_a_table_or_json_and_writes_the_scores(
     write_metrics(tmp_path / "metrics.csv", [row, {"epoch": "0", "seconds": "70"}, {"epoch": "1", "seconds": "500"}])
     monkeypatch.setitem(sys.modules, "opustomo.checkpoint", SimpleNamespace(open_run=lambda path, epoch: run))
 
-    quality.main(EvaluateConfig(run=tmp_path, truth=states.folder, json=True))
+    evaluate.main(EvaluateConfig(run=tmp_path, truth=states.folder, json=True))
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "evaluation.json").read_text())
     assert printed["likelihood"] == {"val_elbo": -99.5, "linear_val_elbo": -101.0, "gain_over_linear": 1.5}
     assert printed["cost"]["seconds"] == 70  # later epochs than the one scored do not count
 
-    quality.main(EvaluateConfig(run=tmp_path, truth=states.folder))
+    evaluate.main(EvaluateConfig(run=tmp_path, truth=states.folder))
     table = capsys.readouterr().out
     assert "composition\n  auc " in table and "before angle_median" in table
     curve = printed["volumes"]["class0"]["fsc"]
@@ -316,7 +316,7 @@ def test_verb_prints_a_table_or_json_and_writes_the_scores(
 
 
 def test_json_has_no_nan() -> None:
-    assert json.loads(quality.json_text({"a": {"b": float("nan")}, "c": 1.0})) == {"a": {"b": None}, "c": 1.0}
+    assert json.loads(evaluate.json_text({"a": {"b": float("nan")}, "c": 1.0})) == {"a": {"b": None}, "c": 1.0}
 
 
 def test_the_benchmarks_own_labels_are_read(tmp_path: Path) -> None:
