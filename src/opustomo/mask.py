@@ -215,32 +215,30 @@ def judge(config: MaskConfig, mask: Tensor, pixel_size: float, kept: float, data
 
 
 def voxel_mask(
-    source: Path, output: Path, *, threshold: float | None, percentile: float | None, absolute: bool, largest: bool,
-    fill: bool, opening: int, closing: int, dilate: int, erode: int, edge: float, radius: float | None,
-    centre: tuple[float, ...] | None,
-) -> str:  # fmt: skip
-    """Write a mask of a map of any shape, lengths in voxels (``dsdsh create_mask``); returns a line about it.
+    source: Path, output: Path, recipe: Recipe, *, absolute: bool, erode: int, centre: tuple[float, ...] | None
+) -> str:
+    """Write a mask of a map of any shape (``dsdsh create_mask``); returns a line about it.
 
-    Without smoothing; dilations and erosions come after the largest part and the holes.  radius: a sphere about
-    ``centre`` (z, y, x) instead.  UserError: a map that is none, a mask of nothing.
+    The recipe's ``dilate`` and then ``erode`` are so many dilations and erosions by a voxel, after the largest part and
+    the holes; its radius: a sphere about ``centre`` (z, y, x) instead of all that.  absolute: of the map's absolute
+    values.  UserError: a map that is none, a mask of nothing.
     """
     data, pixel_size = read_volume(source)
-    if radius is None and (not (np.abs(data) < LARGEST).all() or data.min() == data.max()):
-        raise UserError(f"{source}: has NaN, infinite or absurdly large voxels, or one grey value; make it again")
-    if radius is not None:
-        mask = cosine_edge(torch.from_numpy(distances(data.shape, centre)).float() - radius, edge)
-        words = f"sphere of {radius:g} voxels"
+    if recipe.radius is not None:
+        mask = cosine_edge(torch.from_numpy(distances(data.shape, centre)).float() - recipe.radius, recipe.edge)
+        words = f"sphere of {recipe.radius:g} voxels"
     else:
-        recipe = Recipe(threshold, None, percentile, 0.0, largest, fill, opening, closing)
+        if not (np.abs(data) < LARGEST).all() or data.min() == data.max():
+            raise UserError(f"{source}: has NaN, infinite or absurdly large voxels, or one grey value; make it again")
         body = body_of(np.abs(data) if absolute else data, recipe)
         voxels = body.voxels
-        if dilate:
-            voxels = ndimage.binary_dilation(voxels, iterations=dilate)
+        if recipe.dilate:
+            voxels = ndimage.binary_dilation(voxels, iterations=int(recipe.dilate))
         if erode:
             voxels = ndimage.binary_erosion(voxels, iterations=erode)
-        mask, words = grown(voxels, 0.0, edge), f"threshold {body.level:.4g}, {body.parts} connected parts found"
+        mask, words = grown(voxels, 0.0, recipe.edge), f"threshold {body.level:.4g}, {body.parts} connected parts found"
     if float(mask.max()) == 0:
-        mend = "move its middle into the box" if radius else "lower the threshold, or erode and open less"
+        mend = "move its middle into the box" if recipe.radius else "lower the threshold, or erode and open less"
         raise UserError(f"{source}: the mask is empty ({words}); {mend}")
     write_volume(output, mask.numpy(), pixel_size or 1.0)
     unset = "" if pixel_size else f"; the header of {source} states no pixel size, so the mask has 1 A"

@@ -239,7 +239,7 @@ def mask_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def create_mask(arguments: argparse.Namespace, given: Given) -> None:
-    from opustomo.mask import voxel_mask
+    from opustomo.mask import Recipe, voxel_mask
 
     a = arguments
     other_file("-o", a.out, existing_file(a.input))
@@ -266,14 +266,12 @@ def create_mask(arguments: argparse.Namespace, given: Given) -> None:
     if not 0 < a.percentile < 100:
         raise UserError(f"--percentile {a.percentile:g}: must be between 0 and 100")
     percentile = None if a.threshold is not None else a.percentile
-    tell(
-        voxel_mask(
-            a.input, a.out, threshold=a.threshold, percentile=percentile, absolute=a.use_abs,
-            largest=a.largest_component, fill=a.fill_holes, opening=a.open, closing=a.close, dilate=a.dilate,
-            erode=a.erode, edge=a.soft_edge, radius=a.sphere_radius,
-            centre=None if a.sphere_center is None else tuple(a.sphere_center),
-        )
+    recipe = Recipe(
+        a.threshold, percentile=percentile, largest=a.largest_component, fill=a.fill_holes, opening=a.open,
+        closing=a.close, dilate=a.dilate, edge=a.soft_edge, radius=a.sphere_radius,
     )  # fmt: skip
+    centre = None if a.sphere_center is None else tuple(a.sphere_center)
+    tell(voxel_mask(a.input, a.out, recipe, absolute=a.use_abs, erode=a.erode, centre=centre))
 
 
 def subtomogram_arguments(parser: argparse.ArgumentParser) -> None:
