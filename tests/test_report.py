@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> FakeRun:
     save_pickle(made.path / "analyze.3" / "umap.pkl", rng.normal(size=(240, 2)).astype(np.float32))
     rows = "\n".join(f"tomo/<TS>$x_{{${i % 4}.tomostar p{i}.mrc" for i in range(240))
     made.star.write_text(f"data_\n\nloop_\n_rlnMicrographName\n_rlnImageName\n{rows}\n")
-    made.config = {"grid": {"mask": "my mask.mrc"}, "note": "<script>alert(1)</script>", "lr": 5e-4}
+    made.config = {"mask": "my mask.mrc", "note": "<script>alert(1)</script>", "lr": 5e-4}
     (made.path / "metrics.csv").write_text(METRICS)
     (made.path / "run.log").write_text(
         "2026-01-01 10:00:00 INFO    opustomo 0.1, Python 3.11.2: opustomo train a.star\n"
