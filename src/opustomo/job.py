@@ -20,6 +20,7 @@ from opustomo.config import TrainConfig
 from opustomo.context import Context
 from opustomo.course import Course
 from opustomo.errors import UserError
+from opustomo.linear_fit import LinearResult
 from opustomo.model.vae import Vae
 from opustomo.monitor import setup_log
 from opustomo.preparation import prepare_process
@@ -78,11 +79,7 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     started = time.time()
     prepare_process(config.workers, config.deterministic)
     torch.manual_seed(config.seed)
-    if parallel.count() > 1:
-        if continuation is None and not config.multigpu:  # started by torchrun without saying so again
-            config = replace(config, num_gpus=parallel.count(), multigpu=True)
-        if config.no_cache:
-            raise UserError(f"--no-cache: {parallel.count()} processes share the cache on disk; leave --no-cache out")
+    config = _shared(config, continuation)
     device = choose_device(config)
     if config.compile:
         check_compiler(device)
@@ -100,14 +97,8 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     model.decoder.recomputed = recomputed
     save_config(config, "network", start.inputs, start.place, split_file)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
-    course, bank, optimizer = Course().state(), linear.codes.centre().float(), None
-    if continuation is not None:
-        course = continuation.weights["course"]
-        if continuation.optimiser:
-            bank, optimizer = continuation.weights["bank"], continuation.weights["optimizer"]
-        else:
-            course = Course(course["epoch"], seen=course["epoch"] * len(train)).state()
-    else:
+    course, bank, optimizer = _beginning(continuation, linear, len(train))
+    if fresh:
         for choice in choices(asked, config, given, start, len(train), device.type == "cuda"):
             log.info("%s %s: %s", *choice)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -115,6 +106,31 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     bound = float(linear.codes.evidence[held if len(held) else train].mean())
     exact = continuation is not None and continuation.own
     return Job(config, train, held, model, context, bank, optimizer, course, not exact, bound, started), start
+
+
+def _shared(config: TrainConfig, continuation: Continuation | None) -> TrainConfig:
+    """The options as several processes need them.  Raises UserError for what they cannot share."""
+    if parallel.count() == 1:
+        return config
+    if config.no_cache:
+        raise UserError(f"--no-cache: {parallel.count()} processes share the cache on disk; leave --no-cache out")
+    if continuation is None and not config.multigpu:  # started by torchrun without saying so again
+        return replace(config, num_gpus=parallel.count(), multigpu=True)
+    return config
+
+
+def _beginning(
+    continuation: Continuation | None, linear: LinearResult, trained: int
+) -> tuple[dict[str, Any], Tensor, dict[str, Any] | None]:
+    """State of the course, memory bank and state of the optimiser; trained: particles in an epoch."""
+    bank = linear.codes.centre().float()
+    if continuation is None:
+        return Course().state(), bank, None
+    stored = continuation.weights
+    if continuation.optimiser:
+        return stored["course"], stored["bank"], stored["optimizer"]
+    epoch = stored["course"]["epoch"]
+    return Course(epoch, seen=epoch * trained).state(), bank, None
 
 
 def _refuse_foreign_output(config: TrainConfig, continuation: Continuation | None) -> None:
