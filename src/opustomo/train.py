@@ -20,7 +20,6 @@ from opustomo.config import TrainConfig
 from opustomo.context import Batch, Context, encode_all, known, posterior_of, read_batch
 from opustomo.course import Course, Window
 from opustomo.data.batches import bank_rows, batch_order
-from opustomo.encode import encode_all, known, posterior_of, read_batch
 from opustomo.errors import UserError
 from opustomo.guard import RanAway, Watch
 from opustomo.interruption import Asked, on_signal
