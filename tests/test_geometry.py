@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo.physics.geometry import (
     euler_to_matrix,
     matrix_to_euler,
+    rotation_angle,
     rotation_from_vector,
     update_pose,
 )
@@ -52,6 +54,17 @@ def test_rotation_from_vector_is_scipys_and_differentiable_at_zero() -> None:
     rotation_from_vector(zero)[1, 0].backward()  # d R_yx / d w_z = 1
     assert zero.grad is not None
     assert torch.allclose(zero.grad, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1e-3, 0.5, 90.0, 179.0])
+def test_rotation_angle_matches_scipy(degrees: float) -> None:
+    a = Rotation.random(20, rng=RNG)
+    axis = RNG.normal(size=(20, 3))
+    axis /= np.linalg.norm(axis, axis=1, keepdims=True)
+    b = a * Rotation.from_rotvec(np.deg2rad(degrees) * axis)
+    expected = np.rad2deg((a.inv() * b).magnitude())
+    found = rotation_angle(torch.from_numpy(a.as_matrix()), torch.from_numpy(b.as_matrix()))
+    assert np.abs(found.numpy() - expected).max() < 1e-5
 
 
 def test_updated_pose_shows_the_template_where_the_moved_template_was() -> None:

@@ -66,6 +66,13 @@ def cross_matrix(vector: Tensor) -> Tensor:
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
 
+def rotation_angle(a: Tensor, b: Tensor) -> Tensor:
+    """Angle in degrees between rotation matrices (..., 3, 3), in [0, 180]."""
+    # the chord is accurate for small angles, where arccos of the trace is not
+    chord = (a - b).square().sum((-2, -1)).sqrt() / (2.0 * 2.0**0.5)
+    return torch.rad2deg(2.0 * torch.asin(chord.clamp(max=1.0)))
+
+
 def update_pose(rotation: Tensor, origin: Tensor, turn: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Compose a consensus-frame correction with stored poses (METHOD section 6).
 
