@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from opustomo import cli
 from small_set import SmallSet
+from star_sets import real_star
 from test_docs import command_lines
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -106,3 +108,20 @@ def test_readme_and_guides(
             verbs.add(line.split()[1])
     assert left_out == set(NOT_TYPED)
     assert verbs >= {"check", "average", "mask", "train", "status", "analyze", "volumes", "movie", "quality"}
+
+
+@pytest.mark.slow
+def test_real_ribosomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line of the page says of the 412 real particles what stands there; the others take minutes."""
+    (tmp_path / "data").symlink_to(real_star("real_70S_empiar10499").parent)
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "tutorial_ribosome.md").read_text()
+    line, *others = command_lines(page)
+    assert line[1] == "check" and {"average", "linear", "train", "quality", "select"} <= {words[1] for words in others}
+    given = {word for words in others for word in words if word.startswith("data/")}
+    assert given == {"data/particles.star"} and (tmp_path / "data" / "particles.star").is_file()
+    assert cli.main(line[1:]) == 0
+    said = capsys.readouterr().out
+    shown = re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)[0].splitlines()
+    assert len(shown) > 5
+    assert [row for row in shown if row.split(" ...")[0] not in said] == []
