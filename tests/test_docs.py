@@ -31,7 +31,7 @@ PROGRAMS: dict[str, ModuleType] = {"dsd": dsd, "dsdsh": dsdsh}
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 # Options of other programs, and those that the documents say do not exist yet
-FOREIGN = {"--i", "--name", "--output_ctf_csv", "--dont_correct_ctf_3d"}
+FOREIGN = {"--i", "--name", "--output_ctf_csv", "--dont_correct_ctf_3d", "--particles_m", "--half1", "--half2"}
 
 
 def name_of(path: Path) -> str:
