@@ -65,6 +65,8 @@ def test_example(
     assert f"{(nats > 3).sum()} of {PARTICLES}" in capsys.readouterr().out
     last = small_set.state[nats > 3]
     assert 10 < len(last) < PARTICLES and max((last == 0).mean(), (last == 1).mean()) > 0.9
+    codes = opustomo.open_run("run").codes[:, 0]
+    assert codes[nats > 3].min() > codes[nats < -3].max(), "towards the last map the first code grows"
     assert len(list((tmp_path / "maps").glob("*.mrc"))) == 10
     volume, pixel = opustomo.read_volume("maps/0.mrc")
     run = opustomo.open_run("run")
