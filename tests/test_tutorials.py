@@ -81,13 +81,13 @@ NOT_TYPED = {
     "good/selected.star -r ": "another training, of the particles whose average is typed",
     "--difference ": "sixteen classes of 60 particles are too small; the tutorial types one",
     "--m-source ": "needs M's file of hashes; test_export",
-    "--masks ": "rigid bodies; test_bodies, as the next three",
+    "--masks ": "rigid bodies; test_bodies, as the next two",
     "--conformation ": "",
     "--codes conformation": "",
     "opustomo doctor": "test_doctor",
     "opustomo encode": "test_encode",
     "quality run --labels": "test_class_quality",
-    "movie run --kmeans": "test_paths",
+    "opustomo movie": "test_movie, test_paths",
 }
 
 
@@ -107,7 +107,7 @@ def test_readme_and_guides(
             assert cli.main(shlex.split(line)[1:]) == 0, (line, "".join(capsys.readouterr()))
             verbs.add(line.split()[1])
     assert left_out == set(NOT_TYPED)
-    assert verbs >= {"check", "average", "mask", "train", "status", "analyze", "volumes", "movie", "quality"}
+    assert verbs >= {"check", "average", "mask", "train", "status", "analyze", "volumes", "quality", "select"}
 
 
 @pytest.mark.slow
