@@ -75,7 +75,7 @@ PAGES = ("../README.md", "troubleshooting.md", *(f"guides/{name}.md" for name in
 # what a line holds that is not typed here, and why
 NOT_TYPED = {
     "--resume run": "the run is finished; test_resume",
-    " -n 40": "forty epochs; test_resume goes on and stretches, test_choices starts warm",
+    " -n 40": "forty epochs; test_resume goes on, stretches and starts warm",
     "-o run --damaged skip": "another training; test_damaged",
     "--ind ": "another training; test_subset",
     "good/selected.star -r ": "another training, of the particles whose average is typed",
