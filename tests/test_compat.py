@@ -217,7 +217,7 @@ def test_what_train_tomo_refuses(line: str, words: str, calls: list[tuple], caps
 def test_analyze_and_volumes_lines_of_the_seed(calls: list[tuple]) -> None:
     for line in ("analyze /work/sp 16 4 16", "analyze /work/sp 16 4 16 --skip-umap"):
         assert dsdsh.main(line.split()) == 0
-    for line in ("eval_vol /work/sp 16 kmeans 16 2.2", "eval_vol /work/sp 16 pc 1 2.2 --flip"):
+    for line in ("eval_vol /work/sp 16 kmeans 16 2.2 --num-bodies 2", "eval_vol /work/sp 16 pc 1 2.2 --flip"):
         assert dsdsh.main(line.split()) == 0
     run = Path("/work/sp")
     assert [call[:2] for call in calls] == [
