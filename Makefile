@@ -33,10 +33,10 @@ test-fast: setup
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
-	$(BIN)/codespell src tests benchmarks tools docs README.md CHANGELOG.md
+	$(BIN)/codespell src tests benchmarks tools runs docs .github README.md CONTRIBUTING.md CHANGELOG.md
 
 docs: setup
 	$(BIN)/python tools/write_cli.py

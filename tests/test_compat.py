@@ -122,6 +122,17 @@ def test_the_resume_line_of_the_seed(calls: list[tuple], capsys: pytest.CaptureF
     assert message.count("\n") == 1 and "only mode" in message
 
 
+def test_the_line_of_later_versions(calls: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
+    """What they say of the CTF and of the loading changes nothing, and is told to change nothing."""
+    line = "train_tomo ribo.star -n 40 -b 12 -o ribo -r mask.mrc --tilt-range 50 --tilt-step 2"
+    assert dsd.main([*line.split(), "--ctfalpha", "0.", "--ctfbeta", "1.", "--float16"]) == 0
+    assert dsd.main(line.split()) == 0
+    assert calls[0] == calls[1]
+    told = capsys.readouterr().err.splitlines()
+    assert [row.split(":")[2].strip() for row in told] == ["--ctfalpha", "--ctfbeta", "--float16"]
+    assert all("no effect" in row for row in told)
+
+
 def test_the_long_training_line_of_the_seed_starts(calls: list[tuple]) -> None:
     line = "train_tomo a.star --poses p.pkl -o out -n 40 --templateres 160 --num-gpus 4 --multigpu --estpose"
     assert dsd.main(line.split()) == 0
@@ -206,7 +217,7 @@ def test_what_train_tomo_refuses(line: str, words: str, calls: list[tuple], caps
 def test_analyze_and_volumes_lines_of_the_seed(calls: list[tuple]) -> None:
     for line in ("analyze /work/sp 16 4 16", "analyze /work/sp 16 4 16 --skip-umap"):
         assert dsdsh.main(line.split()) == 0
-    for line in ("eval_vol /work/sp 16 kmeans 16 2.2", "eval_vol /work/sp 16 pc 1 2.2 --flip"):
+    for line in ("eval_vol /work/sp 16 kmeans 16 2.2 --num-bodies 2", "eval_vol /work/sp 16 pc 1 2.2 --flip"):
         assert dsdsh.main(line.split()) == 0
     run = Path("/work/sp")
     assert [call[:2] for call in calls] == [

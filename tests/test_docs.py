@@ -6,6 +6,7 @@ import ast
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -30,7 +31,7 @@ PROGRAMS: dict[str, ModuleType] = {"dsd": dsd, "dsdsh": dsdsh}
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 # Options of other programs, and those that the documents say do not exist yet
-FOREIGN = {"--i", "--name", "--output_ctf_csv", "--dont_correct_ctf_3d"}
+FOREIGN = {"--i", "--name", "--output_ctf_csv", "--dont_correct_ctf_3d", "--particles_m", "--half1", "--half2"}
 
 
 def name_of(path: Path) -> str:
@@ -38,11 +39,29 @@ def name_of(path: Path) -> str:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """Words of every line in a fenced block that starts with one of our programs; comments are cut off."""
-    for block in FENCED.findall(text):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.split(" ")[0] in {"opustomo", *PROGRAMS}:
-                yield shlex.split(line, comments=True)
+    """Words of every line in a fenced block that starts with one of our programs; comments are cut off.
+
+    A launcher in front (``torchrun ... -m opustomo``) is left out.
+    """
+    for line in block_lines(FENCED.findall(text)):
+        line = re.sub(r"^torchrun .* -m (?=opustomo )", "", line)
+        if line.split(" ")[0] in {"opustomo", *PROGRAMS}:
+            yield shlex.split(line, comments=True)
+
+
+def block_lines(blocks: list[str]) -> Iterator[str]:
+    """Lines of blocks, continued ones as one."""
+    for block in blocks:
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+def lines_within(text: str) -> Iterator[list[str]]:
+    """Words of command lines in running text: `opustomo VERB ARGUMENT ...`; names in capitals become a number."""
+    for code in re.findall(r"`((?:opustomo|dsdsh?) [^`]+)`", FENCED.sub("", text)):
+        words = shlex.split(code)
+        whole = len(words) > 2 and words[1][0].islower() and not words[2].startswith("-") and "..." not in words
+        if whole and "--help" not in words:
+            yield [*words[:2], *(re.sub(r"^[A-Z]+$", "16", word) for word in words[2:])]
 
 
 def parse(words: list[str]) -> None:
@@ -73,11 +92,38 @@ def test_command_lines_can_be_typed(path: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("star: particles.star\n")  # for --resume run
-    for words in command_lines(path.read_text()):
+    text = path.read_text()
+    for words in (*command_lines(text), *lines_within(text)):
         try:
             parse(words)
         except UserError as error:
             pytest.fail(f"{shlex.join(words)}: {error}")
+
+
+# how lines of other programs begin; the first three are looked at below
+OTHERS = ("make ", "pip install ", "torchrun ", "python3 -m venv ", "ssh -L ", "recovar pipeline ")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_every_line_of_a_block_is_one_that_is_looked_at(path: Path) -> None:
+    """Blocks that say what they hold (```text, ```python) and the tree are no command lines."""
+    fenced = re.findall(r"^```([^\n]*)\n(.*?)^```", path.read_text(), re.M | re.S)
+    blocks = [block for kind, block in fenced if not kind and not block.startswith("src/")]
+    known = tuple(f"{program} " for program in ("opustomo", *PROGRAMS))
+    assert [line for line in block_lines(blocks) if line and not line.startswith((*known, *OTHERS))] == []
+
+
+def test_targets_extras_and_scripts_that_are_named_exist() -> None:
+    """`make NAME`, `pip install ".[NAME]"` and `python tools/NAME.py`, wherever a document says so."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    made = set(re.findall(r"^make ([\w-]+)", text, re.M)) | set(re.findall(r"`make ([\w-]+)", text))
+    assert len(made) > 8 and made <= targets
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = set(re.findall(r'pip install "?\.\[(\w+)\]', text))
+    assert {"movie", "atoms"} <= extras <= set(optional)
+    scripts = set(re.findall(r"(?:tools|benchmarks|analysis_scripts)/\w+\.py", text))
+    assert len(scripts) > 8 and [name for name in scripts if not (ROOT / name).is_file()] == []
 
 
 def test_the_readme_goes_the_whole_way() -> None:
@@ -91,8 +137,11 @@ def test_a_wrong_line_would_be_seen() -> None:
     text = (
         "```\nopustomo train a.star -o run --epoch 3   # comment\ndsd train_tomo a.star \\\n  -o run --nonsense\n```\n"
     )
-    lines = list(command_lines(text))
-    assert [len(words) for words in lines] == [7, 6]
+    text += (
+        "```\ntorchrun --nnodes 2 -m opustomo train a.star --epoch 3\n```\n`opustomo average A.star -o B --epoch 3`\n"
+    )
+    lines = [*command_lines(text), *lines_within(text)]
+    assert [len(words) for words in lines] == [7, 6, 5, 7]
     for words in lines:
         with pytest.raises(UserError):
             parse(words)

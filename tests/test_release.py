@@ -114,6 +114,15 @@ def test_least_versions_are_those_of_the_project() -> None:
     assert not [line for line in check.lowest(without_torch=True).split() if line.startswith("torch==")]
 
 
+def test_scripts_that_take_arguments_read_them_with_argparse() -> None:
+    """One that took whatever stands there for a file's name once answered --help with a file called so."""
+    scripts = [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    taking = [path for path in scripts if "sys.argv" in path.read_text() or "parse_args" in path.read_text()]
+    assert len(taking) > 10
+    assert [path.name for path in taking if "argparse.ArgumentParser(" not in path.read_text()] == []
+    assert [path.name for path in ROOT.iterdir() if path.name.startswith("-")] == []
+
+
 def test_commands_of_the_installation_check_can_be_typed() -> None:
     check = tool("dist_check")
     for command in check.COMMANDS:

@@ -8,7 +8,7 @@ the picture.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from opustomo.physics.geometry import euler_to_matrix
 
 Array = NDArray[np.float64]
+PICTURE = Path(__file__).parents[1] / "docs/images/conventions.png"
 BLUE, RED, GREY = "#20639b", "#c0392b", "#777777"
 TILT, POSE = 30.0, (25.0, 0.0, 20.0)  # degrees
 L_SHAPE = np.array([[-1.6, -1.6], [1.6, -1.6], [1.6, -0.4], [-0.4, -0.4], [-0.4, 2.4], [-1.6, 2.4]])
@@ -121,7 +122,9 @@ def draw_euler(axes: Axes) -> None:
 
 def main() -> None:
     """Command line."""
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs/images/conventions.png"
+    line = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    line.add_argument("picture", nargs="?", type=Path, default=PICTURE, help="the file to write")
+    target = line.parse_args().picture
     figure, panels = plt.subplots(1, 3, figsize=(14.0, 5.0))
     for axes, draw in zip(panels, (draw_tilt, draw_origin, draw_euler), strict=True):
         draw(axes)

@@ -10,6 +10,7 @@ exception other than ``UserError`` and leaves the file that caused it.
 A file of a reader that is mended belongs into tests/corpus/READER.
 """
 
+import argparse
 import random
 import sys
 import tempfile
@@ -64,6 +65,11 @@ def guided(name: str, corpus: Path, options: list[str]) -> None:
     atheris.Fuzz()
 
 
-if sys.argv[1] == "random":
-    sys.exit(at_random(float(sys.argv[2])) > 0)
-guided(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+if __name__ == "__main__":
+    line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    line.add_argument("reader", help="random, or a reader of tests/fuzz_targets.py")
+    line.add_argument("amount", metavar="SECONDS|CORPUS")
+    typed, more = line.parse_known_args()
+    if typed.reader == "random":
+        sys.exit(at_random(float(typed.amount)) > 0)
+    guided(typed.reader, Path(typed.amount), more)

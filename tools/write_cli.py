@@ -12,7 +12,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +55,7 @@ def page() -> str:
             rows.append(Row(*RESUME))
         parts.append(section(f"opustomo {name}", one_paragraph(config_class.__doc__), verb.example, rows))
     for program, commands in (("dsd", dsd.COMMANDS), ("dsdsh", dsdsh.COMMANDS)):
-        parts.append(
-            f"## {program}\n\nThe forms of OPUS-TOMO on the same functions ([which does what](migration.md)).\n"
-        )
+        parts.append(f"## {program}\n\n{SEEDS}\n")
         for name, command in commands.items():
             parser = arguments.Parser(f"{program} {name}", command)
             purpose = one_paragraph(command.purpose)
@@ -174,4 +171,6 @@ def value_of_action(action: argparse.Action) -> str:
 
 
 if __name__ == "__main__":
-    write_text(Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE, page())
+    line = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    line.add_argument("page", nargs="?", type=Path, default=PAGE, help="the file to write (default: docs/cli.md)")
+    write_text(line.parse_args().page, page())

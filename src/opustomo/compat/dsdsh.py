@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from opustomo import cli
 from opustomo.analysis.places import stem
 from opustomo.compat import helpers
-from opustomo.compat.arguments import Command, Given, count, damaged_argument, epoch_number, input_options
+from opustomo.compat.arguments import Command, Given, count, damaged_argument, epoch_number, input_options, note
 from opustomo.compat.arguments import main as run_command
 from opustomo.config import AnalyzeConfig, VolumesConfig
 from opustomo.config_analysis import Codes
@@ -152,6 +152,7 @@ def volume_arguments(parser: argparse.ArgumentParser) -> None:
     add("--masks", type=Path, metavar="PKL", help="dpc: the bodies; cross-checked, the run knows its own")
     add("--kmeans", type=count, metavar="K", help="dpc: with --dfk, the composition shown is a centre of kmeansK")
     add("--dfk", type=int, metavar="J", help="dpc: number of that centre, from 0 (default: the mean composition)")
+    add("--num-bodies", type=int, metavar="N", help="accepted; the run knows its bodies")
     parser.add_argument("--flip", action="store_true", help="mirror the volumes (other hand)")
 
 
@@ -170,6 +171,8 @@ def eval_vol(arguments: argparse.Namespace, given: Given) -> int:
         raise UserError("--kmeans K and --dfk J: the composition at centre J of kmeansK; give both or neither")
     if arguments.masks is not None:
         _same_bodies(arguments.run, arguments.masks)
+    if "num_bodies" in given:
+        note("dsdsh eval_vol", "--num-bodies: no effect, the run knows its bodies")
     config = VolumesConfig(
         run=arguments.run,
         epoch=epoch,
@@ -181,7 +184,7 @@ def eval_vol(arguments: argparse.Namespace, given: Given) -> int:
         angpix=arguments.angpix,
         flip=arguments.flip,
     )
-    return cli.call("volumes", config, given)
+    return cli.call("volumes", config, given - {"num_bodies"})
 
 
 def _same_bodies(run: Path, given: Path) -> None:
