@@ -22,7 +22,7 @@ import torch
 from run import lookup
 from torch import Tensor
 
-from opustomo import context, linear, linear_fit, linear_stage, train
+from opustomo import linear, linear_fit, linear_stage, train
 from opustomo.analysis.evaluate import evaluate, json_text
 from opustomo.checkpoint import open_run
 from opustomo.config import GridOptions, LinearConfig, TrainConfig
@@ -32,6 +32,7 @@ from opustomo.mixture import single
 from opustomo.model.vae import Vae
 from opustomo.physics.fourier import from_band, irfft3, rfft3, to_band
 from opustomo.physics.volume import centre_crop, centre_pad
+from opustomo.training import context
 
 FIGURES = {
     "likelihood.gain_over_linear": "gain",

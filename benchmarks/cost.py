@@ -29,7 +29,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from opustomo import memory
 from opustomo.data.cache import Cache, row_bytes
 from opustomo.data.filling import BLOCK
 from opustomo.data.observe import Noise
@@ -39,6 +38,7 @@ from opustomo.model.decoder import Decoder
 from opustomo.physics.fourier import band_frequencies
 from opustomo.physics.grid import Grid, template_size
 from opustomo.physics.volume import spherical_mask
+from opustomo.training import memory
 
 MARKS = "<!-- cost -->", "<!-- end of cost -->"
 BOXES, COUNTS, GPUS = (64, 128, 192), (10_000, 100_000, 1_000_000), (1, 8, 64)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opustomo.context import Context, linear_bands
 from opustomo.linear import LinearModel
 from opustomo.mixture import Mixture, Statistics, draw
 from opustomo.model.vae import Vae
@@ -28,6 +27,7 @@ from opustomo.physics.grid import Grid
 from opustomo.physics.volume import spherical_mask
 from opustomo.preparation import prepare_process
 from opustomo.train import train_step
+from opustomo.training.context import Context, linear_bands
 
 AIM = 1.6  # a step over its bare network; tests/test_profiling.py fails at half above it
 AIM_WITHOUT = 1.25  # where pose errors are not integrated out

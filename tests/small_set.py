@@ -128,8 +128,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def learner_of(model: Any, optimizer: torch.optim.Optimizer, bank: torch.Tensor, epoch: int) -> Any:
     """What ``train_epoch`` changes, at the beginning of an epoch."""
-    from opustomo.course import Course
-    from opustomo.keeping import Learner
+    from opustomo.training.course import Course
+    from opustomo.training.keeping import Learner
 
     return Learner(model, optimizer, bank, Course(epoch, seen=epoch * len(bank)))
 

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from opustomo.config import TrainConfig
 from opustomo.data.batches import bank_rows, batch_order, wedge_groups
-from opustomo.start import split_of
+from opustomo.training.start import split_of
 
 
 def groups(count: int, kinds: int) -> np.ndarray:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opustomo import choices
 from opustomo.config import TrainConfig
+from opustomo.training import choices
 
 NAMES = ["zdim", "templateres", "width", "encoderres", "lr", "epochs", "batch", "beta-control", "prior", "lamb"]
 

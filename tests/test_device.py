@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opustomo import config, context, mixture, train
-from opustomo.context import Context
+from opustomo import config, mixture, train
 from opustomo.model.vae import Vae
 from opustomo.physics import fourier
+from opustomo.training import context
+from opustomo.training.context import Context
 
 META = torch.device("meta")
 

@@ -78,11 +78,7 @@ def test_the_explorer_looks_at_runs_from_outside() -> None:
     """It may load checkpoints, and use what the verbs after training use; only the command line starts it."""
     inside = (
         "train",
-        "start",
-        "job",
-        "keeping",
-        "course",
-        "guard",
+        "training",
         "objective",
         "linear",
         "linear_fit",
@@ -100,7 +96,7 @@ def test_the_explorer_looks_at_runs_from_outside() -> None:
 
 def test_data_knows_no_model_and_nothing_above() -> None:
     above = (
-        "model", "train", "start", "linear", "linear_fit", "linear_stage", "mixture", "preparation", "reconstruct",
+        "model", "train", "training", "linear", "linear_fit", "linear_stage", "mixture", "preparation", "reconstruct",
         "objective", "bodies", "analysis", "explore", "cli", "compat",
     )  # fmt: skip
     assert all(any(is_in(name, layer) for name in MODULES) for layer in (*above, *ALLOWED))

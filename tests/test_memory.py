@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from opustomo import memory
 from opustomo.data import cache
 from opustomo.errors import UserError
-from opustomo.memory import Fit, choose, linear_stage, network, plan
 from opustomo.model.decoder import Decoder
 from opustomo.model.vae import Vae
 from opustomo.physics.grid import Grid
+from opustomo.training import memory
+from opustomo.training.memory import Fit, choose, linear_stage, network, plan
 
 GRID = Grid(64, 5.0, 32, 28, 32)
 K = 3

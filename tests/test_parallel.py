@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from opustomo import cli, parallel
-from opustomo import start as start_module
 from opustomo.config import TrainConfig
 from opustomo.data.cache import open_cache
 from opustomo.errors import UserError
-from opustomo.job import Job, prepare, processes
-from opustomo.memory import Fit
 from opustomo.physics.grid import Grid
+from opustomo.training import start as start_module
+from opustomo.training.job import Job, prepare, processes
+from opustomo.training.memory import Fit
 from parallel_work import epoch_of, failing, shared_epoch
 from small_set import (
     PARTICLES,

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from opustomo import profiling
 from opustomo.errors import UserError
 from opustomo.model.decoder import Decoder
-from opustomo.profiling import PARTS
-from opustomo.start import check_compiler
+from opustomo.training import profiling
+from opustomo.training.profiling import PARTS
+from opustomo.training.start import check_compiler
 from small_set import SmallSet, given_cache, hurry, metrics_of, train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from opustomo import checkpoint, cli, start
+from opustomo import checkpoint, cli
 from opustomo import train as training
 from opustomo.config import TrainConfig
 from opustomo.data.pickles import save_split
@@ -17,7 +17,8 @@ from opustomo.errors import UserError
 from opustomo.objective import learning_rate
 from opustomo.physics.fourier import fourier_resize, from_band, irfft3
 from opustomo.physics.observation import model_band
-from opustomo.resume import Continuation, resolve
+from opustomo.training import start
+from opustomo.training.resume import Continuation, resolve
 from small_set import (
     EPOCHS,
     SmallSet,

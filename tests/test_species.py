@@ -13,7 +13,7 @@ from opustomo.config import InputOptions, TrainConfig
 from opustomo.data.readers import read_particles
 from opustomo.data.species import with_species
 from opustomo.errors import UserError
-from opustomo.start import select_inputs
+from opustomo.training.start import select_inputs
 from stack_writers import SIZE, relion_angles, two_states_set
 from star_sets import BOX, PIXEL, Set, put_loop
 

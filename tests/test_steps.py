@@ -15,13 +15,13 @@ import torch
 from opustomo import cli
 from opustomo import train as training
 from opustomo.config import TrainConfig
-from opustomo.context import Context
-from opustomo.guard import RanAway, Watch
 from opustomo.interruption import Asked
-from opustomo.keeping import Learner
 from opustomo.mixture import CodePosterior, Luck, Statistics, draw
 from opustomo.model.vae import Vae
 from opustomo.objective import magnitude, total_variation
+from opustomo.training.context import Context
+from opustomo.training.guard import RanAway, Watch
+from opustomo.training.keeping import Learner
 from small_set import (
     EPOCHS,
     PARTICLES,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from opustomo import verdict
 from opustomo.config import TrainConfig
 from opustomo.mixture import single
-from opustomo.verdict import Codes, faults, readable
+from opustomo.training import verdict
+from opustomo.training.verdict import Codes, faults, readable
 from small_set import SmallSet, given_cache, hurry, train
 
 PARTICLES, K = 200, 2

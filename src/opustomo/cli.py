@@ -260,7 +260,8 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
 
 
 def _train(function: Callable[..., int], config: Any, given: frozenset[str]) -> int:
-    from opustomo import job, parallel
+    from opustomo import parallel
+    from opustomo.training import job
 
     count = job.processes(config, given)
     return parallel.launch(count, partial(member, config, given)) if count > 1 else int(function(config, given) or 0)

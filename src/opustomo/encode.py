@@ -18,7 +18,6 @@ from torch import Tensor
 from opustomo import checkpoint
 from opustomo.body_stage import find_in_bodies, with_common, write_bodies
 from opustomo.config import EncodeConfig
-from opustomo.context import context_of, encode_all
 from opustomo.data.cache import CTF_PACK, hash_mask
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs
@@ -46,7 +45,8 @@ from opustomo.physics.fourier import band_frequencies, band_multiplicity
 from opustomo.physics.observation import band_volume, model_band
 from opustomo.preparation import RowMaker, name_damaged, prepare_process, tell
 from opustomo.reconstruct import Rows
-from opustomo.start import CLUSTERS, Start, device_of, stored_linear
+from opustomo.training.context import context_of, encode_all
+from opustomo.training.start import CLUSTERS, Start, device_of, stored_linear
 
 log = logging.getLogger("opustomo")
 

@@ -17,14 +17,9 @@ from torch import Tensor
 
 from opustomo import checkpoint, parallel
 from opustomo.config import TrainConfig
-from opustomo.context import Batch, Context, encode_all, known, posterior_of, read_batch
-from opustomo.course import Course, Window
 from opustomo.data.batches import bank_rows, batch_order
 from opustomo.errors import UserError
-from opustomo.guard import RanAway, Watch
 from opustomo.interruption import Asked, on_signal
-from opustomo.job import Job, prepare
-from opustomo.keeping import Files, Learner
 from opustomo.mixture import Luck, draw
 from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, peak_memory_gb, progress
@@ -43,9 +38,14 @@ from opustomo.objective import (
 )
 from opustomo.physics.observation import band_volume, seen_through
 from opustomo.preparation import prepare_process
-from opustomo.profiling import Profile, part
-from opustomo.start import Start, device_of, global_batch
-from opustomo.verdict import warn_of_codes, write_verdict
+from opustomo.training.context import Batch, Context, encode_all, known, posterior_of, read_batch
+from opustomo.training.course import Course, Window
+from opustomo.training.guard import RanAway, Watch
+from opustomo.training.job import Job, prepare
+from opustomo.training.keeping import Files, Learner
+from opustomo.training.profiling import Profile, part
+from opustomo.training.start import Start, device_of, global_batch
+from opustomo.training.verdict import warn_of_codes, write_verdict
 
 log = logging.getLogger("opustomo")
 
@@ -64,7 +64,7 @@ def main(config: TrainConfig, given: frozenset[str] | None = None) -> int:
     """
     with parallel.joined(config.device):
         if config.encode_mode == "fixed":
-            from opustomo import homogeneous
+            from opustomo.training import homogeneous
 
             return homogeneous.main(config, given) if parallel.first() else 0
         start: Start | None = None

@@ -11,9 +11,9 @@ import torch
 
 from opustomo import checkpoint, cli
 from opustomo import train as training
-from opustomo.course import Course
-from opustomo.guard import BLOCK, SETTLED, RanAway, Watch
 from opustomo.interruption import Asked
+from opustomo.training.course import Course
+from opustomo.training.guard import BLOCK, SETTLED, RanAway, Watch
 from small_set import EPOCHS, SmallSet, copy_run, given_cache, hurry, metrics_of, tensors, train
 
 ROWS = torch.arange(8)

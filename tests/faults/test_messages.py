@@ -21,7 +21,7 @@ from opustomo import cli
 from opustomo.config import InputOptions, TrainConfig
 from opustomo.data.readers import read_particles
 from opustomo.errors import UserError
-from opustomo.start import with_sizes
+from opustomo.training.start import with_sizes
 from star_sets import BOX
 
 PAGE = Path(__file__).parents[2] / "docs" / "messages.md"

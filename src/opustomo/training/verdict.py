@@ -16,7 +16,7 @@ from torch import Tensor
 from opustomo.analysis.score_poses import directions
 from opustomo.config import TrainConfig
 from opustomo.monitor import NOTABLE
-from opustomo.start import Start
+from opustomo.training.start import Start
 
 log = logging.getLogger("opustomo")
 

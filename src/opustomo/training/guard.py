@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from opustomo import parallel
-from opustomo.course import Course
 from opustomo.errors import Interrupted
 from opustomo.interruption import SIGNALS, Asked, on_signal, stop_at_once
+from opustomo.training.course import Course
 
 log = logging.getLogger("opustomo")
 

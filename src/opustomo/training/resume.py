@@ -17,10 +17,10 @@ import torch
 
 from opustomo.checkpoint import BEFORE, epochs_of, flatten, load_tensors, states_of
 from opustomo.config import GridOptions, InputOptions, TrainConfig
-from opustomo.course import Course
 from opustomo.data.bodies import absolute
 from opustomo.errors import UserError, reading
 from opustomo.stored import read_config
+from opustomo.training.course import Course
 
 _CHECKPOINT = re.compile(r"weights\.(\d+)\.pkl")
 # options that say where and how to run, not what is computed

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from opustomo import checkpoint, parallel
-from opustomo.choices import choices
 from opustomo.config import TrainConfig
-from opustomo.context import Context
-from opustomo.course import Course
 from opustomo.errors import UserError
 from opustomo.linear_fit import LinearResult
 from opustomo.model.vae import Vae
 from opustomo.monitor import setup_log
 from opustomo.preparation import prepare_process
-from opustomo.resume import Continuation, resolve
-from opustomo.start import (
+from opustomo.training.choices import choices
+from opustomo.training.context import Context
+from opustomo.training.course import Course
+from opustomo.training.resume import Continuation, resolve
+from opustomo.training.start import (
     Start,
     build,
     check_compiler,

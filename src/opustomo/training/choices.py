@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from opustomo.config import TrainConfig
 from opustomo.linear_fit import MAX_COMPONENTS
-from opustomo.start import Start, global_batch
-from opustomo.verdict import former_codes, orientation
+from opustomo.training.start import Start, global_batch
+from opustomo.training.verdict import former_codes, orientation
 
 MEASURED = 720  # training particles of the sets that the epochs were chosen on
 DEFAULT = TrainConfig(Path(), Path())

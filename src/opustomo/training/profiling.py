@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from opustomo import __version__, parallel
 from opustomo.checkpoint import flatten
 from opustomo.config import TrainConfig
-from opustomo.context import Context
 from opustomo.data.atomic import atomic, write_text
 from opustomo.model.vae import Vae
 from opustomo.monitor import peak_memory_gb
+from opustomo.training.context import Context
 
 PARTS = ("read", "encode", "decode", "likelihood", "backward", "exchange", "optimiser")
 WARM_UP, MEASURED = 10, 8  # steps

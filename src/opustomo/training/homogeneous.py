@@ -28,8 +28,8 @@ from opustomo.linear_fit import Plan, pose_error, settle
 from opustomo.monitor import setup_log
 from opustomo.physics.volume import centre_crop, centre_pad
 from opustomo.preparation import RowMaker, name_damaged, prepare_process, tell
-from opustomo.resume import spelt_option, typed_options
-from opustomo.start import save_config, select_inputs
+from opustomo.training.resume import spelt_option, typed_options
+from opustomo.training.start import save_config, select_inputs
 
 log = logging.getLogger("opustomo")
 

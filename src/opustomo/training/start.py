@@ -20,7 +20,6 @@ from opustomo import checkpoint, parallel
 from opustomo.bodies import BodyResult
 from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_bodies
 from opustomo.config import TrainConfig
-from opustomo.context import Context, context_of
 from opustomo.data.batches import wedge_groups
 from opustomo.data.bodies import absolute
 from opustomo.data.export import fingerprint_of
@@ -43,7 +42,6 @@ from opustomo.linear_fit import (
     usual_range,
 )
 from opustomo.linear_stage import keep, kept, write_results
-from opustomo.memory import plan
 from opustomo.mixture import Mixture
 from opustomo.model.vae import Vae
 from opustomo.physics.fourier import from_band, irfft3, resize_spectrum
@@ -52,7 +50,9 @@ from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker, make_split, name_damaged
 from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
-from opustomo.resume import LEARNED, Continuation
+from opustomo.training.context import Context, context_of
+from opustomo.training.memory import plan
+from opustomo.training.resume import LEARNED, Continuation
 
 log = logging.getLogger("opustomo")
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from opustomo import checkpoint
 from opustomo.checkpoint import BEFORE, WITHIN
 from opustomo.config import TrainConfig
-from opustomo.course import Course
 from opustomo.data.tensors import save_tensors
 from opustomo.errors import UserError
 from opustomo.linear_stage import last_poses, stage_state
 from opustomo.model.vae import Vae
 from opustomo.monitor import Metrics, read_rows
-from opustomo.start import Start
+from opustomo.training.course import Course
+from opustomo.training.start import Start
 
 
 @dataclass
