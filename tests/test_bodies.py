@@ -23,6 +23,7 @@ from opustomo.compat import dsdsh
 from opustomo.data.bodies import BodyFiles, load_bodies, mask_files, parts_of, read_bodies, save_bodies
 from opustomo.data.mrc import read_volume, write_volume
 from opustomo.errors import UserError
+from opustomo.motion_covariance import likeliest_covariance
 from opustomo.physics.bodies import left_jacobian, move_bodies, move_with_derivatives, soft_bodies
 from opustomo.physics.fourier import band_frequencies, band_multiplicity, fourier_resize, irfft3, rfft3
 from opustomo.physics.geometry import rotation_from_vector
@@ -164,6 +165,28 @@ def test_conformation_has_unit_variance_and_its_loading_is_its_inverse() -> None
     # the largest is the turn of half 2 about z
     assert abs(float(loading[8, 0])) / float(loading[6:9, 0].norm()) > 0.95
     assert bool((size[:-1] >= size[1:]).all())
+
+
+def test_covariance_of_motions_is_the_likeliest_one_at_once() -> None:
+    """Particles that tell some motions well, some badly and one not at all, from a start ten times too large."""
+    generator = torch.Generator().manual_seed(7)
+    true, start = torch.diag(torch.tensor([1.0, 0.2, 0.0, 0.0])), 10.0 * torch.eye(4)
+    told = torch.tensor([4.0, 4.0, 4.0, 0.2])
+    precision = torch.diag(told).expand(3000, 4, 4)
+    drawn = torch.randn(2, 3000, 4, generator=generator)
+    pull = told * (drawn[0] * true.diagonal().sqrt()) + told.sqrt() * drawn[1]
+    motion = torch.linalg.solve(start.inverse() + precision, pull[..., None])[..., 0]
+    found = likeliest_covariance(start, motion, precision)
+    assert torch.allclose(found.diagonal()[:2], true.diagonal()[:2], atol=0.06)
+    assert float(found.diagonal()[2:].max()) < 0.5  # one step of EM leaves 3.4 of the 10
+    assert float((found - found.diagonal().diag())[:3, :3].abs().max()) < 0.03
+
+    def evidence(covariance: torch.Tensor) -> float:
+        given = torch.distributions.MultivariateNormal(torch.zeros(4), covariance + precision[0].inverse())
+        return float(given.log_prob(pull / told).sum())
+
+    nearby = [found + 0.02 * (v + v.T) @ found @ (v + v.T) for v in torch.randn(20, 4, 4, generator=generator)]
+    assert evidence(found) > max(evidence(other) for other in nearby)
 
 
 def test_straightened_rows_have_value_and_slope_of_the_likelihood_at_the_mean() -> None:

@@ -53,7 +53,8 @@ ALLOWED = {
     "mixture": (),
     "linear": ("physics", "reconstruct", "mixture", "pose_scale"),
     "pose_scale": (),
-    "bodies": ("physics", "reconstruct", "linear", "objective"),
+    "motion_covariance": (),
+    "bodies": ("physics", "reconstruct", "linear", "objective", "motion_covariance"),
     "linear_fit": (
         "physics",
         "reconstruct",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opustomo.linear import LinearModel
+from opustomo.motion_covariance import likeliest_covariance
 from opustomo.objective import differentiable_band
 from opustomo.physics.bodies import move_bodies, move_with_derivatives
 from opustomo.physics.fourier import band_multiplicity, from_band, irfft3
@@ -50,6 +51,10 @@ class Bodies:
     def move(self, volume: Tensor, motion: Tensor) -> Tensor:
         """(b or 1, C, C, C) volumes under motions (b, 6 B)."""
         return move_bodies(volume, self.weights, self.joints, motion.unflatten(1, (-1, DOF)))
+
+    def still(self) -> Tensor:
+        """(6 B, 6 B), float64: the least covariance of motions that anything can be known to have."""
+        return STILL**2 * torch.linalg.inv(self.metric.double())
 
     def together(self) -> Tensor:
         """(6 B, 6): the motions of the bodies when the whole turns about voxel C//2 and shifts."""
@@ -116,8 +121,7 @@ class BodyModel:
         has the least variance, and the two are uncorrelated (generalised least squares).
         """
         shared = self.bodies.together().double()
-        jitter = STILL**2 * torch.linalg.inv(self.bodies.metric.double())
-        weighted = torch.linalg.solve(self.covariance.double() + jitter, shared)
+        weighted = torch.linalg.solve(self.covariance.double() + self.bodies.still(), shared)
         return motion @ torch.linalg.solve(shared.T @ weighted, weighted.T).T.to(motion)
 
     def inner(self, motion: Tensor) -> Tensor:
@@ -152,15 +156,13 @@ class BodyModel:
 class Motions:
     """Posterior of P particles: motion (P, 6 B), code (P, K), evidence (P,), standard deviations (P, D) of y.
 
-    The evidence is Laplace's, in nats against an empty map.  scatter (6 B, 6 B): mean covariance of the motions of the
-    particles that were looked at last.
+    The evidence is Laplace's, in nats against an empty map.
     """
 
     motion: Tensor
     code: Tensor
     evidence: Tensor
     spread: Tensor
-    scatter: Tensor
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,13 @@ class BodyResult:
     def of(cls, state: dict[str, Any]) -> BodyResult:
         """The inverse of ``state``."""
         model = BodyModel(bodies=Bodies(**state["bodies"]), **state["model"])
-        motions = Motions(**state["motions"])
+        motions = Motions(*(state["motions"][f.name] for f in fields(Motions)))
         return cls(tuple(state["names"]), model, motions, state["gain"], int(state["dimensions"]))
 
 
 def at_rest(count: int, model: BodyModel, dimensions: int) -> Motions:
     """Where every search begins."""
-    size = len(model.covariance)
-    shapes = (count, size), (count, len(model.components)), (count,), (count, dimensions), (size, size)
+    shapes = (count, len(model.covariance)), (count, len(model.components)), (count,), (count, dimensions)
     return Motions(*(torch.zeros(shape) for shape in shapes))
 
 
@@ -213,24 +214,28 @@ def at_rest(count: int, model: BodyModel, dimensions: int) -> Motions:
 
 def find_motions(
     model: BodyModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor, last: Motions, steps: int, bar: Bar
-) -> Motions:
-    """``last`` with the particles at ``index`` after ``steps`` (1 or more) Gauss-Newton steps; gain (P,)."""
+) -> tuple[Motions, Tensor]:
+    """``last`` with the particles at ``index`` after ``steps`` (1 or more) Gauss-Newton steps; gain (P,).
+
+    And with which precision the data tell these particles' motions, codes integrated out: (len(index), 6 B, 6 B).
+    """
     motion, code, evidence, spread = (v.clone() for v in (last.motion, last.code, last.evidence, last.spread))
     device, size = model.mean.device, motion.shape[1]
-    scatter = torch.zeros(size, size)
+    told = []
     projection = model.projection(spread.shape[1])
     for part in bar(index.split(batch_of(model, grid)), len(index)) if len(index) else ():
         g = gain[part].to(device)
         numerator = rows.numerator(part).to(device) * g[:, None, None, None]
         weight = rows.weight(part).to(device) * g[:, None].square()
         start = torch.cat([motion[part], code[part]], 1).to(device)
-        place, covariance, value = _search(model, numerator, weight, start, grid, steps)
+        place, covariance, value, precision = _search(model, numerator, weight, start, grid, steps)
         moving = covariance[:, :size, :size]
+        told.append(precision.cpu())
         motion[part], code[part], evidence[part] = place[:, :size].cpu(), place[:, size:].cpu(), value.cpu()
         variance = torch.einsum("dj,bjk,dk->bd", projection, moving, projection)
         spread[part] = variance.clamp(min=0).sqrt().cpu()
-        scatter += moving.sum(0).cpu()
-    return Motions(motion, code, evidence, spread, scatter / max(1, len(index)))
+    found = Motions(motion, code, evidence, spread)
+    return found, torch.cat(told) if told else motion.new_zeros(0, size, size)
 
 
 def batch_of(model: BodyModel, grid: Grid) -> int:
@@ -242,8 +247,9 @@ def batch_of(model: BodyModel, grid: Grid) -> int:
 @torch.no_grad()
 def _search(
     model: BodyModel, numerator: Tensor, weight: Tensor, start: Tensor, grid: Grid, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Motion and code (b, 6 B + K) of the largest posterior near ``start``, its covariance there, and the evidence."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Motion and code (b, 6 B + K) of the largest posterior near ``start``, its covariance there, the evidence, and
+    the data's precision of the motion with the code integrated out."""
     size, count = grid.working_box, len(model.covariance)
     codes = torch.eye(len(model.components)).to(model.mean)
     prior = torch.block_diag(torch.linalg.inv(model.covariance), codes)
@@ -276,7 +282,9 @@ def _search(
     # the curvature before the last step, which was a small one
     inverse = torch.cholesky_inverse(factor)
     evidence = 0.5 * torch.logdet(prior) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - lowest
-    return place, inverse, evidence
+    cross = precision[:, :count, count:]
+    inner = torch.linalg.solve(precision[:, count:, count:] + codes, cross.transpose(1, 2))
+    return place, inverse, evidence, precision[:, :count, :count] - cross @ inner
 
 
 def _slope(
@@ -299,12 +307,16 @@ def _slope(
 
 
 def refit(
-    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions, steps: int
-) -> BodyModel:
-    """The M-step on the particles at ``index``: covariance of the motions, and the mean by conjugate gradients."""
-    motion = found.motion[index]
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions,
+    precision: Tensor, steps: int,
+) -> BodyModel:  # fmt: skip
+    """The M-step on the particles at ``index``: covariance of the motions, and the mean by conjugate gradients.
+
+    precision: the data's, of their motions (see ``find_motions``).
+    """
     mean = _solve_mean(model, rows, index, grid, mask, gain, found, steps)
-    return replace(model, covariance=(motion.T @ motion / len(index) + found.scatter).to(mean), mean=mean)
+    covariance = likeliest_covariance(model.covariance.cpu(), found.motion[index], precision).to(mean)
+    return replace(model, covariance=covariance + model.bodies.still().to(mean), mean=mean)
 
 
 def _solve_mean(

@@ -94,17 +94,18 @@ def fit_bodies(
     def settle(model: BodyModel, found: Motions, index: Tensor, rounds: int, what: str) -> tuple[BodyModel, Motions]:
         for number in range(rounds):
             steps = FIRST_STEPS if not found.motion[index].any() else STEPS
-            found = find_motions(model, rows, index, grid, gain, found, steps, _bar(f"{what}, round {number + 1}"))
+            bar = _bar(f"{what}, round {number + 1}")
+            found, precision = find_motions(model, rows, index, grid, gain, found, steps, bar)
             log.info("%s, round %d of %d: %.2f nats per particle; %s", what, number + 1, rounds,
                      float(found.evidence[index].mean()), _moving(model, grid, dimensions))  # fmt: skip
             if isinstance(asked, int):
                 model = divide(model, rows, index, grid, gain, found, _bar(f"{what}, division {number + 1}"))
-            model = refit(model, rows, index, grid, mask, gain, found, MEAN_STEPS)
+            model = refit(model, rows, index, grid, mask, gain, found, precision, MEAN_STEPS)
         return model, found
 
     def rest(model: BodyModel, found: Motions) -> tuple[Motions, StraightRows, LinearResult]:
-        found = find_motions(model, rows, others, grid, gain, found, LAST_STEPS, _bar("motions of the others"))
-        found = find_motions(model, rows, some, grid, gain, found, STEPS, _bar("motions once more"))
+        found, _ = find_motions(model, rows, others, grid, gain, found, LAST_STEPS, _bar("motions of the others"))
+        found, _ = find_motions(model, rows, some, grid, gain, found, STEPS, _bar("motions once more"))
         straight = straight_rows(folder, model, rows, gain, found.motion, grid, _bar("bodies put back"))
         straight.hold()
         return found, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
@@ -127,7 +128,7 @@ def find_in_bodies(
     """Motions of other particles in bodies that are held, and their rows with these at rest; gain (P,)."""
     model = known.model.to(device)
     found, everyone = at_rest(len(rows), model, known.dimensions), torch.arange(len(rows))
-    found = find_motions(model, rows, everyone, grid, gain, found, FIRST_STEPS + LAST_STEPS, _bar("motions"))
+    found, _ = find_motions(model, rows, everyone, grid, gain, found, FIRST_STEPS + LAST_STEPS, _bar("motions"))
     straight = straight_rows(folder, model, rows, gain, found.motion, grid, _bar("bodies put back"))
     return replace(known, motions=found, gain=gain), straight
 

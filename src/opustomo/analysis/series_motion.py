@@ -76,9 +76,9 @@ def rigid_motion(volumes: Tensor, mask: Tensor, grid: Grid) -> tuple[Hinge, floa
     everyone, gain = torch.arange(len(volumes)), torch.ones(len(volumes))
     found = at_rest(len(volumes), model, 1)
     for _ in range(ROUNDS):
-        found = find_motions(model, rows, everyone, grid, gain, found, STEPS, lambda parts, _: parts)
+        found, _ = find_motions(model, rows, everyone, grid, gain, found, STEPS, lambda parts, _: parts)
         model = divide(model, rows, everyone, grid, gain, found, lambda parts, _: parts)
-    found = find_motions(model, rows, everyone, grid, gain, found, STEPS, lambda parts, _: parts)
+    found, _ = find_motions(model, rows, everyone, grid, gain, found, STEPS, lambda parts, _: parts)
     left = (model.bodies.move(middle[None], found.motion) - volumes).square().sum()
     changed = (volumes - middle).square().sum().clamp(min=1e-30)
     return hinges(model.bodies, found.motion)[0], float(1 - left / changed)
