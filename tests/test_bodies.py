@@ -23,7 +23,7 @@ from opustomo.compat import dsdsh
 from opustomo.data.bodies import BodyFiles, load_bodies, mask_files, parts_of, read_bodies, save_bodies
 from opustomo.data.mrc import read_volume, write_volume
 from opustomo.errors import UserError
-from opustomo.motion_covariance import likeliest_covariance
+from opustomo.motion_covariance import Told, likeliest_covariance
 from opustomo.physics.bodies import left_jacobian, move_bodies, move_with_derivatives, soft_bodies
 from opustomo.physics.fourier import band_frequencies, band_multiplicity, fourier_resize, irfft3, rfft3
 from opustomo.physics.geometry import rotation_from_vector
@@ -175,8 +175,7 @@ def test_covariance_of_motions_is_the_likeliest_one_at_once() -> None:
     precision = torch.diag(told).expand(3000, 4, 4)
     drawn = torch.randn(2, 3000, 4, generator=generator)
     pull = told * (drawn[0] * true.diagonal().sqrt()) + told.sqrt() * drawn[1]
-    motion = torch.linalg.solve(start.inverse() + precision, pull[..., None])[..., 0]
-    found = likeliest_covariance(start, motion, precision)
+    found = likeliest_covariance(start, Told(pull, precision))
     assert torch.allclose(found.diagonal()[:2], true.diagonal()[:2], atol=0.06)
     assert float(found.diagonal()[2:].max()) < 0.5  # one step of EM leaves 3.4 of the 10
     assert float((found - found.diagonal().diag())[:3, :3].abs().max()) < 0.03
@@ -187,6 +186,24 @@ def test_covariance_of_motions_is_the_likeliest_one_at_once() -> None:
 
     nearby = [found + 0.02 * (v + v.T) @ found @ (v + v.T) for v in torch.randn(20, 4, 4, generator=generator)]
     assert evidence(found) > max(evidence(other) for other in nearby)
+
+
+def test_what_is_told_of_motions_has_the_codes_integrated_out() -> None:
+    """Against the Gaussian integral by determinants, at two motions."""
+    generator = torch.Generator().manual_seed(8)
+    root = torch.randn(1, 5, 5, generator=generator, dtype=torch.float64)
+    curvature, place, slope = root @ root.mT, *torch.randn(2, 1, 5, generator=generator, dtype=torch.float64)
+    told = Told.of(slope, curvature, place, 3)
+
+    def integrated(motion: torch.Tensor) -> torch.Tensor:
+        away = torch.cat([motion, torch.zeros(2, dtype=torch.float64)]) - place[0]
+        inner = curvature[0, 3:, 3:] + torch.eye(2, dtype=torch.float64)
+        pull = (slope[0] - curvature[0] @ away)[3:]
+        return slope[0] @ away - 0.5 * away @ curvature[0] @ away + 0.5 * pull @ inner.inverse() @ pull
+
+    a, b = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    change = told.pull[0] @ (a - b) - 0.5 * (a @ told.precision[0] @ a - b @ told.precision[0] @ b)
+    assert float(change) == pytest.approx(float(integrated(a) - integrated(b)), rel=1e-9)
 
 
 def test_straightened_rows_have_value_and_slope_of_the_likelihood_at_the_mean() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opustomo.linear import LinearModel
-from opustomo.motion_covariance import likeliest_covariance
+from opustomo.motion_covariance import Told, likeliest_covariance
 from opustomo.objective import differentiable_band
 from opustomo.physics.bodies import move_bodies, move_with_derivatives
 from opustomo.physics.fourier import band_multiplicity, from_band, irfft3
@@ -214,28 +214,28 @@ def at_rest(count: int, model: BodyModel, dimensions: int) -> Motions:
 
 def find_motions(
     model: BodyModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor, last: Motions, steps: int, bar: Bar
-) -> tuple[Motions, Tensor]:
+) -> tuple[Motions, Told]:
     """``last`` with the particles at ``index`` after ``steps`` (1 or more) Gauss-Newton steps; gain (P,).
 
-    And with which precision the data tell these particles' motions, codes integrated out: (len(index), 6 B, 6 B).
+    And what the data tell of these particles' motions, as it was before the last step.
     """
     motion, code, evidence, spread = (v.clone() for v in (last.motion, last.code, last.evidence, last.spread))
     device, size = model.mean.device, motion.shape[1]
-    told = []
+    pulls, precisions = [motion[:0]], [motion.new_zeros(0, size, size)]
     projection = model.projection(spread.shape[1])
     for part in bar(index.split(batch_of(model, grid)), len(index)) if len(index) else ():
         g = gain[part].to(device)
         numerator = rows.numerator(part).to(device) * g[:, None, None, None]
         weight = rows.weight(part).to(device) * g[:, None].square()
         start = torch.cat([motion[part], code[part]], 1).to(device)
-        place, covariance, value, precision = _search(model, numerator, weight, start, grid, steps)
+        place, covariance, value, told = _search(model, numerator, weight, start, grid, steps)
         moving = covariance[:, :size, :size]
-        told.append(precision.cpu())
+        pulls.append(told.pull.cpu())
+        precisions.append(told.precision.cpu())
         motion[part], code[part], evidence[part] = place[:, :size].cpu(), place[:, size:].cpu(), value.cpu()
         variance = torch.einsum("dj,bjk,dk->bd", projection, moving, projection)
         spread[part] = variance.clamp(min=0).sqrt().cpu()
-    found = Motions(motion, code, evidence, spread)
-    return found, torch.cat(told) if told else motion.new_zeros(0, size, size)
+    return Motions(motion, code, evidence, spread), Told(torch.cat(pulls), torch.cat(precisions))
 
 
 def batch_of(model: BodyModel, grid: Grid) -> int:
@@ -247,9 +247,9 @@ def batch_of(model: BodyModel, grid: Grid) -> int:
 @torch.no_grad()
 def _search(
     model: BodyModel, numerator: Tensor, weight: Tensor, start: Tensor, grid: Grid, steps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Told]:
     """Motion and code (b, 6 B + K) of the largest posterior near ``start``, its covariance there, the evidence, and
-    the data's precision of the motion with the code integrated out."""
+    what the data tell of the motion."""
     size, count = grid.working_box, len(model.covariance)
     codes = torch.eye(len(model.components)).to(model.mean)
     prior = torch.block_diag(torch.linalg.inv(model.covariance), codes)
@@ -267,6 +267,7 @@ def _search(
     place, lowest = start, energy(start)
     for _ in range(steps):
         pull, precision = _slope(model, numerator, weighted, volume(place), place[:, :count], size)
+        told = Told.of(pull, precision, place, count)
         factor = torch.linalg.cholesky(precision + prior)
         step = torch.cholesky_solve((pull - place @ prior)[..., None], factor)[..., 0]
         reach, left = place.new_ones(len(place), 1), torch.ones(len(place), dtype=torch.bool, device=place.device)
@@ -282,9 +283,7 @@ def _search(
     # the curvature before the last step, which was a small one
     inverse = torch.cholesky_inverse(factor)
     evidence = 0.5 * torch.logdet(prior) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - lowest
-    cross = precision[:, :count, count:]
-    inner = torch.linalg.solve(precision[:, count:, count:] + codes, cross.transpose(1, 2))
-    return place, inverse, evidence, precision[:, :count, :count] - cross @ inner
+    return place, inverse, evidence, told
 
 
 def _slope(
@@ -308,14 +307,14 @@ def _slope(
 
 def refit(
     model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions,
-    precision: Tensor, steps: int,
+    told: Told, first: Tensor, steps: int,
 ) -> BodyModel:  # fmt: skip
     """The M-step on the particles at ``index``: covariance of the motions, and the mean by conjugate gradients.
 
-    precision: the data's, of their motions (see ``find_motions``).
+    told: of their motions; first (6 B, 6 B): the covariance to begin with.
     """
     mean = _solve_mean(model, rows, index, grid, mask, gain, found, steps)
-    covariance = likeliest_covariance(model.covariance.cpu(), found.motion[index], precision).to(mean)
+    covariance = likeliest_covariance(first, told).to(mean)
     return replace(model, covariance=covariance + model.bodies.still().to(mean), mean=mean)
 
 

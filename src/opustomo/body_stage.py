@@ -95,12 +95,12 @@ def fit_bodies(
         for number in range(rounds):
             steps = FIRST_STEPS if not found.motion[index].any() else STEPS
             bar = _bar(f"{what}, round {number + 1}")
-            found, precision = find_motions(model, rows, index, grid, gain, found, steps, bar)
+            found, told = find_motions(model, rows, index, grid, gain, found, steps, bar)
             log.info("%s, round %d of %d: %.2f nats per particle; %s", what, number + 1, rounds,
                      float(found.evidence[index].mean()), _moving(model, grid, dimensions))  # fmt: skip
             if isinstance(asked, int):
                 model = divide(model, rows, index, grid, gain, found, _bar(f"{what}, division {number + 1}"))
-            model = refit(model, rows, index, grid, mask, gain, found, precision, MEAN_STEPS)
+            model = refit(model, rows, index, grid, mask, gain, found, told, first, MEAN_STEPS)
         return model, found
 
     def rest(model: BodyModel, found: Motions) -> tuple[Motions, StraightRows, LinearResult]:

@@ -1,9 +1,11 @@
 """How the bodies of a molecule move: the covariance of their motions under which the data are likeliest.
 
-Owns: S of ``bodies`` from what every particle tells of its motion.
+Owns: what data tell of a motion near where it is, and S of ``bodies`` from that of all particles.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,20 +16,38 @@ from torch import Tensor
 ITERATIONS = 200  # of L-BFGS at most
 
 
-def likeliest_covariance(known: Tensor, motion: Tensor, precision: Tensor) -> Tensor:
-    """The covariance S (n, n) of ``m_i ~ N(0, S)`` under which the particles' motions are likeliest.
+@dataclass(frozen=True)
+class Told:
+    """The log-likelihood of P motions, codes integrated out: ``<pull, m> - <m, precision m> / 2``.
 
-    motion (P, n): the most likely ones under the covariance ``known`` (n, n); precision H (P, n, n): the data's.  With
-    ``p_i = (known^-1 + H_i) m_i`` a particle's evidence is ``(p^t F (1 + F^t H F)^-1 F^t p - log det(1 + F^t H F)) / 2``
-    for ``S = F F^t``.  EM, which takes one step towards this, needs hundreds where the data say little, and would
-    leave motions that nobody has seen.
+    pull: (P, n); precision: (P, n, n).
     """
-    root = torch.linalg.cholesky(known.double())
-    heavy = precision.double()
-    pull = torch.cholesky_solve(motion.double().T, root).T + (heavy @ motion.double()[..., None])[..., 0]
-    # in units of the known covariance, so that rotations and shifts weigh alike
-    heavy, pull = root.T @ heavy @ root, pull @ root
-    eye = torch.eye(len(known), dtype=torch.float64)
+
+    pull: Tensor
+    precision: Tensor
+
+    @classmethod
+    def of(cls, slope: Tensor, curvature: Tensor, place: Tensor, count: int) -> Told:
+        """From slope (P, n + K) and curvature at ``place``, motions (``count`` numbers) and codes of unit variance."""
+        pull = slope + (curvature @ place[..., None])[..., 0]
+        inner = curvature[:, count:, count:] + torch.eye(place.shape[1] - count).to(curvature)
+        cross = curvature[:, :count, count:]
+        taken = cross @ torch.linalg.solve(inner, torch.cat([cross.transpose(1, 2), pull[:, count:, None]], -1))
+        return cls(pull[:, :count] - taken[..., -1], curvature[:, :count, :count] - taken[..., :-1])
+
+
+def likeliest_covariance(first: Tensor, told: Told) -> Tensor:
+    """The covariance S (n, n) of ``m_i ~ N(0, S)`` under which the data are likeliest; ``first``: where to begin.
+
+    With ``S = F F^t``, pull p and precision H a particle's evidence is
+    ``(<p, F (1 + F^t H F)^-1 F^t p> - log det(1 + F^t H F)) / 2``.  EM, which takes one step towards its maximum, needs
+    hundreds where the data say little, and would leave motions that nobody has seen.  The search begins at the widest
+    motions every time: those that an earlier one has taken for none would not come back.
+    """
+    root = torch.linalg.cholesky(first.double())
+    # in units of the first covariance, so that rotations and shifts weigh alike
+    heavy, pull = root.T @ told.precision.double() @ root, told.pull.double() @ root
+    eye = torch.eye(len(root), dtype=torch.float64)
 
     def minus_evidence(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         factor = torch.from_numpy(flat).reshape(eye.shape).requires_grad_()
