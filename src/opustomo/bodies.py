@@ -30,7 +30,8 @@ from opustomo.reconstruct import Rows, own_precision
 DOF = 6  # of a body: rotation about x, y, z and shift along them
 SHRINK, TRIES = 1.0 / 3.0, 4  # of a step that makes things worse
 VALUES_AT_ONCE = 2e7  # derivatives held at a time
-STILL = 0.05  # voxels: no body is known to stand more still than this
+STILL = 0.05  # voxels: no body is known to stand more still than this where poses are split from conformations
+LEAST = 0.005  # voxels: of the motions of the set, which have to have an inverse; ten times that costs a nat
 RIDGE = 1e-6  # of the metric: a body of a few voxels has motions that move nothing
 
 Bar = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
@@ -52,9 +53,9 @@ class Bodies:
         """(b or 1, C, C, C) volumes under motions (b, 6 B)."""
         return move_bodies(volume, self.weights, self.joints, motion.unflatten(1, (-1, DOF)))
 
-    def still(self) -> Tensor:
-        """(6 B, 6 B), float64: the least covariance of motions that anything can be known to have."""
-        return STILL**2 * torch.linalg.inv(self.metric.double())
+    def alike(self, size: float) -> Tensor:
+        """(6 B, 6 B), float64: covariance of motions that are all of one size, ``size`` voxels each."""
+        return size**2 * torch.linalg.inv(self.metric.double())
 
     def together(self) -> Tensor:
         """(6 B, 6): the motions of the bodies when the whole turns about voxel C//2 and shifts."""
@@ -121,7 +122,7 @@ class BodyModel:
         has the least variance, and the two are uncorrelated (generalised least squares).
         """
         shared = self.bodies.together().double()
-        weighted = torch.linalg.solve(self.covariance.double() + self.bodies.still(), shared)
+        weighted = torch.linalg.solve(self.covariance.double() + self.bodies.alike(STILL), shared)
         return motion @ torch.linalg.solve(shared.T @ weighted, weighted.T).T.to(motion)
 
     def inner(self, motion: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def _search(
     what the data tell of the motion."""
     size, count = grid.working_box, len(model.covariance)
     codes = torch.eye(len(model.components)).to(model.mean)
-    prior = torch.block_diag(torch.linalg.inv(model.covariance), codes)
+    prior = torch.block_diag(torch.linalg.inv(model.covariance.double()).to(codes), codes)
     weighted = weight * band_multiplicity(size, weight.device)
 
     def volume(place: Tensor) -> Tensor:
@@ -314,8 +315,8 @@ def refit(
     told: of their motions; first (6 B, 6 B): the covariance to begin with.
     """
     mean = _solve_mean(model, rows, index, grid, mask, gain, found, steps)
-    covariance = likeliest_covariance(first, told).to(mean)
-    return replace(model, covariance=covariance + model.bodies.still().to(mean), mean=mean)
+    covariance = likeliest_covariance(first, told).to(mean.device) + model.bodies.alike(LEAST)
+    return replace(model, covariance=covariance.to(mean), mean=mean)
 
 
 def _solve_mean(

@@ -60,4 +60,4 @@ def likeliest_covariance(first: Tensor, told: Told) -> Tensor:
     found = minimize(minus_evidence, eye.numpy().ravel(), jac=True, method="L-BFGS-B",
                      options={"maxiter": ITERATIONS})  # fmt: skip
     factor = root @ torch.from_numpy(found.x).reshape(eye.shape)
-    return (factor @ factor.T).float()
+    return factor @ factor.T
