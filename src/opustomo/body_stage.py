@@ -47,7 +47,7 @@ log = logging.getLogger("opustomo")
 
 SOFT = 8.0, 0.75  # Angstrom, but at least so many voxels: the softness of a body's edge
 SAMPLE = 4096  # particles that are enough to learn how a set moves
-ROUNDS, MORE = 4, 2  # of EM before anything else is allowed to change, and after it
+ROUNDS, MORE = 4, 1  # of EM before anything else is allowed to change, and after it
 LEARNED = 3  # rounds more of both where the division is learned
 FIRST_STEPS, STEPS, LAST_STEPS, MEAN_STEPS = 4, 1, 4, 3
 
