@@ -20,12 +20,12 @@ from opustomo.linear import LinearModel
 from opustomo.motion_covariance import Told, likeliest_covariance
 from opustomo.objective import differentiable_band
 from opustomo.physics.bodies import move_bodies, move_with_derivatives
-from opustomo.physics.fourier import band_multiplicity, from_band, irfft3
+from opustomo.physics.fourier import band_multiplicity
 from opustomo.physics.geometry import cross_matrix
 from opustomo.physics.grid import Grid
-from opustomo.physics.observation import model_band, model_band_adjoint
-from opustomo.physics.volume import centre_crop, centred_coordinates
-from opustomo.reconstruct import Rows, own_precision
+from opustomo.physics.observation import model_band, model_band_adjoint, seen_through
+from opustomo.physics.volume import centred_coordinates
+from opustomo.reconstruct import Rows, conjugate_gradients, own_precision
 
 DOF = 6  # of a body: rotation about x, y, z and shift along them
 SHRINK, TRIES = 1.0 / 3.0, 4  # of a step that makes things worse
@@ -330,9 +330,6 @@ def _solve_mean(
     for part in index.split(256):
         total += (rows.weight(part) * gain[part, None].square()).sum(0).to(device)
 
-    def shaped(volume: Tensor, kernel: Tensor) -> Tensor:
-        return centre_crop(irfft3(from_band(model_band(volume, size) * kernel, size)), grid.crop)
-
     def back(seen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Gradient at 0, summed over the particles, of ``seen(particles, moved volume)``."""
         summed = torch.zeros_like(model.mean)
@@ -362,21 +359,13 @@ def _solve_mean(
                 image = model.bodies.move((reach * x)[None], found.motion[part].to(device))
             return overlap(part, moved, image)
 
-        return reach * back(seen) + mask * shaped(mask * x, precision)
+        return reach * back(seen) + mask * seen_through(mask * x, precision, size)
+
+    def conditioned(x: Tensor) -> Tensor:
+        return mask * seen_through(mask * x, 1.0 / (total + precision), size)
 
     x = torch.where(reach > 1e-3, model.mean / reach.clamp(min=1e-3), 0.0)
-    residual = reach * back(data) - normal(x)
-    inverse = 1.0 / (total + precision)
-    direction = mask * shaped(mask * residual, inverse)
-    rho = (residual * direction).sum()
-    for _ in range(steps):
-        image = normal(direction)
-        step = rho / (direction * image).sum().clamp(min=1e-30)
-        x, residual = x + step * direction, residual - step * image
-        smooth = mask * shaped(mask * residual, inverse)
-        rho, previous = (residual * smooth).sum(), rho
-        direction = smooth + (rho / previous.clamp(min=1e-30)) * direction
-    return reach * x
+    return reach * conjugate_gradients(normal, conditioned, reach * back(data), x, steps)
 
 
 def straightened(

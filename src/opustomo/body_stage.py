@@ -6,8 +6,6 @@ whose bodies are put back, then both together; what comes after (mixture, networ
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -30,7 +28,7 @@ from opustomo.bodies import (
 )
 from opustomo.body_division import divide
 from opustomo.body_rows import StraightRows, straight_rows
-from opustomo.data.atomic import write_text
+from opustomo.data.atomic import write_csv
 from opustomo.data.bodies import BodyMasks, auto_count, mask_files, parts_of, read_bodies
 from opustomo.data.mrc import write_volume
 from opustomo.data.particles import Particles
@@ -182,11 +180,8 @@ def write_bodies(folder: Path, result: BodyResult, mask: Tensor, grid: Grid) -> 
     numbers = torch.cat([*result.conformation, (inner * unit).flatten(1)], 1)
     names = [f"{what}{j + 1}" for what in ("y", "sd") for j in range(result.dimensions)]
     names += [f"{body}_{what}" for body in result.names for what in ("rx", "ry", "rz", "x", "y", "z")]
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["row", *names])
-    table.writerows([i + 1, *(f"{value:.5g}" for value in row)] for i, row in enumerate(numbers.tolist()))
-    write_text(folder / "motions.csv", buffer.getvalue())
+    lines = ([i, *(f"{value:.5g}" for value in row)] for i, row in enumerate(numbers.tolist(), 1))
+    write_csv(folder / "motions.csv", ["row", *names], lines)
     for body, weight in zip(result.names, result.model.bodies.weights, strict=True):
         own = fourier_resize(centre_pad(weight * mask, grid.working_box), grid.box).clamp(0.0, 1.0)
         write_volume(folder / f"{body}.mrc", own.numpy(), grid.pixel_size)

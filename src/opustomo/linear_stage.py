@@ -5,7 +5,6 @@ Owns: the verb ``linear`` and the folder ``linear`` that ``train`` writes too.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import logging
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from opustomo import checkpoint
 from opustomo.config import LinearConfig
-from opustomo.data.atomic import atomic
+from opustomo.data.atomic import write_csv
 from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
@@ -211,12 +210,10 @@ def independent_components(code: NDArray[np.float32], seed: int) -> tuple[NDArra
 def _write_particles(path: Path, result: LinearResult, code: Tensor, score: Tensor) -> None:
     probability, number = result.codes.share.max(1)
     names = ["gain", "evidence_nats", "outlier_score", "gaussian", "probability"]
-    with atomic(path) as temporary, temporary.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["row", *names, *(f"z{j + 1}" for j in range(code.shape[1]))])
-        for i in range(len(score)):
-            numbers = [result.posterior.gain[i], result.codes.evidence[i], score[i], number[i], probability[i]]
-            writer.writerow([i + 1, *(f"{float(v):.5g}" for v in (*numbers, *code[i]))])
+    columns = [result.posterior.gain, result.codes.evidence, score, number, probability, *code.T]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    header = ["row", *names, *(f"z{j + 1}" for j in range(code.shape[1]))]
+    write_csv(path, header, ([i, *(f"{value:.5g}" for value in row)] for i, row in enumerate(rows, 1)))
 
 
 def _write_snr(path: Path, result: LinearResult, rows: Rows, grid: Grid, mask: Tensor) -> None:
@@ -229,10 +226,8 @@ def _write_snr(path: Path, result: LinearResult, rows: Rows, grid: Grid, mask: T
     average, variability = found[0], found[1:].sum(0)
     shells = [shell for shell in range(1, len(values)) if values[shell] > 0]
     table = [(s, grid.extent / s, *(float(column[s]) for column in (values, average, variability))) for s in shells]
-    with atomic(path) as temporary, temporary.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["shell", "resolution_angstrom", "values", "snr_average", "snr_variability"])
-        writer.writerows([shell, *(f"{number:.5g}" for number in numbers)] for shell, *numbers in table)
+    header = ["shell", "resolution_angstrom", "values", "snr_average", "snr_variability"]
+    write_csv(path, header, ([shell, *(f"{number:.5g}" for number in numbers)] for shell, *numbers in table))
     shown = table[:: max(1, math.ceil(len(table) / LOGGED_SHELLS))]
     for words, column in (("resolution (A)", 1), ("average", 3), ("variability", 4)):
         title = f"{words}:" if column == 1 else f"signal over noise of one particle, {words}:"

@@ -7,7 +7,7 @@ the interface ``Rows`` through which all of them read a data set.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -110,10 +110,21 @@ def solve_masked(
 
     reach = mask if amplitude is None else mask * amplitude
     x = torch.where(reach > 1e-3, start / reach.clamp(min=1e-3), 0.0)
-    residual = reach * right - normal(x)
+    return reach * conjugate_gradients(normal, conditioned, reach * right, x, iterations)
+
+
+def conjugate_gradients(
+    normal: Callable[[Tensor], Tensor],
+    conditioned: Callable[[Tensor], Tensor],
+    right: Tensor,
+    x: Tensor,
+    iterations: int,
+) -> Tensor:
+    """``normal(x) = right`` solved from x; ``conditioned`` is about the inverse of ``normal``."""
+    residual = right - normal(x)
     direction = conditioned(residual)
     rho = (residual * direction).sum()
-    tolerance = 1e-8 * (reach * right).square().sum()
+    tolerance = 1e-8 * right.square().sum()
     for _ in range(iterations):
         image = normal(direction)
         step = rho / (direction * image).sum().clamp(min=1e-30)
@@ -124,7 +135,7 @@ def solve_masked(
         smooth = conditioned(residual)
         rho, previous = (residual * smooth).sum(), rho
         direction = smooth + (rho / previous.clamp(min=1e-30)) * direction
-    return reach * x
+    return x
 
 
 def wiener(numerator: Tensor, weight: Tensor, size: int, precision: Tensor) -> Tensor:

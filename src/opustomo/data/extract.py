@@ -5,7 +5,6 @@ Owns: boxes at whole voxels (what is left of the position becomes the origin), a
 
 from __future__ import annotations
 
-import csv
 import logging
 import shlex
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.config import ExtractConfig
 from opustomo.data.angles import to_euler
-from opustomo.data.atomic import atomic
+from opustomo.data.atomic import write_csv
 from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.mrc import map_volume, write_volume
 from opustomo.data.places import begins, tomogram_key
@@ -191,10 +190,8 @@ def _tell_left_out(config: ExtractConfig, particles: ParticleList, boxes: _Boxes
             f"{config.list}: no box of {config.box} voxels lies inside its tomogram, first: {some}; give the pixel "
             "size that the coordinates count (--coords-angpix), the right tomograms or a smaller --box"
         )
-    with atomic(config.output / "left_out.csv") as temporary, temporary.open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["row", "tomogram", "x", "y", "z"])
-        writer.writerows((i + 1, particles.tomogram[i], *(f"{v:.3f}" for v in position[i])) for i in rows)
+    lines = ([i + 1, particles.tomogram[i], *(f"{v:.3f}" for v in position[i])] for i in rows)
+    write_csv(config.output / "left_out.csv", ["row", "tomogram", "x", "y", "z"], lines)
     log.warning("%d of %d particles are too near the edge and left out (left_out.csv): %s%s", len(rows), len(position),
                 some, " ..." if len(rows) > _NAMED else "")  # fmt: skip
 
