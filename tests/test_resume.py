@@ -167,7 +167,6 @@ def test_rows_are_made_anew_from_poses_and_noise_of_the_checkpoint(
         raise AssertionError("the noise was estimated again")
 
     monkeypatch.setattr("opustomo.preparation.estimate_noise", unwanted)
-    monkeypatch.setattr("opustomo.data.cache.estimate_noise", unwanted)
     run = copy_run(finished_run, tmp_path / "run", EPOCHS - 2)
     assert train(small_set, run, "-n", str(EPOCHS), "--load", "latest", *options) == 0
     assert (run / "cache").exists() == (not options)
