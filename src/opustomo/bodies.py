@@ -31,6 +31,7 @@ DOF = 6  # of a body: rotation about x, y, z and shift along them
 SHRINK, TRIES = 1.0 / 3.0, 4  # of a step that makes things worse
 VALUES_AT_ONCE = 2e7  # derivatives held at a time
 STILL = 0.05  # voxels: no body is known to stand more still than this where poses are split from conformations
+FREEDOM = 10.0  # times the covariance of the set: as good as none where the data tell a motion
 LEAST = 0.005  # voxels: of the motions of the set, which have to have an inverse; ten times that costs a nat
 RIDGE = 1e-6  # of the metric: a body of a few voxels has motions that move nothing
 
@@ -115,6 +116,15 @@ class BodyModel:
         rest = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "bodies"}
         return replace(self, bodies=bodies, **rest)
 
+    def freed(self) -> BodyModel:
+        """The model with a prior of the motions that hardly holds them back.
+
+        The most likely motion is nearer to 0 than the true one.  In data whose bodies are put back from it a part of
+        the motion is left, always the same part: a component of composition would take it up.
+        """
+        wide = FREEDOM * self.covariance.double() + self.bodies.alike(STILL)
+        return replace(self, covariance=wide.to(self.covariance))
+
     def common(self, motion: Tensor) -> Tensor:
         """The pose error in motions (P, 6 B): rotation vector and shift of the molecule about voxel C//2, (P, 6).
 
@@ -170,12 +180,14 @@ class Motions:
 class BodyResult:
     """The fitted bodies: model, motions of all particles at the gains (P,) they were found with, names.
 
+    free: (P, 6 B) motions under the wide prior of ``BodyModel.freed``, from which the bodies are put back;
     dimensions: columns of the conformation code (``--zaffinedim``).
     """
 
     names: tuple[str, ...]
     model: BodyModel
     motions: Motions
+    free: Tensor
     gain: Tensor
     dimensions: int
 
@@ -194,14 +206,15 @@ class BodyResult:
         model = {f.name: getattr(self.model, f.name) for f in fields(BodyModel) if f.name != "bodies"}
         bodies, motions = vars(self.model.bodies), vars(self.motions)
         return {"names": list(self.names), "model": model, "bodies": dict(bodies), "motions": dict(motions),
-                "gain": self.gain, "dimensions": self.dimensions}  # fmt: skip
+                "free": self.free, "gain": self.gain, "dimensions": self.dimensions}  # fmt: skip
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> BodyResult:
         """The inverse of ``state``."""
         model = BodyModel(bodies=Bodies(**state["bodies"]), **state["model"])
         motions = Motions(*(state["motions"][f.name] for f in fields(Motions)))
-        return cls(tuple(state["names"]), model, motions, state["gain"], int(state["dimensions"]))
+        free = state.get("free", motions.motion)  # runs of before had no others
+        return cls(tuple(state["names"]), model, motions, free, state["gain"], int(state["dimensions"]))
 
 
 def at_rest(count: int, model: BodyModel, dimensions: int) -> Motions:

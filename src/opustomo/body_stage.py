@@ -101,21 +101,22 @@ def fit_bodies(
             model = refit(model, rows, index, grid, mask, gain, found, told, first, MEAN_STEPS)
         return model, found
 
-    def rest(model: BodyModel, found: Motions) -> tuple[Motions, StraightRows, LinearResult]:
+    def rest(model: BodyModel, found: Motions) -> tuple[Motions, Tensor, StraightRows, LinearResult]:
         found, _ = find_motions(model, rows, others, grid, gain, found, LAST_STEPS, _bar("motions of the others"))
         found, _ = find_motions(model, rows, some, grid, gain, found, STEPS, _bar("motions once more"))
-        straight = straight_rows(folder, model, rows, gain, found.motion, grid, _bar("bodies put back"))
+        free = free_motions(model, rows, grid, gain, found)
+        straight = straight_rows(folder, model, rows, gain, free, grid, _bar("bodies put back"))
         straight.hold()
-        return found, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
+        return found, free, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
 
     learned = LEARNED if isinstance(asked, int) else 0
     model, found = settle(model, found, some, ROUNDS + learned, "bodies")
-    found, _, changes = rest(model, found)
+    found, _, _, changes = rest(model, found)
     model = model.with_linear(changes.model).to(device)
     found = replace(found, code=changes.posterior.code)
     model, found = settle(model, found, some, MORE + learned, "bodies and components")
-    found, straight, last = rest(model, found)
-    result = BodyResult(masks.names, model.to(torch.device("cpu")), found, gain, dimensions)
+    found, free, straight, last = rest(model, found)
+    result = BodyResult(masks.names, model.to(torch.device("cpu")), found, free, gain, dimensions)
     _judge(result, linear, held if len(held) else train)
     return result, straight, with_common(last, result)
 
@@ -127,14 +128,21 @@ def find_in_bodies(
     model = known.model.to(device)
     found, everyone = at_rest(len(rows), model, known.dimensions), torch.arange(len(rows))
     found, _ = find_motions(model, rows, everyone, grid, gain, found, FIRST_STEPS + LAST_STEPS, _bar("motions"))
-    straight = straight_rows(folder, model, rows, gain, found.motion, grid, _bar("bodies put back"))
-    return replace(known, motions=found, gain=gain), straight
+    free = free_motions(model, rows, grid, gain, found)
+    straight = straight_rows(folder, model, rows, gain, free, grid, _bar("bodies put back"))
+    return replace(known, motions=found, free=free, gain=gain), straight
+
+
+def free_motions(model: BodyModel, rows: Rows, grid: Grid, gain: Tensor, found: Motions) -> Tensor:
+    """(P, 6 B): where the motions lie that were found, under the prior that hardly holds them back."""
+    everyone = torch.arange(len(rows))
+    return find_motions(model.freed(), rows, everyone, grid, gain, found, STEPS, _bar("motions set free"))[0].motion
 
 
 def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid) -> StraightRows:
     """Rows with the bodies of a stored result at rest."""
     bar = _bar("bodies put back")
-    return straight_rows(folder, result.model, rows, result.gain, result.motions.motion, grid, bar)
+    return straight_rows(folder, result.model, rows, result.gain, result.free, grid, bar)
 
 
 def _not_in(index: Tensor, count: int) -> Tensor:
