@@ -687,8 +687,8 @@ def hinged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     motion[:, 2] = torch.linspace(-20, 20, PARTICLES).deg2rad()
     model = BodyModel(bodies, mean, weights["model"]["components"], motion.T @ motion / PARTICLES, power, mean)
     still = torch.zeros(PARTICLES)
-    motions = Motions(motion, codes["mu"], still, torch.ones(PARTICLES, 2), torch.eye(12))
-    result = BodyResult(("left", "right"), model, motions, still, 2)
+    motions = Motions(motion, codes["mu"], still, torch.ones(PARTICLES, 2))
+    result = BodyResult(("left", "right"), model, motions, motion, still, 2)
     save_tensors(folder / "weights.2.pkl", weights | {"bodies": result.state()})
     y, spread = result.conformation
     save_tensors(folder / "z.2.pkl", codes | {"multi_mu": y, "multi_sigma": spread})

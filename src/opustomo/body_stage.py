@@ -134,9 +134,11 @@ def find_in_bodies(
 
 
 def free_motions(model: BodyModel, rows: Rows, grid: Grid, gain: Tensor, found: Motions) -> Tensor:
-    """(P, 6 B): where the motions lie that were found, under the prior that hardly holds them back."""
-    everyone = torch.arange(len(rows))
-    return find_motions(model.freed(), rows, everyone, grid, gain, found, STEPS, _bar("motions set free"))[0].motion
+    """(P, 6 B): the motions that were found, what bodies do against each other under the prior that hardly holds it."""
+    everyone, bar = torch.arange(len(rows)), _bar("motions set free")
+    free = find_motions(model.freed(), rows, everyone, grid, gain, found, STEPS, bar)[0].motion
+    known = model.to(torch.device("cpu"))
+    return found.motion + known.inner(free - found.motion)
 
 
 def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid) -> StraightRows:
