@@ -71,7 +71,7 @@ def point_group(name: str) -> NDArray[np.float64]:
         group = Rotation.create_group(given)
     else:
         raise UserError(
-            f"--symmetry {name}: is no point group of rotations; give C2, C3, ..., D2, D3, ..., T, O or I1 to I4 (I is I2)"
+            f"--symmetry {name}: is no point group of rotations; give C2, C3, ..., D2, ..., T, O or I1 to I4 (I is I2)"
         )
     turn = Rotation.from_euler("zyz", _TURNS.get(given, (0.0, 0.0, 0.0)), degrees=True)
     turned = turn * group * turn.inv()
