@@ -41,7 +41,9 @@ def _half_sets(particles: Particles) -> list[Finding]:
     first, second, none = (int((particles.half == value).sum()) for value in (1, 2, 0))
     values = {"half1": first, "half2": second, "none": none}
     if none == len(particles):
-        return [Finding("note", "half sets", "none in the file", "alternate rows make the halves for the FSC", values)]
+        return [
+            Finding("note", "half sets", "none in the file", "alternate particles make the halves for the FSC", values)
+        ]
     found = f"{first} and {second}" + (f", {len(particles) - first - second} without" if none else "")
     if none or min(first, second) < 0.8 * max(first, second):
         return [Finding("warning", "half sets", f"{found}: uneven", "make rlnRandomSubset anew for a fair FSC", values)]
