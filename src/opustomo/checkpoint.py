@@ -191,7 +191,7 @@ class Run:
         stored = Path(self.config["split"])
         here = self.path / stored.name  # also after the folder has moved
         order = load_split(stored if stored.is_file() else here, len(self.codes))
-        if "trained_rows" not in self.config:  # runs made before there were copies
+        if self.config.get("trained_rows") is None:  # runs made before there were copies
             return split_rows(order, float(self.config["valfrac"]))
         trained = int(self.config["trained_rows"])
         return order[:trained], order[trained:]

@@ -174,7 +174,8 @@ def star_to_relion30(
 
     One block, the optics in the rows, origins in pixels.  pixel_size: Angstrom, compared with the file's; target: pixel
     size to which coordinates and origins in pixels are scaled; unique: first row of each rlnImageName alone.  Half sets
-    are the file's, else alternate particles.  UserError: stacks of tilt images, another pixel size, no row with the label.
+    are the file's, else alternate particles.  UserError: stacks of tilt images, another pixel size, no row
+    with the label.
     """
     star = read_star(source)
     if not star.has(star.particle_block, "rlnImageName") or relion.has_stacks(star):
