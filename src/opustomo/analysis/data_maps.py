@@ -72,8 +72,8 @@ def write_full_volumes(run: Run, codes: NDArray[np.floating], files: MapFiles, g
 
     Poses are the run's last ones; particles are weighted as in ``write_data_volumes``; halves are the file's random
     subsets, or alternate particles.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the
-    map is filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then, ``random``
-    being the control.  What ``files`` say of box and pixel size is for decoded maps alone.
+    map is filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then,
+    ``random`` being the control.  What ``files`` say of box and pixel size is for decoded maps alone.
     """
     inputs = _full_inputs(run)
     particles, size = inputs.particles, inputs.grid.working_box
