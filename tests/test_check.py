@@ -340,7 +340,9 @@ def test_an_asymmetric_unit_is_recognised(sound: Path, fold: int, dihedral: bool
     if dihedral:
         euler[:, 1] = np.minimum(euler[:, 1], 180 - euler[:, 1])
     found = symmetry(sound, euler)
-    assert found.level == "warning" and found.values["symmetry"] == f"{'D' if dihedral else 'C'}{fold}"
+    group = f"{'D' if dihedral else 'C'}{fold}"
+    assert found.level == "warning" and found.values["symmetry"] == group
+    assert f"opustomo expand {sound}/particles.star --symmetry {group} -o expanded.star" in found.action
 
 
 def test_preferred_views_are_not_called_a_symmetry(sound: Path) -> None:

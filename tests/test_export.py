@@ -57,7 +57,8 @@ def test_every_block_column_and_value_is_kept(tmp_path: Path) -> None:
 
 def test_ambiguous_identities_and_empty_selections_are_refused(tmp_path: Path) -> None:
     made = Set(tmp_path)
-    made.columns["rlnImageName"][3] = "sub/p1.mrc"
+    for name in ("rlnImageName", "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"):  # in other poses: test_expand
+        made.columns[name][3] = made.columns[name][1]
     source = read_source(made.write_star())
     with pytest.raises(UserError, match=r"sub/p1.mrc occurs twice \(rows 2 and 4\)"):
         write_subset(source, np.array([0]), tmp_path / "out.star")

@@ -19,7 +19,7 @@ from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise, observe_all
-from opustomo.data.particles import Particles
+from opustomo.data.particles import Particles, particle_numbers
 from opustomo.errors import UserError
 from opustomo.mask import automatic, solvent_mask
 from opustomo.monitor import progress, setup_log
@@ -35,10 +35,10 @@ FEW = 10  # particles, below which half maps of noise can agree
 
 
 def half_sets(particles: Particles) -> np.ndarray:
-    """0 or 1 per particle: the file's random subsets, or alternate rows where it has none."""
+    """0 or 1 per particle: the file's random subsets, or alternate particles where it has none."""
     if set(np.unique(particles.half)) >= {1, 2}:
         return np.where(particles.half == 2, 1, 0)
-    return np.arange(len(particles)) % 2
+    return particle_numbers(particles.names) % 2
 
 
 def half_totals(

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from opustomo import __version__
 from opustomo.bodies import BodyResult
 from opustomo.data.atomic import provenance, write_text
 from opustomo.data.mrc import write_volume
+from opustomo.data.particles import particle_numbers
 from opustomo.data.pickles import Poses, load_poses, load_split, save_config_pickle, save_poses
 from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
 from opustomo.errors import UserError, reading
@@ -189,7 +191,10 @@ class Run:
         stored = Path(self.config["split"])
         here = self.path / stored.name  # also after the folder has moved
         order = load_split(stored if stored.is_file() else here, len(self.codes))
-        return split_rows(order, float(self.config["valfrac"]))
+        if self.config.get("trained_rows") is None:  # runs made before there were copies
+            return split_rows(order, float(self.config["valfrac"]))
+        trained = int(self.config["trained_rows"])
+        return order[:trained], order[trained:]
 
     @property
     def typical(self) -> NDArray[np.bool_]:
@@ -252,9 +257,19 @@ class Run:
         return linear + nonlinear
 
 
-def split_rows(order: NDArray[np.int64], valfrac: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows for training and validation: the first (1 - valfrac) of the permutation train, at least one."""
+def split_rows(
+    order: NDArray[np.int64], valfrac: float, names: Iterable[object] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows for training and validation: the first (1 - valfrac) of the permutation train, at least one.
+
+    names: of the particle of every row; copies that stand together in ``order`` are then not parted, so a few rows more
+    are held out (or none, where there is one particle).
+    """
     count = max(1, math.ceil(len(order) * (1.0 - valfrac)))
+    if names is not None:
+        number = particle_numbers(names)[order]
+        begins = np.flatnonzero(np.diff(number, prepend=-1, append=-1))  # of each particle, and the end
+        count = int(begins[max(1, int(np.searchsorted(begins, count, "right")) - 1)])
     return order[:count], order[count:]
 
 

@@ -46,6 +46,7 @@ VERBS = {
         "ExtractConfig",
         "opustomo extract picks.star -o extracted --tomogram tomograms/*.mrc --box 64 --tilt-range -60 60",
     ),
+    "expand": Verb("data.symmetry", "ExpandConfig", "opustomo expand particles.star --symmetry D3 -o expanded.star"),
     "average": Verb("average", "AverageConfig", "opustomo average particles.star -o average"),
     "mask": Verb(
         "mask",
@@ -116,6 +117,7 @@ Before training
   doctor     is this machine ready: packages, GPU, threads, memory, disk; and what to mend
   check      look at a data set in seconds and say what will be done about every finding
   extract    subtomograms from tomograms at the places of a particle list (Dynamo, PyTom, STOPGAP, M, ...)
+  expand     particles of a symmetric molecule in every equivalent pose
   average    consensus map with half maps and FSC; proposes a solvent mask
   mask       solvent mask from a map by your own threshold, margin and edge
   linear     mean, components and the code of every particle in closed form, in about a minute
@@ -245,7 +247,7 @@ def call(verb: str, config: Any, given: frozenset[str]) -> int:
     # a lost connection is told in one line; torch's own C++ adds pages (read when it is imported)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output: Path | None = getattr(config, "output", None)
-    if verb != "report" and output is not None and output.is_file():
+    if verb not in ("report", "expand") and output is not None and output.is_file():
         raise UserError(f"-o {output}: is a file; give a folder")
     if not VERBS[verb].bare and not logging.getLogger("opustomo").handlers:
         from opustomo.monitor import setup_log

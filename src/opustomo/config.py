@@ -19,6 +19,7 @@ from opustomo.config_analysis import OfEpoch as OfEpoch
 from opustomo.config_analysis import QualityConfig as QualityConfig
 from opustomo.config_analysis import Run as Run
 from opustomo.config_analysis import VolumesConfig as VolumesConfig
+from opustomo.config_data import ExpandConfig as ExpandConfig
 from opustomo.config_data import ExtractConfig as ExtractConfig
 from opustomo.config_data import MaskConfig as MaskConfig
 from opustomo.config_data import Output as Output
@@ -282,6 +283,8 @@ class ClassChoice(OfAnalysis):
     """Along principal component PC (1-based) instead: which map of its traversal is nearest."""
     corrected: Switch = False
     """Poses as the run has corrected them instead of those of the STAR file."""
+    unique: Switch = False
+    """Of a particle's copies (expand) only the first in each file."""
 
 
 @dataclass(frozen=True)

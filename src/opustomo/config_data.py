@@ -38,6 +38,20 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True)
+class ExpandConfig:
+    """Repeat every particle in each pose that a symmetric map cannot tell from its own, to see what breaks symmetry."""
+
+    star: Annotated[Positional[Path], arg(metavar="STAR")]
+    """Particle STAR file or optimisation set of a refinement with symmetry."""
+    output: Annotated[Path, arg(aliases=("-o",), metavar="STAR")]
+    """STAR file to write (of an optimisation set also the set that names it, STAR_optimisation_set.star)."""
+    symmetry: Annotated[str, arg(metavar="GROUP")]
+    """Point group of the refinement, as RELION names and orients it: Cn, Dn, T, O, I1 to I4 (I is I2)."""
+    datadir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder that file names of an optimisation set are relative to (default: found)."""
+
+
+@dataclass(frozen=True)
 class MaskConfig:
     """Solvent mask from a map: threshold, largest part, holes filled, dilated, soft edge. Lengths are in Angstrom."""
 

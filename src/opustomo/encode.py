@@ -210,7 +210,8 @@ def _write(config: EncodeConfig, run: checkpoint.Run, start: Start, code: Tensor
     values = run.config | checkpoint.flatten(config.input)
     values |= {"box": run.grid.box, "encoded_with": str(run.path.resolve()), "particles": len(code)}
     values |= {"rows": str(start.place.resolve()) if start.place else None, "cache": None, "no_cache": False}
-    values |= {"poses": None, "ind": None, "split": None, "identity": fingerprint_of(start.inputs.particles.names)}
+    values |= dict.fromkeys(("poses", "ind", "split", "trained_rows"))
+    values["identity"] = fingerprint_of(start.inputs.particles.names)
     for name, path in (("star", config.star), ("output", config.output), ("datadir", config.input.datadir)):
         values[name] = str(path.resolve()) if path else None
     checkpoint.write_config(config.output, values)

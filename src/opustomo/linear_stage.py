@@ -50,28 +50,29 @@ def main(config: LinearConfig) -> int:
     prepare_process(config.workers)
     inputs = read_inputs(config.star, config.input, config.grid, cache=config.output / "cache")
     make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
-    order = make_split(len(inputs.particles), config.seed)
+    order = make_split(inputs.particles.names, config.seed)
     save_split(config.output / "split.pkl", order)
-    train, held = (torch.from_numpy(part) for part in checkpoint.split_rows(order, HELD_OUT))
+    train, held = (torch.from_numpy(part) for part in checkpoint.split_rows(order, HELD_OUT, inputs.particles.names))
     plan = Plan(
         train, held, config.estpose, config.seed, config.components, iterations=config.iterations, use_held=True
     )
     particles, rows, result = fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
     name_damaged(particles, config.output)
     assert make_rows.noise is not None
-    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result)
+    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result, len(train))
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
     out = shlex.quote(str(config.output))
     log.info("next: opustomo analyze %s ; opustomo report %s", out, out)
     return 0
 
 
-def _write_run(config: LinearConfig, inputs: Inputs, noise: Noise, result: LinearResult) -> None:
+def _write_run(config: LinearConfig, inputs: Inputs, noise: Noise, result: LinearResult, trained: int) -> None:
     grid = inputs.grid
     values: dict[str, Any] = {
         "kind": "linear", **checkpoint.flatten(config), **grid._asdict(),
         "star": str(config.star.resolve()), "split": str((config.output / "split.pkl").resolve()),
-        "valfrac": HELD_OUT, "zdim": result.model.size, "width": 0.0, "encoderres": 0, "bfactor": 0.0,
+        "valfrac": HELD_OUT, "trained_rows": trained,
+        "zdim": result.model.size, "width": 0.0, "encoderres": 0, "bfactor": 0.0,
         "poses": None, "ind": None, "particles": len(inputs.particles),
         "identity": fingerprint_of(inputs.particles.names),
     }  # fmt: skip

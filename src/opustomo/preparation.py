@@ -20,7 +20,7 @@ from opustomo.data.cache import Cache, OnTheFly, Row, fingerprint, prepare_cache
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise
-from opustomo.data.particles import Particles
+from opustomo.data.particles import Particles, particle_numbers
 from opustomo.data.poses import moved_from, same_poses
 from opustomo.errors import UserError
 from opustomo.machine import usable_cores
@@ -56,9 +56,11 @@ def prepare_process(workers: int, deterministic: bool = False) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def make_split(count: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of the rows; its first part trains."""
-    return np.random.default_rng(seed).permutation(count).astype(np.int64)
+def make_split(names: NDArray[np.object_], seed: int) -> NDArray[np.int64]:
+    """A permutation of the rows of particles ``names``, copies one after another; its first part trains."""
+    number = particle_numbers(names)
+    place = np.argsort(np.random.default_rng(seed).permutation(int(number.max(initial=-1)) + 1))
+    return np.argsort(place[number], kind="stable").astype(np.int64)
 
 
 @dataclass

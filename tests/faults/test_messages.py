@@ -247,7 +247,8 @@ LINES = [
     ["train"], ["train", "a.star", "-o", "run", "--zdims", "3"], ["train", "a.star", "-o", "run", "-n", "ten"],
     ["train", "a.star", "-o", "run", "--device", "tpu"], ["train", "--resume"], ["train", "--resume", "nowhere"],
     ["trian"], ["--completion", "csh"], ["simulate", "-o", "set", "--atoms", "gone.pdb"],
-    ["simulate", "-o", "set", "--no-align"], ["simulate", "-o", "set", "--atoms", "a.pdb", "--preset", "hinge"],
+    ["expand", "a.star", "--symmetry", "Q7", "-o", "b.star"], ["simulate", "-o", "set", "--no-align"],
+    ["simulate", "-o", "set", "--atoms", "a.pdb", "--preset", "hinge"],
 ]  # fmt: skip
 SIZES = [{"epochs": 0}, {"batch": 0}, {"lr": -1.0}, {"valfrac": 1.0}, {"templateres": 50}, {"tmp_prefix": "../tmp"}]
 

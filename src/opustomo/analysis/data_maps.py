@@ -71,9 +71,9 @@ def write_full_volumes(run: Run, codes: NDArray[np.floating], files: MapFiles, g
     """Maps from the subtomograms at their own box and pixel size: PREFIXi_data.mrc, _half1.mrc and _half2.mrc.
 
     Poses are the run's last ones; particles are weighted as in ``write_data_volumes``; halves are the file's random
-    subsets, or alternate rows.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the map is
-    filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then, ``random`` being
-    the control.  What ``files`` say of box and pixel size is for decoded maps alone.
+    subsets, or alternate particles.  The half maps are neither masked nor filtered (for ``relion_postprocess``), the
+    map is filtered by their FSC, and by ``gain``.  fsc_data.csv and fsc_data.png are at full resolution then,
+    ``random`` being the control.  What ``files`` say of box and pixel size is for decoded maps alone.
     """
     inputs = _full_inputs(run)
     particles, size = inputs.particles, inputs.grid.working_box

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from opustomo.analysis.selection import (
     Classes,
     class_folder,
+    first_of_classes,
     read_classes,
     rows_of,
     stored,
@@ -27,7 +28,7 @@ from opustomo.analysis.selection import (
 from opustomo.config import ExportConfig
 from opustomo.data.angles import to_matrix
 from opustomo.data.atomic import atomic
-from opustomo.data.export import refuse_ambiguous, write_subset
+from opustomo.data.export import first_of_each, refuse_ambiguous, write_subset
 from opustomo.data.lists.write import read_sources, write_list
 from opustomo.data.mapback import write_scripts
 from opustomo.data.places import Places, places_of
@@ -54,17 +55,18 @@ def main(config: ExportConfig) -> int:
     paths: list[Path] = []
     if config.format == "same":
         path = config.output / "particles.star"
-        write_subset(chosen.source, rows, path, chosen.labels, chosen.poses)
-        paths += [path, *write_classes(chosen.source, chosen.labels, config.output, rows, chosen.poses)]
+        write_subset(chosen.source, rows, path, chosen.labels, chosen.poses, config.unique)
+        paths += [path, *write_classes(*chosen[1:3], config.output, rows, chosen.poses, config.unique)]
         paths += [other for path in paths for other in path.parent.glob(f"{path.stem}_optimisation_set.star")]
     elif places is not None:
-        paths += _write_lists(config, places, chosen.labels, relion.halves(chosen.source.table)[rows])
+        paths += _write_lists(config, places, chosen, rows)
     paths.append(_write_members(config.output / "particles.csv", chosen, rows))
     if places is not None:
         box, pixel = int(values["box"]), float(values["pixel_size"])
         maps = _maps(config, chosen)
         folder = config.output / "mapback"
-        paths += write_scripts(folder, places, chosen.labels, maps, (box // 2) * pixel, box * pixel / 8)
+        kept = first_of_classes(chosen) if config.unique else np.ones(len(rows), bool)
+        paths += write_scripts(folder, places.at(kept), chosen.labels[kept], maps, (box // 2) * pixel, box * pixel / 8)
     files = [chosen.star, *_files(chosen)]
     sums = {str(file.absolute()): hashlib.sha256(file.read_bytes()).hexdigest() for file in dict.fromkeys(files)}
     more = {
@@ -104,13 +106,16 @@ def _places(config: ExportConfig, chosen: Classes, rows: NDArray[np.int64], pixe
     return places.at(rows)
 
 
-def _write_lists(
-    config: ExportConfig, places: Places, labels: NDArray[np.int64], half: NDArray[np.int64]
-) -> list[Path]:
+def _write_lists(config: ExportConfig, places: Places, chosen: Classes, rows: NDArray[np.int64]) -> list[Path]:
     """A list of all particles and one of each class."""
     assert config.format != "same"
+    labels, half = chosen.labels, relion.halves(chosen.source.table)[rows]
     sources = read_sources(config.m_source) if config.m_source is not None else {}
     parts = {"particles": np.ones(len(labels), bool)} | {f"pre{i}": labels == i for i in np.unique(labels)}
+    if config.unique:
+        first, of_class = first_of_each(relion.identities(chosen.source.table)[rows]), first_of_classes(chosen)
+        parts = {name: part & (first if name == "particles" else of_class) for name, part in parts.items()}
+        log.info("%d copies of %d particles left out", len(first) - first.sum(), first.sum())
     for name, part in parts.items():
         path = config.output / f"{name}.star"
         write_list(path, config.format, places.at(part), half[part], labels[part], sources)

@@ -20,7 +20,7 @@ from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import stem
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
+from opustomo.data.export import CorrectedPoses, fingerprint_of, first_of_each, write_subset
 from opustomo.data.pickles import load_indices, load_labels, load_poses
 from opustomo.data.readers.files import FOLDERS, MANIFEST, Locator
 from opustomo.data.readers.relion import identities
@@ -40,11 +40,11 @@ def main(config: SelectConfig) -> int:
     source, labels, rows, poses = chosen.source, chosen.labels, chosen.rows, chosen.poses
     if config.selection is not None:
         paths = [config.output / "selected.star"]
-        write_subset(source, rows_of(source.table, labels, rows), paths[0], poses=poses)
+        write_subset(source, rows_of(source.table, labels, rows), paths[0], poses=poses, unique=config.unique)
     elif config.classes:
-        paths = [_write_union(source, labels, config.classes, config.output, rows, poses)]
+        paths = [_write_union(source, labels, config, rows, poses)]
     else:
-        paths = write_classes(source, labels, config.output, rows, poses)
+        paths = write_classes(source, labels, config.output, rows, poses, config.unique)
     classes = sorted(set(config.classes)) or np.unique(labels).tolist()
     kept = {"selected": classes if config.selection is None else []}
     write_manifest(config, chosen, paths, kept)
@@ -138,18 +138,19 @@ def write_classes(
     outdir: Path,
     rows: NDArray[np.int64] | None = None,
     poses: CorrectedPoses | None = None,
+    unique: bool = False,
 ) -> list[Path]:
     """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
 
-    labels: (P,) 0-based class of every particle, or of those at ``rows``; poses: of the same.  UserError: counts
-    differ, ambiguous identities.
+    labels: (P,) 0-based class of every particle, or of those at ``rows``; poses: of the same; unique: of copies of a
+    particle in a class the first alone.  UserError: counts differ, ambiguous identities.
     """
     rows = rows_of(source.table, labels, rows)
     paths = []
     for label in np.unique(labels):
         path = outdir / f"pre{label}.star"
         member = labels == label
-        write_subset(source, rows[member], path, poses=poses.at(member) if poses else None)
+        write_subset(source, rows[member], path, poses=poses.at(member) if poses else None, unique=unique)
         paths.append(path)
     return paths
 
@@ -199,21 +200,20 @@ def find_labels(run: Path, epoch: int, name: str, place: str = "analyze") -> tup
 def _write_union(
     source: Source,
     labels: NDArray[np.int64],
-    classes: tuple[int, ...],
-    outdir: Path,
+    config: SelectConfig,
     rows: NDArray[np.int64] | None,
     poses: CorrectedPoses | None,
 ) -> Path:
     rows = rows_of(source.table, labels, rows)
-    absent = sorted(set(classes) - set(labels.tolist()))
+    absent = sorted(set(config.classes) - set(labels.tolist()))
     if absent:
         raise UserError(
             f"--classes {absent[0]}: no particle has this class (classes are {labels.min()} .. {labels.max()}, "
             "as reference0.mrc ...); give existing ones"
         )
-    chosen = np.isin(labels, classes)
-    path = outdir / "selected.star"
-    write_subset(source, rows[chosen], path, labels[chosen], poses.at(chosen) if poses else None)
+    chosen = np.isin(labels, config.classes)
+    path = config.output / "selected.star"
+    write_subset(source, rows[chosen], path, labels[chosen], poses.at(chosen) if poses else None, config.unique)
     return path
 
 
@@ -225,6 +225,12 @@ def _corrected(run: Path, epoch: int) -> CorrectedPoses:
     stored = load_poses(run / f"pose.{epoch}.pkl")
     origin = np.asarray(stored.origin, float) * config["box"]
     return CorrectedPoses(np.asarray(stored.euler, float), origin, float(config["pixel_size"]))
+
+
+def first_of_classes(classes: Classes) -> NDArray[np.bool_]:
+    """(P,) whether a particle has no copy before it in its class: what ``--unique`` leaves of every class."""
+    names = identities(classes.source.table)[rows_of(classes.source.table, classes.labels, classes.rows)]
+    return first_of_each(zip(names, classes.labels.tolist(), strict=True))
 
 
 def rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
@@ -249,7 +255,10 @@ def write_manifest(
     config: SelectConfig | ExportConfig, classes: Classes, paths: list[Path], more: dict[str, Any]
 ) -> None:
     """``manifest.json`` of the output folder: where its files come from; ``more`` is added."""
-    values, counts = np.unique(classes.labels, return_counts=True)
+    labels = classes.labels
+    if config.unique:
+        labels = labels[first_of_classes(classes)]
+    values, counts = np.unique(labels, return_counts=True)
     picked = config.selection if isinstance(config, SelectConfig) else None
     name = class_folder(config)[0] if picked is None else ""
     manifest = {
@@ -261,6 +270,7 @@ def write_manifest(
         "selection": picked,
         "analysis": stem(config.codes, config.filtered),
         "corrected_poses": config.corrected,
+        "unique": config.unique,
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "files": [str(path.relative_to(config.output)) for path in paths],
         # names in these files are as they were, relative to one of these

@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from opustomo.data.export import first_of_each
 from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.lists.write import Kind, write_list
+from opustomo.data.particles import particle_numbers
 from opustomo.data.places import Places, begins, tomogram_key
 from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ
@@ -158,7 +160,7 @@ def artiax_of_tomogram(
     if unique:
         star = read_star(source)
         names = star.text(star.particle_block if block is None else block, "rlnImageName", "--deduplicate")[rows]
-        rows = rows[np.sort(np.unique(names.astype(str), return_index=True)[1])]
+        rows = rows[first_of_each(names)]
     particles = particles.at(rows)
     key = tomogram_key(name)
     write(particles, path, "artiax", voxel_positions(particles) * factor, [key] * len(particles))
@@ -172,7 +174,8 @@ def star_to_relion30(
 
     One block, the optics in the rows, origins in pixels.  pixel_size: Angstrom, compared with the file's; target: pixel
     size to which coordinates and origins in pixels are scaled; unique: first row of each rlnImageName alone.  Half sets
-    are the file's, else alternate rows.  UserError: stacks of tilt images, another pixel size, no row with the label.
+    are the file's, else alternate particles.  UserError: stacks of tilt images, another pixel size, no row
+    with the label.
     """
     star = read_star(source)
     if not star.has(star.particle_block, "rlnImageName") or relion.has_stacks(star):
@@ -186,7 +189,7 @@ def star_to_relion30(
     table, half = _origins_in_pixels(_rows_with_optics(star), star, pixel_size), relion.halves(star)
     notes = [f"{len(table)} particles read"]
     if unique:
-        kept = ~pd.Series(relion.image_names(star)).duplicated().to_numpy()
+        kept = first_of_each(relion.image_names(star))
         table, half = table.loc[kept].reset_index(drop=True), half[kept]
         notes.append(f"{len(table)} are left of one for each rlnImageName")
     if stated is None or "rlnDetectorPixelSize" not in table:
@@ -198,8 +201,8 @@ def star_to_relion30(
     if set(half) >= {1, 2}:
         notes.append("half sets are those of the file")
     else:
-        half = 1 + np.arange(len(table)) % 2
-        notes.append("half sets are alternate rows")
+        half = 1 + particle_numbers(table["rlnImageName"]) % 2
+        notes.append("half sets are alternate particles")
     table["rlnRandomSubset"] = [str(value) for value in half]
     parts = {f"{source.stem}30": np.ones(len(table), bool)}
     if label is not None:

@@ -6,6 +6,7 @@ Owns: the rule that every block, column, value and their order survive, and that
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from opustomo.data.readers import DIALECTS, relion
 from opustomo.data.readers.source import Source
 from opustomo.data.star import Block, StarFile, number_columns, write_star
 from opustomo.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ def write_subset(
     path: Path,
     classes: NDArray[np.integer] | None = None,
     poses: CorrectedPoses | None = None,
+    unique: bool = False,
 ) -> None:
     """Write the particles at ``index`` (integers, their order is kept) with all other blocks unchanged.
 
     classes: optional class of each written particle, 0-based; written as rlnClassNumber, 1-based, replacing that column
-    or appended.  poses: of each written particle, in place of those of the file.  File names stay as they were: they
+    or appended.  poses: of each written particle, in place of those of the file.  unique: of copies of a particle (see
+    ``expand``) the first one alone, with a line in the log.  File names stay as they were: they
     are relative to the source STAR's folder or to ``--datadir``.  Of tilt images all rows of a particle are written; of
     an optimisation set the set as well, ``<path>_optimisation_set.star``.  UserError: no particles, ambiguous
     identities.
@@ -68,6 +73,11 @@ def write_subset(
     if len(index) == 0:
         raise UserError(f"{path}: no particles selected; choose other classes")
     refuse_ambiguous(source.table)
+    if unique:
+        kept = first_of_each(relion.identities(source.table)[index])
+        log.info("%s: %d copies of its %d particles left out", path, len(kept) - kept.sum(), kept.sum())
+        index, poses = index[kept], poses.at(kept) if poses is not None else None
+        classes = None if classes is None else classes[kept]
     rows, member = source.rows_of(index)
     # particles in the file's order: the images of a flat table, too
     order = np.argsort(rows) if (np.diff(index) > 0).all() else np.arange(len(rows))
@@ -79,10 +89,18 @@ def write_subset(
     if poses is not None:
         for name, column in poses.in_file(source, index).columns(star).items():
             table[name] = np.array(column, object)[order]
+    write_rows(source, table, path)
+
+
+def write_rows(source: Source, table: pd.DataFrame, path: Path) -> list[Path]:
+    """Write ``table`` in place of the particles of ``source``, and its optimisation set where it has one."""
+    star = source.whole
     write_star(path, {**star.blocks, star.particle_block: table})
-    if source.optimisation is not None:
-        set_path = path.with_name(f"{path.stem}_optimisation_set.star")
-        write_star(set_path, optimisation_blocks(source.optimisation, star.path, path))
+    if source.optimisation is None:
+        return [path]
+    set_path = path.with_name(f"{path.stem}_optimisation_set.star")
+    write_star(set_path, optimisation_blocks(source.optimisation, star.path, path))
+    return [path, set_path]
 
 
 def optimisation_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block]:
@@ -107,12 +125,27 @@ def fingerprint_of(names: Iterable[object]) -> str:
 
 
 def refuse_ambiguous(star: StarFile) -> None:
-    """UserError naming the first particle that occurs twice: a class of it would not say which one is meant."""
-    seen: dict[str, int] = {}
-    for row, name in enumerate(relion.identities(star)):
-        if name in seen:
+    """UserError naming the first particle that occurs twice in one pose: a class would not say which one is meant.
+
+    Copies of a particle in other poses are those of a symmetry (``expand``).
+    """
+    angles = [star.text(star.particle_block, name, "telling copies apart") for name in relion.ANGLES
+              if star.has(star.particle_block, name)]  # fmt: skip
+    refuse_repeated(star, "identities must be unique to select by them: remove duplicates", *angles)
+
+
+def refuse_repeated(star: StarFile, fix: str, *more: NDArray[np.object_]) -> None:
+    """UserError naming the first particle that occurs twice, with the same values in the columns ``more``."""
+    names = relion.identities(star)
+    seen: dict[tuple[str, ...], int] = {}
+    for row, key in enumerate(zip(names, *more, strict=True)):
+        if key in seen:
             raise UserError(
-                f"{star.path}: particle {name} occurs twice (rows {seen[name] + 1} and {row + 1}); identities must be "
-                "unique to select by them: remove duplicates"
+                f"{star.path}: particle {names[row]} occurs twice (rows {seen[key] + 1} and {row + 1}); {fix}"
             )
-        seen[name] = row
+        seen[key] = row
+
+
+def first_of_each(names: Iterable[object]) -> NDArray[np.bool_]:
+    """(n,) whether a name stands in the list for the first time: of copies of a particle one is left."""
+    return ~pd.Series(list(names), dtype=object).duplicated().to_numpy()

@@ -6,7 +6,7 @@ dialect it was read from.  Readers make it; nothing else names a STAR column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,3 +162,12 @@ def refuse_most(count: int, looked_at: int, star: Path, faults: dict[str, str] |
     if 2 * count > looked_at:
         first = next(iter((faults or {}).values()), "")
         raise UserError(f"{star}: {count} of {looked_at} particles looked at cannot be used, too many to skip: {first}")
+
+
+def particle_numbers(names: Iterable[object]) -> NDArray[np.int64]:
+    """(P,) which particle each row is of, in order of appearance: 0, 1, ... P - 1 unless there are copies (``expand``).
+
+    Copies of a particle share its noise: what must be independent (halves, held-out particles) goes by this number.
+    """
+    seen: dict[object, int] = {}
+    return np.array([seen.setdefault(name, len(seen)) for name in names], np.int64)

@@ -87,7 +87,7 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     inputs = select_inputs(config)
     count, fresh = len(inputs.particles), continuation is None
     config, recomputed = with_memory(config, given, inputs.grid, count, device, fresh)
-    train, held, split_file = split_of(config, count)
+    train, held, split_file = split_of(config, inputs.particles.names)
     if fresh:  # from here on --resume knows what was asked for
         save_config(config, "network", inputs, None, split_file)
     start = start_from_linear(config, inputs, train, held, continuation)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opustomo import checkpoint, parallel
@@ -173,8 +174,9 @@ def shared_cache(config: TrainConfig) -> Path | None:
     return None if config.no_cache else config.cache or config.output / "cache"
 
 
-def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
+def split_of(config: TrainConfig, names: NDArray[np.object_]) -> tuple[Tensor, Tensor, Path]:
     """Rows for training and for validation; an existing split file is read, otherwise one is made in the run."""
+    count = len(names)
     path = config.output / (config.split.name if config.split is not None else "split.pkl")
     if config.split is not None and config.split.is_file():
         order = load_split(config.split, count)
@@ -182,10 +184,12 @@ def split_of(config: TrainConfig, count: int) -> tuple[Tensor, Tensor, Path]:
     elif path.is_file():
         order = load_split(path, count)
     else:
-        order = make_split(count, config.seed)
+        order = make_split(names, config.seed)
         save_split(path, order)
     log.info("split: %s", path)
-    train, held = checkpoint.split_rows(order, config.valfrac)
+    train, held = checkpoint.split_rows(order, config.valfrac, names)
+    if shared := set(names[train]) & set(names[held]):
+        log.warning("%s parts copies of %d particles: they are trained on and held out", path, len(shared))
     return torch.from_numpy(train), torch.from_numpy(held), path
 
 
@@ -344,6 +348,10 @@ def save_config(
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
     values["split"] = str(split_file.resolve()) if split_file else None
+    if split_file:
+        names = inputs.particles.names
+        order = load_split(split_file, len(names))
+        values["trained_rows"] = len(checkpoint.split_rows(order, config.valfrac, names)[0])
     values["masks"] = absolute(config.masks) if config.masks else None
     values |= {"particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)

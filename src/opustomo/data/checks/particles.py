@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def _half_sets(particles: Particles) -> list[Finding]:
     first, second, none = (int((particles.half == value).sum()) for value in (1, 2, 0))
     values = {"half1": first, "half2": second, "none": none}
     if none == len(particles):
-        return [Finding("note", "half sets", "none in the file", "alternate rows make the halves for the FSC", values)]
+        return [
+            Finding("note", "half sets", "none in the file", "alternate particles make the halves for the FSC", values)
+        ]
     found = f"{first} and {second}" + (f", {len(particles) - first - second} without" if none else "")
     if none or min(first, second) < 0.8 * max(first, second):
         return [Finding("warning", "half sets", f"{found}: uneven", "make rlnRandomSubset anew for a fair FSC", values)]
@@ -60,7 +63,10 @@ def duplicate_findings(particles: Particles) -> list[Finding]:
     if repeated and len(set(uses.values())) == 1:
         times = uses[repeated[0]]
         found = f"every subtomogram is used {times} times: symmetry-expanded by the look of it"
-        action = "every row gets its own code; keep in mind that the copies are not independent"
+        action = (
+            "every row gets its own code, held-out particles are held out with all copies; select and export take "
+            "--unique"
+        )
         return [Finding("note", "duplicates", found, action, {"files": len(repeated), "times": times})]
     if repeated:
         found = (
@@ -121,8 +127,10 @@ def orientation_findings(particles: Particles) -> list[Finding]:
         found = "too few particles to tell whether they fill the sphere"
         return [Finding("note", "orientations", found, values=values)]
     symmetry = _rotational_symmetry(rot, tilt)
+    star, group = shlex.quote(str(particles.source)), symmetry or "GROUP"
     action = (
-        "nothing is changed; expand the symmetry first to see what breaks it, or ignore this if views are preferred"
+        f"nothing is changed; to see what breaks it: opustomo expand {star} --symmetry {group} -o expanded.star; "
+        "or ignore this if views are preferred"
     )
     if symmetry:
         found = f"the angles fill only the asymmetric unit of {symmetry}: aligned with that symmetry by the look of it"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from opustomo.data.readers import relion
@@ -119,15 +120,16 @@ def _recognise(star: StarFile) -> tuple[Format, str]:
 
 
 def _series(whole: StarFile, why: str) -> Source:
-    names = relion.identities(whole)
     if not relion.has_series(whole):
         raise UserError(
             f"{whole.path}: --format series: rlnImageName {relion.image_names(whole)[0]} is not an image of a stack "
             "(7@stack.mrcs); leave --format out"
         )
-    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    member = np.array([order[name] for name in names], np.int64)
+    # an image that a particle has twice is of a copy of it (``expand``)
+    table = pd.DataFrame({"name": relion.identities(whole), "image": relion.image_names(whole)})
+    table["copy"] = table.groupby(["name", "image"], sort=False).cumcount()
+    member = table.groupby(["name", "copy"], sort=False).ngroup().to_numpy()
     by_particle = np.argsort(member, kind="stable")
     rows = np.split(by_particle, np.cumsum(np.bincount(member))[:-1])
-    table = whole.with_rows(np.array([row[0] for row in rows]))
-    return Source("series", why, table, whole, tuple(rows))
+    first = whole.with_rows(np.array([row[0] for row in rows]))
+    return Source("series", why, first, whole, tuple(rows))
