@@ -17,8 +17,9 @@ from scipy.spatial.transform import Rotation
 
 import small_set as sets
 from opustomo import checkpoint, cli
-from opustomo.bodies import BodyModel, at_rest, straightened, with_joints
+from opustomo.bodies import BodyModel, BodyResult, at_rest, find_motions, straightened, with_joints
 from opustomo.body_division import divide
+from opustomo.body_stage import at_rest_rows, set_free
 from opustomo.compat import dsdsh
 from opustomo.data.bodies import BodyFiles, load_bodies, mask_files, parts_of, read_bodies, save_bodies
 from opustomo.data.mrc import read_volume, write_volume
@@ -232,15 +233,56 @@ def test_straightened_rows_have_value_and_slope_of_the_likelihood_at_the_mean() 
 
 
 class Moved(NamedTuple):
-    """Noiseless rows of a volume whose bodies moved; all of weight 1."""
+    """Rows of volumes (P, SIZE^3) in which bodies moved, all of one weight everywhere."""
 
     volumes: torch.Tensor
+    strength: float = 1.0
+
+    @property
+    def moved(self) -> torch.Tensor:
+        return torch.zeros(len(self.volumes), 6)
+
+    def __len__(self) -> int:
+        return len(self.volumes)
 
     def numerator(self, index: torch.Tensor) -> torch.Tensor:
-        return model_band_adjoint(model_band(self.volumes[index], SIZE) * band_multiplicity(SIZE, "cpu"), SIZE, SIZE)
+        band = model_band(self.volumes[index], SIZE) * band_multiplicity(SIZE, "cpu")
+        return model_band_adjoint(self.strength * band, SIZE, SIZE)
 
     def weight(self, index: torch.Tensor) -> torch.Tensor:
-        return torch.ones(len(index), len(band_multiplicity(SIZE, "cpu")))
+        return torch.full((len(index), len(band_multiplicity(SIZE, "cpu"))), self.strength)
+
+
+def test_nothing_of_a_motion_is_left_in_rows_whose_bodies_are_put_back() -> None:
+    """In noise that lets half of every motion be seen; a component of composition would take up what is left."""
+    volume, count = smooth(15), 96
+    model, generator = model_of(volume), torch.Generator().manual_seed(9)
+    loading = 0.05 * model.modes(1)[0][:, 0]  # small: what is found is the truth, shrunk
+    code = torch.randn(count, generator=generator)
+    column = (model.bodies.move(volume[None], 0.1 * loading[None]) - volume) / 0.1
+    noise = float(column.norm())  # a motion of unit size has a signal-to-noise ratio of 1
+    rows = Moved(model.bodies.move(volume[None], code[:, None] * loading), noise**-2)
+    rows = Moved(rows.volumes + noise * torch.randn(rows.volumes.shape, generator=generator), rows.strength)
+    # only this motion is there: the others would add to the noise
+    small = 1e-8 * model.covariance.diagonal().diag()
+    known = dataclasses.replace(model, covariance=torch.outer(loading, loading) + small)
+    grid, everyone, gain = Grid(SIZE, 10.0, SIZE, SIZE, 32), torch.arange(count), torch.ones(count)
+    found = find_motions(known, rows, everyone, grid, at_rest(count, known, 1), 6, lambda parts, _: parts)
+    shrunk = BodyResult(("a", "b"), known, found, found.motion, gain, 1)
+
+    def left(result: BodyResult) -> float:
+        """Of the motion in the rows, in units of the motion."""
+        back = at_rest_rows(None, result, rows, grid, torch.device("cpu")).numerator(everyone)
+        still = Moved(volume[None], rows.strength).numerator(torch.zeros(1, dtype=torch.long))
+        seen = ((back - still) * column).sum((1, 2, 3)) / (column.square().sum() * rows.strength)
+        return float(seen @ code / code.square().sum())
+
+    freed = set_free(shrunk, rows, grid, torch.device("cpu"))
+    assert left(shrunk) > 0.4 and abs(left(freed)) < 0.2
+    # the poses are none of its business
+    assert known.common(freed.free - found.motion).abs().max() < 1e-5 and torch.equal(
+        freed.motions.motion, found.motion
+    )
 
 
 def test_which_part_moves_with_which_body_is_learned_from_the_data() -> None:
@@ -259,7 +301,7 @@ def test_which_part_moves_with_which_body_is_learned_from_the_data() -> None:
 
     before = astray(wrong)
     for _ in range(6):
-        model = divide(model, rows, everyone, grid, torch.ones(48), found, lambda parts, _: parts)
+        model = divide(model, rows, everyone, grid, found, lambda parts, _: parts)
     assert torch.allclose(model.bodies.weights.sum(0), torch.ones(()), atol=1e-5)
     assert torch.equal(model.bodies.joints, model_of(volume).bodies.joints)
     assert astray(model.bodies.weights) < 0.4 * before

@@ -227,29 +227,28 @@ def at_rest(count: int, model: BodyModel, dimensions: int) -> Motions:
 
 
 def find_motions(
-    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor, last: Motions, steps: int, bar: Bar
-) -> tuple[Motions, Told]:
-    """``last`` with the particles at ``index`` after ``steps`` (1 or more) Gauss-Newton steps; gain (P,).
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, last: Motions, steps: int, bar: Bar,
+    tell: Callable[[Told], object] | None = None,
+) -> Motions:  # fmt: skip
+    """``last`` with the particles at ``index`` after ``steps`` (1 or more) Gauss-Newton steps.
 
-    And what the data tell of these particles' motions, as it was before the last step.
+    rows: gains are in (``AtGain``), here and in all that follows; tell: gets what the data tell of the motions of some
+    particles after the others, as it was before the last step.
     """
     motion, code, evidence, spread = (v.clone() for v in (last.motion, last.code, last.evidence, last.spread))
     device, size = model.mean.device, motion.shape[1]
-    pulls, precisions = [motion[:0]], [motion.new_zeros(0, size, size)]
     projection = model.projection(spread.shape[1])
     for part in bar(index.split(batch_of(model, grid)), len(index)) if len(index) else ():
-        g = gain[part].to(device)
-        numerator = rows.numerator(part).to(device) * g[:, None, None, None]
-        weight = rows.weight(part).to(device) * g[:, None].square()
+        numerator, weight = rows.numerator(part).to(device), rows.weight(part).to(device)
         start = torch.cat([motion[part], code[part]], 1).to(device)
         place, covariance, value, told = _search(model, numerator, weight, start, grid, steps)
         moving = covariance[:, :size, :size]
-        pulls.append(told.pull.cpu())
-        precisions.append(told.precision.cpu())
+        if tell is not None:
+            tell(Told(told.pull.cpu(), told.precision.cpu()))
         motion[part], code[part], evidence[part] = place[:, :size].cpu(), place[:, size:].cpu(), value.cpu()
         variance = torch.einsum("dj,bjk,dk->bd", projection, moving, projection)
         spread[part] = variance.clamp(min=0).sqrt().cpu()
-    return Motions(motion, code, evidence, spread), Told(torch.cat(pulls), torch.cat(precisions))
+    return Motions(motion, code, evidence, spread)
 
 
 def batch_of(model: BodyModel, grid: Grid) -> int:
@@ -320,20 +319,20 @@ def _slope(
 
 
 def refit(
-    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions,
-    told: Told, first: Tensor, steps: int,
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, found: Motions, told: Told, first: Tensor,
+    steps: int,
 ) -> BodyModel:  # fmt: skip
     """The M-step on the particles at ``index``: covariance of the motions, and the mean by conjugate gradients.
 
     told: of their motions; first (6 B, 6 B): the covariance to begin with.
     """
-    mean = _solve_mean(model, rows, index, grid, mask, gain, found, steps)
+    mean = _solve_mean(model, rows, index, grid, mask, found, steps)
     covariance = likeliest_covariance(first, told).to(mean.device) + model.bodies.alike(LEAST)
     return replace(model, covariance=covariance.to(mean), mean=mean)
 
 
 def _solve_mean(
-    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, gain: Tensor, found: Motions, steps: int
+    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, mask: Tensor, found: Motions, steps: int
 ) -> Tensor:
     """``mean = a U`` as in ``reconstruct.solve_masked``, but with the data's weight seen through the motions."""
     size, device = grid.working_box, model.mean.device
@@ -341,7 +340,7 @@ def _solve_mean(
     reach = mask * model.amplitude
     total: Tensor = torch.zeros_like(precision)
     for part in index.split(256):
-        total += (rows.weight(part) * gain[part, None].square()).sum(0).to(device)
+        total += rows.weight(part).sum(0).to(device)
 
     def back(seen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Gradient at 0, summed over the particles, of ``seen(particles, moved volume)``."""
@@ -353,14 +352,13 @@ def _solve_mean(
         return summed
 
     def overlap(part: Tensor, moved: Tensor, image: Tensor) -> Tensor:
-        """``<moved, W image>`` of the particles, gains squared."""
-        weight = rows.weight(part).to(device) * gain[part, None].square().to(device)
-        weighted = weight * band_multiplicity(size, device) * model_band(image, size)
+        """``<moved, W image>`` of the particles."""
+        weighted = rows.weight(part).to(device) * band_multiplicity(size, device) * model_band(image, size)
         return (differentiable_band(moved, size) * weighted.conj()).real.sum()
 
     def data(part: Tensor, moved: Tensor) -> Tensor:
         """What the numerators say, less what the components explain."""
-        said = (moved * rows.numerator(part).to(device) * gain[part, None, None, None].to(device)).sum()
+        said = (moved * rows.numerator(part).to(device)).sum()
         if len(model.components) == 0:
             return said
         change = torch.einsum("bk,kzyx->bzyx", found.code[part].to(device), model.components)

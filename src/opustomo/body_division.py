@@ -24,12 +24,10 @@ STEPS, PACE = 16, 0.1  # of a pass; of Adam, in logits: a pass moves a border by
 UNSURE = 0.02  # no voxel is so sure of its body that data could not change it
 
 
-def divide(
-    model: BodyModel, rows: Rows, index: Tensor, grid: Grid, gain: Tensor, found: Motions, bar: Bar
-) -> BodyModel:
+def divide(model: BodyModel, rows: Rows, index: Tensor, grid: Grid, found: Motions, bar: Bar) -> BodyModel:
     """The model with weights that explain the particles at ``index`` better: one pass of Adam over their likelihood.
 
-    Joints and motions stay; gain: (P,).
+    Joints and motions stay; rows: gains are in.
     """
     device, size, bodies = model.mean.device, grid.working_box, model.bodies
     start = bodies.weights.clamp(min=UNSURE).log()
@@ -45,9 +43,8 @@ def divide(
     for part in bar(order.chunk(STEPS), len(order)):
         optimiser.zero_grad()
         for piece in part.split(batch_of(model, grid)):
-            g = gain[piece].to(device)
-            numerator = rows.numerator(piece).to(device) * g[:, None, None, None]
-            weight = rows.weight(piece).to(device) * g[:, None].square() * band_multiplicity(size, device)
+            numerator = rows.numerator(piece).to(device)
+            weight = rows.weight(piece).to(device) * band_multiplicity(size, device)
             volume = model.mean + torch.einsum("bk,kzyx->bzyx", found.code[piece].to(device), model.components)
             motion = found.motion[piece].to(device).unflatten(1, (-1, DOF))
             moved = move_bodies(volume, weights(), bodies.joints, motion)

@@ -35,11 +35,12 @@ from opustomo.data.particles import Particles
 from opustomo.errors import UserError
 from opustomo.linear_fit import LinearResult, Plan, fit_linear
 from opustomo.monitor import progress
+from opustomo.motion_covariance import Told
 from opustomo.physics.bodies import soft_bodies
 from opustomo.physics.fourier import fourier_resize
 from opustomo.physics.grid import Grid
 from opustomo.physics.volume import centre_pad
-from opustomo.reconstruct import Rows
+from opustomo.reconstruct import AtGain, Rows
 
 log = logging.getLogger("opustomo")
 
@@ -85,38 +86,39 @@ def fit_bodies(
     first = first_covariance(masks.sigma)
     start = BodyModel(bodies, linear.model.mean, linear.model.components[:0], first, linear.model.mean_power,
                       linear.model.places[0])  # fmt: skip
-    model = start.to(device)
+    model, scaled = start.to(device), AtGain(rows, gain)
     found = at_rest(len(rows), model, dimensions)
     at_poses = replace(plan, train=train, held=held, estpose=False)
 
-    def settle(model: BodyModel, found: Motions, index: Tensor, rounds: int, what: str) -> tuple[BodyModel, Motions]:
+    def settle(model: BodyModel, found: Motions, rounds: int, what: str) -> tuple[BodyModel, Motions]:
         for number in range(rounds):
-            steps = FIRST_STEPS if not found.motion[index].any() else STEPS
+            steps = FIRST_STEPS if not found.motion[some].any() else STEPS
+            told: list[Told] = []
             bar = _bar(f"{what}, round {number + 1}")
-            found, told = find_motions(model, rows, index, grid, gain, found, steps, bar)
+            found = find_motions(model, scaled, some, grid, found, steps, bar, told.append)
             log.info("%s, round %d of %d: %.2f nats per particle; %s", what, number + 1, rounds,
-                     float(found.evidence[index].mean()), _moving(model, grid, dimensions))  # fmt: skip
+                     float(found.evidence[some].mean()), _moving(model, grid, dimensions))  # fmt: skip
             if isinstance(asked, int):
-                model = divide(model, rows, index, grid, gain, found, _bar(f"{what}, division {number + 1}"))
-            model = refit(model, rows, index, grid, mask, gain, found, told, first, MEAN_STEPS)
+                model = divide(model, scaled, some, grid, found, _bar(f"{what}, division {number + 1}"))
+            model = refit(model, scaled, some, grid, mask, found, Told.joined(told), first, MEAN_STEPS)
         return model, found
 
-    def rest(model: BodyModel, found: Motions) -> tuple[Motions, Tensor, StraightRows, LinearResult]:
-        found, _ = find_motions(model, rows, others, grid, gain, found, LAST_STEPS, _bar("motions of the others"))
-        found, _ = find_motions(model, rows, some, grid, gain, found, STEPS, _bar("motions once more"))
-        free = free_motions(model, rows, grid, gain, found)
-        straight = straight_rows(folder, model, rows, gain, free, grid, _bar("bodies put back"))
+    def rest(model: BodyModel, found: Motions) -> tuple[BodyResult, StraightRows, LinearResult]:
+        found = find_motions(model, scaled, others, grid, found, LAST_STEPS, _bar("motions of the others"))
+        found = find_motions(model, scaled, some, grid, found, STEPS, _bar("motions once more"))
+        result = BodyResult(masks.names, model.to(torch.device("cpu")), found, found.motion, gain, dimensions)
+        result = set_free(result, rows, grid, device)
+        straight = at_rest_rows(folder, result, rows, grid, device)
         straight.hold()
-        return found, free, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
+        return result, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
 
     learned = LEARNED if isinstance(asked, int) else 0
-    model, found = settle(model, found, some, ROUNDS + learned, "bodies")
-    found, _, _, changes = rest(model, found)
+    model, found = settle(model, found, ROUNDS + learned, "bodies")
+    result, _, changes = rest(model, found)
     model = model.with_linear(changes.model).to(device)
-    found = replace(found, code=changes.posterior.code)
-    model, found = settle(model, found, some, MORE + learned, "bodies and components")
-    found, free, straight, last = rest(model, found)
-    result = BodyResult(masks.names, model.to(torch.device("cpu")), found, free, gain, dimensions)
+    found = replace(result.motions, code=changes.posterior.code)
+    model, found = settle(model, found, MORE + learned, "bodies and components")
+    result, straight, last = rest(model, found)
     _judge(result, linear, held if len(held) else train)
     return result, straight, with_common(last, result)
 
@@ -125,26 +127,29 @@ def find_in_bodies(
     known: BodyResult, rows: Rows, gain: Tensor, grid: Grid, folder: Path | None, device: torch.device
 ) -> tuple[BodyResult, StraightRows]:
     """Motions of other particles in bodies that are held, and their rows with these at rest; gain (P,)."""
-    model = known.model.to(device)
-    found, everyone = at_rest(len(rows), model, known.dimensions), torch.arange(len(rows))
-    found, _ = find_motions(model, rows, everyone, grid, gain, found, FIRST_STEPS + LAST_STEPS, _bar("motions"))
-    free = free_motions(model, rows, grid, gain, found)
-    straight = straight_rows(folder, model, rows, gain, free, grid, _bar("bodies put back"))
-    return replace(known, motions=found, free=free, gain=gain), straight
+    model, everyone = known.model.to(device), torch.arange(len(rows))
+    found = at_rest(len(rows), model, known.dimensions)
+    scaled, steps = AtGain(rows, gain), FIRST_STEPS + LAST_STEPS
+    found = find_motions(model, scaled, everyone, grid, found, steps, _bar("motions"))
+    result = set_free(replace(known, motions=found, gain=gain), rows, grid, device)
+    return result, at_rest_rows(folder, result, rows, grid, device)
 
 
-def free_motions(model: BodyModel, rows: Rows, grid: Grid, gain: Tensor, found: Motions) -> Tensor:
-    """(P, 6 B): the motions that were found, what bodies do against each other under the prior that hardly holds it."""
-    everyone, bar = torch.arange(len(rows)), _bar("motions set free")
-    free = find_motions(model.freed(), rows, everyone, grid, gain, found, STEPS, bar)[0].motion
-    known = model.to(torch.device("cpu"))
-    return found.motion + known.inner(free - found.motion)
+def set_free(result: BodyResult, rows: Rows, grid: Grid, device: torch.device) -> BodyResult:
+    """The result with ``free``: its motions, but what bodies do against each other under the prior that hardly holds
+    it; rows: of its particles."""
+    model, everyone = result.model.freed().to(device), torch.arange(len(rows))
+    wide = find_motions(
+        model, AtGain(rows, result.gain), everyone, grid, result.motions, STEPS, _bar("motions set free")
+    )
+    motion = result.motions.motion
+    return replace(result, free=motion + result.model.inner(wide.motion - motion))
 
 
-def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid) -> StraightRows:
-    """Rows with the bodies of a stored result at rest."""
-    bar = _bar("bodies put back")
-    return straight_rows(folder, result.model, rows, result.gain, result.free, grid, bar)
+def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid, device: torch.device) -> StraightRows:
+    """Rows with the bodies of a result at rest."""
+    bar, model = _bar("bodies put back"), result.model.to(device)
+    return straight_rows(folder, model, rows, result.gain, result.free, grid, bar)
 
 
 def _not_in(index: Tensor, count: int) -> Tensor:

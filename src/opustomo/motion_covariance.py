@@ -5,6 +5,7 @@ Owns: what data tell of a motion near where it is, and S of ``bodies`` from that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,11 @@ class Told:
         cross = curvature[:, :count, count:]
         taken = cross @ torch.linalg.solve(inner, torch.cat([cross.transpose(1, 2), pull[:, count:, None]], -1))
         return cls(pull[:, :count] - taken[..., -1], curvature[:, :count, :count] - taken[..., :-1])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Told]) -> Told:
+        """Of all particles, from those of some after the others."""
+        return cls(torch.cat([part.pull for part in parts]), torch.cat([part.precision for part in parts]))
 
 
 def likeliest_covariance(first: Tensor, told: Told) -> Tensor:

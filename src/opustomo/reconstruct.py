@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -39,6 +40,30 @@ class Rows(Protocol):
     def weight(self, index: Tensor) -> Tensor:
         """(b, n) float32 on the band."""
         ...
+
+
+@dataclass(frozen=True)
+class AtGain:
+    """Rows that a map explains without a gain: numerators times g, weights times g^2; gain: (P,)."""
+
+    base: Rows
+    gain: Tensor
+
+    @property
+    def moved(self) -> Tensor:
+        """(P, 6), as of ``base``."""
+        return self.base.moved
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def numerator(self, index: Tensor) -> Tensor:
+        """(b, C, C, C)."""
+        return self.base.numerator(index) * self.gain[index, None, None, None]
+
+    def weight(self, index: Tensor) -> Tensor:
+        """(b, n)."""
+        return self.base.weight(index) * self.gain[index, None].square()
 
 
 def batches(index: Tensor, size: int) -> Iterator[Tensor]:

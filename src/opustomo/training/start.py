@@ -259,7 +259,7 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
     model, mixture = stored_linear(stored, grid, inputs.mask), Mixture(**stored["mixture"])
     if "bodies" in stored:
         bodies = BodyResult.of(stored["bodies"])
-        rows = at_rest_rows(body_files(config), bodies, rows, grid)
+        rows = at_rest_rows(body_files(config), bodies, rows, grid, device_of(config.device))
     assert make_rows.noise is not None
     results, typical = config.output / "linear", stored["typical"]
     known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
