@@ -24,7 +24,7 @@ ROTATION = Rotation.random(PARTICLES, rng=RNG).as_matrix()
 LINEAR = Codes(0.9 * RNG.normal(size=(PARTICLES, K)), np.full((PARTICLES, K), 0.4))
 
 
-def said(codes: Codes, linear: Codes = LINEAR, gain: float = 0.0, **options: float) -> list[str]:
+def said(codes: Codes, linear: Codes = LINEAR, gain: float = 0.0, **options: object) -> list[str]:
     config = dataclasses.replace(CONFIG, **options)  # type: ignore[arg-type]
     return faults(config, codes, linear, PRIOR, ROTATION, gain)
 
@@ -77,6 +77,8 @@ def test_data_that_never_said_anything_are_not_the_networks_fault() -> None:
     silent = Codes(0.05 * LINEAR.mean, np.full((PARTICLES, K), 0.99))
     [line] = said(silent, silent)
     assert "so do the linear stage's" in line and "--beta-control" not in line
+    [line] = said(silent, silent, masks="auto:2")
+    assert "composition is not resolved beside what the bodies do" in line
 
 
 def test_codes_far_from_the_linear_stages_need_a_reason() -> None:

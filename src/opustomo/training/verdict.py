@@ -106,9 +106,12 @@ def faults(config: TrainConfig, codes: Codes, linear: Codes, prior: Floats, rota
 
 def _collapse(config: TrainConfig, own: float, start: float) -> str:
     if start < NOTHING:
+        unseen = "the data do not resolve where a particle stands"
+        if config.masks is not None:
+            unseen = "composition is not resolved beside what the bodies do (motions.csv)"
         return (
-            f"the codes hold next to nothing ({own:.2f} nats each), and so do the linear stage's ({start:.2f}): the "
-            "data do not resolve where a particle stands; take no class for real that volumes --from-data does not show"
+            f"the codes hold next to nothing ({own:.2f} nats each), and so do the linear stage's ({start:.2f}): {unseen}; "
+            "take no class for real that volumes --from-data does not show"
         )
     if own >= LOST * start:
         return ""
