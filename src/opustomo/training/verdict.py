@@ -110,8 +110,8 @@ def _collapse(config: TrainConfig, own: float, start: float) -> str:
         if config.masks is not None:
             unseen = "composition is not resolved beside what the bodies do (motions.csv)"
         return (
-            f"the codes hold next to nothing ({own:.2f} nats each), and so do the linear stage's ({start:.2f}): {unseen}; "
-            "take no class for real that volumes --from-data does not show"
+            f"the codes hold next to nothing ({own:.2f} nats each), and so do the linear stage's ({start:.2f}): "
+            f"{unseen}; take no class for real that volumes --from-data does not show"
         )
     if own >= LOST * start:
         return ""
