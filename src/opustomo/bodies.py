@@ -380,21 +380,22 @@ def _solve_mean(
 
 
 def straightened(
-    model: BodyModel, numerator: Tensor, weight: Tensor, gain: Tensor, motion: Tensor, grid: Grid
+    model: BodyModel, numerator: Tensor, weight: Tensor, gain: Tensor, motion: Tensor, code: Tensor, grid: Grid
 ) -> Tensor:
     """Numerators of particles whose bodies are put back, (b, C, C, C): what they say about a volume that is at rest.
 
-    With T the motion: ``T^t (B - g W T mean) + g W mean``.  Together with W they have the likelihood's exact value and
-    slope at the mean; its curvature is W's at rest, not ``T^t W T``.  numerator (b, C, C, C), weight (b, n): the data;
-    gain g: (b,); motion: (b, 6 B).
+    With T the motion and v = mean + U code the density of a particle: ``T^t (B - g W T v) + g W v``.  Together with W
+    they have the likelihood's exact value and slope at v; its curvature is W's at rest, not ``T^t W T``.
+    numerator (b, C, C, C), weight (b, n): the data, without gains; gain g: (b,); motion: (b, 6 B); code: (b, K).
     """
     size = grid.working_box
     weighted = weight * gain[:, None] * band_multiplicity(size, weight.device)
-    volume = model.mean.expand_as(numerator).clone().requires_grad_()
+    still = model.mean + torch.einsum("bk,kzyx->bzyx", code, model.components)
+    volume = still.clone().requires_grad_()
     moved = model.bodies.move(volume, motion)
     square = (differentiable_band(moved, size).abs().square() * weighted).sum()
     slope = torch.autograd.grad((moved * numerator).sum() - 0.5 * square, volume)[0]
-    return slope + model_band_adjoint(weighted * model_band(model.mean, size), size, grid.crop)
+    return slope + model_band_adjoint(weighted * model_band(still, size), size, grid.crop)
 
 
 def first_covariance(sigma: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opustomo.bodies import BodyModel, straightened
+from opustomo.bodies import BodyResult, straightened
 from opustomo.data.atomic import atomic
 from opustomo.data.cache import HELD_SHARE, NOTHING, free_memory
 from opustomo.errors import UserError
+from opustomo.monitor import progress
 from opustomo.physics.grid import Grid
 from opustomo.reconstruct import Rows
 
 AT_ONCE = 16  # rows that are made together, always the same ones: results do not depend on what is made when
-Bar = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
 
 
 @dataclass
@@ -73,26 +72,26 @@ class StraightRows:
 
 
 def straight_rows(
-    folder: Path | None, model: BodyModel, base: Rows, gain: Tensor, motion: Tensor, grid: Grid, bar: Bar
+    folder: Path | None, result: BodyResult, base: Rows, grid: Grid, device: torch.device
 ) -> StraightRows:
-    """Rows of all particles with their bodies put back from ``motion`` (P, 6 B); gain (P,).
+    """Rows of all particles with their bodies put back from ``result.free``.
 
     They are kept in ``folder``/straight.HASH.rows, the hash being of everything they depend on, and read from there
     where they are already; None: in memory.  ``moved`` counts what all bodies did together as part of the poses.
     """
-    mark = _mark(model, base, gain, motion)
-    moved = base.moved + model.common(motion.to(model.mean)).cpu()
+    mark = _mark(result, base)
+    moved = base.moved + result.model.common(result.free)
     on_disk = folder is not None and getattr(base, "fingerprint", "") != ""
     path = folder / f"straight.{mark[:16]}.rows" if folder is not None and on_disk else None
     if path is not None and path.is_file():
         return _open(base, path, moved, mark, len(base), grid.crop)
     if path is None:
         made = np.zeros(len(base), _record(grid.crop))
-        _fill(made, model, base, gain, motion, grid, bar)
+        _fill(made, result, base, grid, device)
         return StraightRows(base, None, moved, "", made, grid.crop)
     with atomic(path) as temporary:
         made = np.memmap(temporary, _record(grid.crop), "w+", shape=(len(base),))
-        _fill(made, model, base, gain, motion, grid, bar)
+        _fill(made, result, base, grid, device)
         made.flush()
         del made
     for old in path.parent.glob("straight.*.rows"):
@@ -112,20 +111,24 @@ def _open(base: Rows, file: Path, moved: Tensor, mark: str, count: int, crop: in
     return StraightRows(base, file, moved, mark, np.memmap(file, kind, "r", shape=(count,)), crop)
 
 
-def _fill(made: np.ndarray, model: BodyModel, base: Rows, gain: Tensor, motion: Tensor, grid: Grid, bar: Bar) -> None:
-    device = model.mean.device
-    for part in bar(torch.arange(len(base)).split(AT_ONCE), len(base)):
+def _fill(made: np.ndarray, result: BodyResult, base: Rows, grid: Grid, device: torch.device) -> None:
+    model = result.model.to(device)
+    for part in progress(torch.arange(len(base)).split(AT_ONCE), len(base), "bodies put back", size=len):
         numerator, weight = base.numerator(part).to(device), base.weight(part).to(device)
-        rows = straightened(model, numerator, weight, gain[part].to(device), motion[part].to(device), grid)
+        gain, motion, code = (v[part].to(device) for v in (result.gain, result.free, result.motions.code))
+        rows = straightened(model, numerator, weight, gain, motion, code, grid)
         for i, values in zip(part.tolist(), rows.flatten(1).cpu(), strict=True):
             scale = max(float(values.abs().max()), NOTHING)
             half = (values / scale).half().numpy()
             made[i] = (zlib.crc32(half.tobytes()), scale, half)
 
 
-def _mark(model: BodyModel, base: Rows, gain: Tensor, motion: Tensor) -> str:
+def _mark(result: BodyResult, base: Rows) -> str:
     digest = hashlib.sha256(getattr(base, "fingerprint", "").encode())
-    bodies = model.bodies
-    for tensor in (model.mean, model.covariance, *vars(bodies).values(), gain, motion, base.moved):
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    model = result.model
+    for tensor in (
+        model.mean, model.components, model.covariance, *vars(model.bodies).values(),
+        result.gain, result.free, result.motions.code, base.moved,
+    ):  # fmt: skip
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
     return digest.hexdigest()

@@ -108,7 +108,7 @@ def fit_bodies(
         found = find_motions(model, scaled, some, grid, found, STEPS, _bar("motions once more"))
         result = BodyResult(masks.names, model.to(torch.device("cpu")), found, found.motion, gain, dimensions)
         result = set_free(result, rows, grid, device)
-        straight = at_rest_rows(folder, result, rows, grid, device)
+        straight = straight_rows(folder, result, rows, grid, device)
         straight.hold()
         return result, straight, fit_linear(particles, lambda _: straight, grid, mask, at_poses)[2]
 
@@ -132,7 +132,7 @@ def find_in_bodies(
     scaled, steps = AtGain(rows, gain), FIRST_STEPS + LAST_STEPS
     found = find_motions(model, scaled, everyone, grid, found, steps, _bar("motions"))
     result = set_free(replace(known, motions=found, gain=gain), rows, grid, device)
-    return result, at_rest_rows(folder, result, rows, grid, device)
+    return result, straight_rows(folder, result, rows, grid, device)
 
 
 def set_free(result: BodyResult, rows: Rows, grid: Grid, device: torch.device) -> BodyResult:
@@ -144,12 +144,6 @@ def set_free(result: BodyResult, rows: Rows, grid: Grid, device: torch.device) -
     )
     motion = result.motions.motion
     return replace(result, free=motion + result.model.inner(wide.motion - motion))
-
-
-def at_rest_rows(folder: Path | None, result: BodyResult, rows: Rows, grid: Grid, device: torch.device) -> StraightRows:
-    """Rows with the bodies of a result at rest."""
-    bar, model = _bar("bodies put back"), result.model.to(device)
-    return straight_rows(folder, model, rows, result.gain, result.free, grid, bar)
 
 
 def _not_in(index: Tensor, count: int) -> Tensor:

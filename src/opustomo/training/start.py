@@ -19,7 +19,8 @@ from torch import Tensor
 
 from opustomo import checkpoint, parallel
 from opustomo.bodies import BodyResult
-from opustomo.body_stage import at_rest_rows, bodies_of, fit_bodies, with_common, write_bodies
+from opustomo.body_rows import straight_rows
+from opustomo.body_stage import bodies_of, fit_bodies, with_common, write_bodies
 from opustomo.config import TrainConfig
 from opustomo.data.batches import wedge_groups
 from opustomo.data.bodies import absolute
@@ -259,7 +260,7 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
     model, mixture = stored_linear(stored, grid, inputs.mask), Mixture(**stored["mixture"])
     if "bodies" in stored:
         bodies = BodyResult.of(stored["bodies"])
-        rows = at_rest_rows(body_files(config), bodies, rows, grid, device_of(config.device))
+        rows = straight_rows(body_files(config), bodies, rows, grid, device_of(config.device))
     assert make_rows.noise is not None
     results, typical = config.output / "linear", stored["typical"]
     known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
