@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opustomo.physics.fourier import fourier_resize, resize_with_gradient
+from opustomo.physics.fourier import fourier_resize, spectral_gradient
 from opustomo.physics.geometry import cross_matrix, rotation_from_vector
 from opustomo.physics.volume import centred_coordinates, turned_coordinates
 
@@ -38,17 +38,22 @@ def move_bodies(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor)
     voxels (x, y, z) from voxel C//2; motion: (b, B, 6) rotation vectors (radians, active, right-handed) and shifts
     (voxels).
     """
-    size = volume.shape[-1]
-    parts = fourier_resize(weights * volume[:, None], FINER * size)
-    return _read(parts[:, :, None], _sources(size, joints, motion))[:, :, 0].sum(1)
+    points = _sources(volume.shape[-1], joints, motion)
+    weight = _read_weights(weights[:, None], points)[:, :, 0]
+    density = _read(fourier_resize(volume, FINER * volume.shape[-1])[:, None], points, FINER)[:, :, 0]
+    return (weight * density).sum(1)
 
 
 def move_with_derivatives(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
     """``move_bodies`` and the derivatives of its result with respect to motion, (b, 6 B, C, C, C)."""
     size = volume.shape[-1]
-    parts = resize_with_gradient(weights * volume[:, None], FINER * size)
-    read = _read(parts, _sources(size, joints, motion))
-    moved, slope = read[:, :, 0].sum(1), read[:, :, 1:]
+    points = _sources(size, joints, motion)
+    channels = torch.cat([volume[:, None], spectral_gradient(volume).movedim(0, 1)], 1)
+    read = _read(fourier_resize(channels, FINER * size), points, FINER)
+    density, slope = read[:, :, 0], read[:, :, 1:]
+    weight = _read_weights(torch.cat([weights[:, None], _gradient(weights)], 1), points)
+    moved = (weight[:, :, 0] * density).sum(1)
+    slope = slope.mul_(weight[:, :, :1]).add_(density[:, :, None] * weight[:, :, 1:])  # of w V at the source
     turn = rotation_from_vector(motion[..., :3])
     # the source moves by R^T (y x J d) - R^T t for a change d, t of the motion, y = x - c - t
     slope = (turn @ slope.flatten(3)).unflatten(-1, (size,) * 3)
@@ -77,10 +82,26 @@ def _sources(size: int, joints: Tensor, motion: Tensor) -> Tensor:
     return turned_coordinates(size, back, shift).movedim(2, -1)
 
 
-def _read(parts: Tensor, points: Tensor) -> Tensor:
-    """Trilinear values of every body's own channels (b or 1, B, q, n, n, n), on a grid ``FINER`` than that of the
-    points (b, B, C, C, C, 3), at its points: (b, B, q, C, C, C); 0 beyond the box."""
-    n, shape = parts.shape[-1], points.shape[:2]
-    unit = (points * FINER + n // 2) * (2.0 / (n - 1)) - 1.0
-    own = parts.expand(len(points), *parts.shape[1:]).flatten(0, 1)
-    return functional.grid_sample(own, unit.flatten(0, 1), align_corners=True).unflatten(0, shape)
+def _read(channels: Tensor, points: Tensor, finer: int, padding: str = "zeros") -> Tensor:
+    """Trilinear values of (b or 1, q, n, n, n) at points (b, B, C, C, C, 3) of a grid ``finer`` times coarser.
+
+    Returns (b, B, q, C, C, C).
+    """
+    n, shape = channels.shape[-1], points.shape[:5]
+    unit = (points * finer + n // 2) * (2.0 / (n - 1)) - 1.0
+    flat = unit.flatten(1, 2)  # (b, B C, C, C, 3): bodies one after the other along z
+    wide = channels.expand(len(points), *channels.shape[1:])
+    values = functional.grid_sample(wide, flat, align_corners=True, padding_mode=padding)
+    return values.unflatten(2, shape[1:3]).movedim(2, 1)
+
+
+def _read_weights(channels: Tensor, points: Tensor) -> Tensor:
+    """The same of every body's own (B, q, C, C, C) at its points; beyond the box the value at its border."""
+    swapped = points.movedim(1, 0)  # (B, b, C, C, C, 3)
+    values = _read(channels, swapped, 1, "border")
+    return values.movedim(0, 1)
+
+
+def _gradient(volume: Tensor) -> Tensor:
+    """Central differences per voxel of (b, n, n, n) along x, y, z: (b, 3, n, n, n)."""
+    return torch.stack(torch.gradient(volume, dim=(-1, -2, -3)), 1)

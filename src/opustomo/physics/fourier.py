@@ -56,24 +56,13 @@ def fourier_resize(volume: Tensor, size: int) -> Tensor:
     return (matrix @ along_y.flatten(-2)).unflatten(-1, (size, size))
 
 
-def resize_with_gradient(volume: Tensor, size: int) -> Tensor:
-    """``fourier_resize`` of (..., N, N, N), and of its derivatives per voxel of N along x, y, z: (..., 4, size^3)."""
-    n, device = volume.shape[-1], str(volume.device)
-    keep, slope = (_resize_matrix(n, size, device, order).to(volume.dtype) for order in (0, 1))
-    in_x = volume @ keep.T
-    in_y, along_y, along_x = keep @ in_x, slope @ in_x, keep @ (volume @ slope.T)
-    parts = [(keep, in_y), (keep, along_x), (keep, along_y), (slope, in_y)]
-    return torch.stack([(matrix @ part.flatten(-2)).unflatten(-1, (size, size)) for matrix, part in parts], -4)
-
-
-@lru_cache(maxsize=16)
-def _resize_matrix(n: int, size: int, device: str, order: int = 0) -> Tensor:
-    """(size, n): ``fourier_resize`` of one axis, float64; order 1: of the derivative."""
+@lru_cache(maxsize=8)
+def _resize_matrix(n: int, size: int, device: str) -> Tensor:
+    """(size, n): ``fourier_resize`` of one axis, float64."""
     spectrum = torch.fft.rfft(torch.eye(n, dtype=torch.float64, device=device), dim=0)
     kept = spectrum.new_zeros(size // 2 + 1, n)
     h = min(n, size) // 2
-    k = torch.arange(h, dtype=torch.float64, device=device)[:, None]
-    kept[:h] = spectrum[:h] * (2j * torch.pi / n * k) ** order
+    kept[:h] = spectrum[:h]
     return torch.fft.irfft(kept, n=size, dim=0) * (size / n)
 
 
