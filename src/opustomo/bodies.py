@@ -271,28 +271,28 @@ def _search(
     def volume(place: Tensor) -> Tensor:
         return model.mean + torch.einsum("bk,kzyx->bzyx", place[:, count:], model.components)
 
-    def energy(place: Tensor) -> Tensor:
+    def energy(place: Tensor, which: Tensor) -> Tensor:
         moved = model.bodies.move(volume(place), place[:, :count])
-        square = (model_band(moved, size).abs().square() * weighted).sum(-1)
-        overlap = (moved * numerator).sum((-3, -2, -1))
+        square = (model_band(moved, size).abs().square() * weighted[which]).sum(-1)
+        overlap = (moved * numerator[which]).sum((-3, -2, -1))
         return 0.5 * square - overlap + 0.5 * torch.einsum("bi,ij,bj->b", place, prior, place)
 
-    place, lowest = start, energy(start)
+    everyone = torch.arange(len(start), device=start.device)
+    place, lowest = start.clone(), energy(start, everyone)
     for _ in range(steps):
         pull, precision = _slope(model, numerator, weighted, volume(place), place[:, :count], size)
         told = Told.of(pull, precision, place, count)
         factor = torch.linalg.cholesky(precision + prior)
         step = torch.cholesky_solve((pull - place @ prior)[..., None], factor)[..., 0]
-        reach, left = place.new_ones(len(place), 1), torch.ones(len(place), dtype=torch.bool, device=place.device)
-        for _ in range(TRIES):
-            here = place + reach * step
-            value = energy(here)
-            better = left & (value < lowest)
-            place, lowest = torch.where(better[:, None], here, place), torch.where(better, value, lowest)
-            left &= ~better
-            if not left.any():
+        left = everyone
+        for shrunk in range(TRIES):
+            here = place[left] + SHRINK**shrunk * step[left]
+            value = energy(here, left)
+            better = value < lowest[left]
+            place[left[better]], lowest[left[better]] = here[better], value[better]
+            left = left[~better]
+            if len(left) == 0:
                 break
-            reach = torch.where(left[:, None], SHRINK * reach, reach)
     # the curvature before the last step, which was a small one
     inverse = torch.cholesky_inverse(factor)
     evidence = 0.5 * torch.logdet(prior) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - lowest
@@ -311,7 +311,7 @@ def _slope(
     parts = torch.view_as_real(model_band(columns, size)).flatten(2)
     heavy = parts * weighted.repeat_interleave(2, 1)[:, None]
     explained = (heavy @ torch.view_as_real(model_band(moved, size)).flatten(1)[..., None])[..., 0]
-    pull = torch.einsum("bjzyx,bzyx->bj", columns, numerator) - explained
+    pull = (columns.flatten(2) @ numerator.flatten(1)[..., None])[..., 0] - explained
     return pull, heavy @ parts.transpose(1, 2)
 
 

@@ -38,30 +38,21 @@ def move_bodies(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor)
     voxels (x, y, z) from voxel C//2; motion: (b, B, 6) rotation vectors (radians, active, right-handed) and shifts
     (voxels).
     """
-    points = _sources(volume.shape[-1], joints, motion)
-    weight = _read_weights(weights[:, None], points)[:, :, 0]
-    density = _read(fourier_resize(volume, FINER * volume.shape[-1])[:, None], points, FINER)[:, :, 0]
+    weight, density = _in_place(volume, weights, joints, motion)
     return (weight * density).sum(1)
 
 
 def move_with_derivatives(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
     """``move_bodies`` and the derivatives of its result with respect to motion, (b, 6 B, C, C, C)."""
-    size = volume.shape[-1]
-    points = _sources(size, joints, motion)
-    channels = torch.cat([volume[:, None], spectral_gradient(volume).movedim(0, 1)], 1)
-    read = _read(fourier_resize(channels, FINER * size), points, FINER)
-    density, slope = read[:, :, 0], read[:, :, 1:]
-    weight = _read_weights(torch.cat([weights[:, None], _gradient(weights)], 1), points)
-    moved = (weight[:, :, 0] * density).sum(1)
-    slope = slope.mul_(weight[:, :, :1]).add_(density[:, :, None] * weight[:, :, 1:])  # of w V at the source
-    turn = rotation_from_vector(motion[..., :3])
-    # the source moves by R^T (y x J d) - R^T t for a change d, t of the motion, y = x - c - t
-    slope = (turn @ slope.flatten(3)).unflatten(-1, (size,) * 3)
-    y = centred_coordinates(size, volume.device).movedim(-1, 0) - (joints + motion[..., 3:])[..., None, None, None]
-    (sx, sy, sz), (yx, yy, yz) = slope.unbind(2), y.unbind(2)
+    weight, density = _in_place(volume, weights, joints, motion)
+    # a body that is in its place already moves on by (J d) x y + t for a change d, t of the motion, y = x - c - t
+    sx, sy, sz = spectral_gradient(density) * weight + density * _gradient(weight)
+    place = centred_coordinates(volume.shape[-1], volume.device).movedim(-1, 0)
+    yx, yy, yz = (place - (joints + motion[..., 3:])[..., None, None, None]).unbind(2)
     torque = torch.stack([sy * yz - sz * yy, sz * yx - sx * yz, sx * yy - sy * yx], 2)
     rotation = (left_jacobian(motion[..., :3]).transpose(-1, -2) @ torque.flatten(3)).view_as(torque)
-    return moved, torch.cat([rotation, -slope], 2).flatten(1, 2)
+    shift = -torch.stack([sx, sy, sz], 2)
+    return (weight * density).sum(1), torch.cat([rotation, shift], 2).flatten(1, 2)
 
 
 def left_jacobian(vector: Tensor) -> Tensor:
@@ -75,33 +66,27 @@ def left_jacobian(vector: Tensor) -> Tensor:
     return eye + (1 - torch.cos(angle)) / angle**2 * cross + (angle - torch.sin(angle)) / angle**3 * (cross @ cross)
 
 
-def _sources(size: int, joints: Tensor, motion: Tensor) -> Tensor:
-    """s_b(x) at every voxel: (b, B, C, C, C, 3)."""
+def _in_place(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and densities of all bodies, each where it has moved to: (b, B, C, C, C) both."""
+    size = volume.shape[-1]
     back = rotation_from_vector(motion[..., :3]).transpose(-1, -2)
     shift = joints - torch.einsum("bkij,bkj->bki", back, joints + motion[..., 3:])
-    return turned_coordinates(size, back, shift).movedim(2, -1)
+    points = turned_coordinates(size, back, shift).movedim(2, -1)  # s_b(x): (b, B, C, C, C, 3)
+    density = _read(fourier_resize(volume, FINER * size).expand(len(points), -1, -1, -1), points, FINER, "zeros")
+    # of every body its own; beyond the box the value at its border
+    weight = _read(weights, points.movedim(1, 0), 1, "border").movedim(0, 1)
+    return weight, density
 
 
-def _read(channels: Tensor, points: Tensor, finer: int, padding: str = "zeros") -> Tensor:
-    """Trilinear values of (b or 1, q, n, n, n) at points (b, B, C, C, C, 3) of a grid ``finer`` times coarser.
-
-    Returns (b, B, q, C, C, C).
-    """
-    n, shape = channels.shape[-1], points.shape[:5]
+def _read(volumes: Tensor, points: Tensor, finer: int, padding: str) -> Tensor:
+    """Trilinear values of volumes (v, n, n, n), on a grid ``finer`` than that of the points (v, m, C, C, C, 3)."""
+    n, shape = volumes.shape[-1], points.shape[1:5]
     unit = (points * finer + n // 2) * (2.0 / (n - 1)) - 1.0
-    flat = unit.flatten(1, 2)  # (b, B C, C, C, 3): bodies one after the other along z
-    wide = channels.expand(len(points), *channels.shape[1:])
-    values = functional.grid_sample(wide, flat, align_corners=True, padding_mode=padding)
-    return values.unflatten(2, shape[1:3]).movedim(2, 1)
-
-
-def _read_weights(channels: Tensor, points: Tensor) -> Tensor:
-    """The same of every body's own (B, q, C, C, C) at its points; beyond the box the value at its border."""
-    swapped = points.movedim(1, 0)  # (B, b, C, C, C, 3)
-    values = _read(channels, swapped, 1, "border")
-    return values.movedim(0, 1)
+    flat = unit.flatten(1, 2)  # (v, m C, C, C, 3): one set of points after the other along z
+    values = functional.grid_sample(volumes[:, None], flat, align_corners=True, padding_mode=padding)
+    return values[:, 0].unflatten(1, shape[:2])
 
 
 def _gradient(volume: Tensor) -> Tensor:
-    """Central differences per voxel of (b, n, n, n) along x, y, z: (b, 3, n, n, n)."""
-    return torch.stack(torch.gradient(volume, dim=(-1, -2, -3)), 1)
+    """Central differences per voxel of (..., n, n, n) along x, y, z: (3, ..., n, n, n)."""
+    return torch.stack(torch.gradient(volume, dim=(-1, -2, -3)))
