@@ -55,16 +55,20 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
     source.refuse_version(options.relion31)
     table, dialect = source.table, DIALECTS[source.format]
     locator = Locator(table.path, options.datadir)
-    most = options.damaged == "skip"
-    images = locator.require(dialect.image_files(source), source.files_are, most=most)
-    readable, faults = sampling.readable(images, source) if most else (list(images), None)
+    names, absent, faults = dialect.image_files(source), None, None
+    if options.damaged == "skip":
+        images, absent = locator.require_most(names, source.files_are)
+        readable, faults = sampling.readable(images, source)
+    else:
+        images = locator.require(names, source.files_are)
+        readable = list(images)
     box, pixel_size, size_notes = sampling.agreed(star, source, readable, options)
     if source.stacks and options.normalisation != "auto":
         raise UserError(
             f"--normalisation {options.normalisation}: {source.whole.path} has tilt images, which are not combined; "
             "leave it out"
         )
-    found = dialect.read(Opened(source, options, locator, images, readable, box, pixel_size, pack))
+    found = dialect.read(Opened(source, options, locator, images, absent, readable, box, pixel_size, pack))
     why = f": {source.why}" if source.why else ""
     notes = [f"{source.name}: {len(source)} particles in block data_{table.particle_block}{why}"]
     if locator.outside_datadir(images):
