@@ -28,9 +28,10 @@ from opustomo.analysis.selection import (
 from opustomo.config import ExportConfig
 from opustomo.data.angles import to_matrix
 from opustomo.data.atomic import atomic
-from opustomo.data.export import first_of_each, refuse_ambiguous, write_subset
+from opustomo.data.export import refuse_ambiguous, write_subset
 from opustomo.data.lists.write import read_sources, write_list
 from opustomo.data.mapback import write_scripts
+from opustomo.data.particles import turn_of_each
 from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of, relion
 from opustomo.errors import UserError
@@ -113,7 +114,8 @@ def _write_lists(config: ExportConfig, places: Places, chosen: Classes, rows: ND
     sources = read_sources(config.m_source) if config.m_source is not None else {}
     parts = {"particles": np.ones(len(labels), bool)} | {f"pre{i}": labels == i for i in np.unique(labels)}
     if config.unique:
-        first, of_class = first_of_each(relion.identities(chosen.source.table)[rows]), first_of_classes(chosen)
+        first = turn_of_each(relion.identities(chosen.source.table)[rows]) == 0
+        of_class = first_of_classes(chosen)
         parts = {name: part & (first if name == "particles" else of_class) for name, part in parts.items()}
         log.info("%d copies of %d particles left out", len(first) - first.sum(), first.sum())
     for name, part in parts.items():

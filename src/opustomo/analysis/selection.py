@@ -20,7 +20,8 @@ from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import stem
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.export import CorrectedPoses, fingerprint_of, first_of_each, write_subset
+from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
+from opustomo.data.particles import turn_of_each
 from opustomo.data.pickles import load_indices, load_labels, load_poses
 from opustomo.data.readers.files import FOLDERS, MANIFEST, Locator
 from opustomo.data.readers.relion import identities
@@ -230,7 +231,7 @@ def _corrected(run: Path, epoch: int) -> CorrectedPoses:
 def first_of_classes(classes: Classes) -> NDArray[np.bool_]:
     """(P,) whether a particle has no copy before it in its class: what ``--unique`` leaves of every class."""
     names = identities(classes.source.table)[rows_of(classes.source.table, classes.labels, classes.rows)]
-    return first_of_each(zip(names, classes.labels.tolist(), strict=True))
+    return turn_of_each(zip(names, classes.labels.tolist(), strict=True)) == 0
 
 
 def rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:

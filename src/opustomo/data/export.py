@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from opustomo.data.particles import turn_of_each
 from opustomo.data.readers import DIALECTS, relion
 from opustomo.data.readers.source import Source
 from opustomo.data.star import Block, StarFile, number_columns, write_star
@@ -74,7 +75,7 @@ def write_subset(
         raise UserError(f"{path}: no particles selected; choose other classes")
     refuse_ambiguous(source.table)
     if unique:
-        kept = first_of_each(relion.identities(source.table)[index])
+        kept = turn_of_each(relion.identities(source.table)[index]) == 0
         log.info("%s: %d copies of its %d particles left out", path, len(kept) - kept.sum(), kept.sum())
         index, poses = index[kept], poses.at(kept) if poses is not None else None
         classes = None if classes is None else classes[kept]
@@ -144,8 +145,3 @@ def refuse_repeated(star: StarFile, fix: str, *more: NDArray[np.object_]) -> Non
                 f"{star.path}: particle {names[row]} occurs twice (rows {seen[key] + 1} and {row + 1}); {fix}"
             )
         seen[key] = row
-
-
-def first_of_each(names: Iterable[object]) -> NDArray[np.bool_]:
-    """(n,) whether a name stands in the list for the first time: of copies of a particle one is left."""
-    return ~pd.Series(list(names), dtype=object).duplicated().to_numpy()

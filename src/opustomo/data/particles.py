@@ -6,6 +6,7 @@ dialect it was read from.  Readers make it; nothing else names a STAR column.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -165,9 +166,19 @@ def refuse_most(count: int, looked_at: int, star: Path, faults: dict[str, str] |
 
 
 def particle_numbers(names: Iterable[object]) -> NDArray[np.int64]:
-    """(P,) which particle each row is of, in order of appearance: 0, 1, ... P - 1 unless there are copies (``expand``).
+    """(rows,) which particle each row is of, in order of appearance: 0, 1, 2, ... unless there are copies (``expand``).
 
     Copies of a particle share its noise: what must be independent (halves, held-out particles) goes by this number.
     """
     seen: dict[object, int] = {}
     return np.array([seen.setdefault(name, len(seen)) for name in names], np.int64)
+
+
+def turn_of_each(names: Iterable[object]) -> NDArray[np.int64]:
+    """(rows,) how often a row's name has been there before: 0 unless there are copies, which are 1, 2, ..."""
+    times: Counter[object] = Counter()
+    turns = []
+    for name in names:
+        turns.append(times[name])
+        times[name] += 1
+    return np.array(turns, np.int64)
