@@ -11,9 +11,12 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from dialect_writers import IMAGES, VOLUMES, Subtomograms, write_every_dialect
+from fake_run import FakeRun
 from fourier_simulator import Array, Beads
 from opustomo import cli
+from opustomo.analysis.class_quality import class_subsets
 from opustomo.analysis.selection import main as select
+from opustomo.analysis.selection import particle_of_rows
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.checkpoint import split_rows
 from opustomo.config import InputOptions, SelectConfig
@@ -23,6 +26,7 @@ from opustomo.data.readers import read_particles
 from opustomo.data.readers.source import read_source
 from opustomo.data.star import read_star
 from opustomo.data.symmetry import point_group
+from opustomo.errors import UserError
 from opustomo.physics.grid import make_grid
 from opustomo.physics.volume import fourier_shell_correlation, spherical_mask
 from opustomo.preparation import make_split
@@ -203,3 +207,39 @@ def test_what_cannot_be_expanded(
     assert cli.main(["expand", str(given), "--symmetry", group, "-o", str(tmp_path / out)]) == 2
     assert words in capsys.readouterr().err
     assert star.read_bytes() == before and (out == "particles.star" or not (tmp_path / out).exists())
+
+
+def test_halves_and_random_classes_of_quality_are_of_particles() -> None:
+    """40 particles of D3 in classes that part their copies, and in such that do not."""
+    particle = np.repeat(np.arange(40), 6)
+    rng = np.random.default_rng(0)
+    for labels in (rng.permutation(240) % 5, rng.integers(0, 4, 40)[particle]):
+        subsets, half = class_subsets(labels, particle, np.ones(240, bool), 0)
+        assert set(subsets) == set(labels)
+        assert not set(particle[half]) & set(particle[~half])
+        for members, *random in subsets.values():
+            sides = [len(np.unique(particle[members & side])) for side in (half, ~half)]
+            assert abs(sides[0] - sides[1]) <= 0.2 * sum(sides)
+            copies = sorted(np.unique(particle[members], return_counts=True)[1])
+            for one in random:
+                assert sorted(np.unique(particle[one], return_counts=True)[1]) == copies
+    # four rows of two particles cannot be halved
+    few = np.where(np.isin(np.arange(240), (0, 1, 6, 7)), 1, 0)
+    assert set(class_subsets(few, particle, np.ones(240, bool), 0)[0]) == {0}
+
+
+def test_an_image_that_is_there_twice_is_no_copy(tmp_path: Path) -> None:
+    made = two_states_set(3, 1.0, box=16, step=30.0, scattered=6000.0)
+    star = made.write_series(tmp_path)
+    lines = star.read_text().splitlines()
+    star.write_text("\n".join([*lines, lines[-1]]) + "\n")
+    with pytest.raises(UserError, match=r"row 16: image .* is there twice, other images of this particle are not"):
+        read_source(star)
+
+
+def test_a_run_knows_which_rows_are_of_one_particle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    star, run = relion31(tmp_path, n=3).write_star(), FakeRun(tmp_path / "run", np.zeros((6, 1)), np.zeros((6, 3, 3)))
+    run.path.mkdir()
+    assert particle_of_rows(run).tolist() == list(range(6)) and "taken as without" in caplog.text
+    expand(star, "C2", run.star)
+    assert particle_of_rows(run).tolist() == [0, 0, 1, 1, 2, 2]

@@ -18,10 +18,9 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import latent_plots, plots
-from opustomo.analysis.selection import source_of, trained_rows
+from opustomo.analysis.selection import run_particles
 from opustomo.data.atomic import write_csv
 from opustomo.data.readers.relion import tomograms
-from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,23 +116,6 @@ def tomogram_names(run: Run) -> NDArray[np.str_] | None:
         return None
     names = tomograms(known[0].table).astype(str)[known[1]]
     return names if len(np.unique(names)) > 1 else None
-
-
-def run_particles(run: Run) -> tuple[Source, NDArray[np.int64]] | None:
-    """The run's particles in their STAR file, and its rows; None, with a warning, where it is gone or another one.
-
-    Particles may be elsewhere by now; their codes are here.
-    """
-    if not run.star.is_file():
-        return None
-    try:
-        source = source_of(run.star, run.config)
-        trained = trained_rows(run.path, source.table)
-    except UserError as error:
-        log.warning("columns of the STAR file are not compared with the codes: %s", error)
-        return None
-    rows = np.arange(len(source)) if trained is None else trained
-    return (source, rows) if len(rows) == len(run.codes) else None
 
 
 def write_convergence(run: Run, clusters: int, folder: Path, seed: int = 0) -> Path | None:

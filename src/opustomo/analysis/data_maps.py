@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from opustomo.analysis import plots
 from opustomo.analysis.filters import Gain, filtered
+from opustomo.analysis.selection import particle_of_rows
 from opustomo.analysis.volumes import MapFiles, resample
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.config import GridOptions, InputOptions
@@ -43,14 +44,14 @@ def write_data_volumes(run: Run, codes: NDArray[np.floating], files: MapFiles, g
     """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
 
     Particles are weighted by a Gaussian of their distance in code space that covers ``usual_neighbours`` of them.  Two
-    random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random`` is the same for randomly chosen
-    particles: what every subset shares.  ``gain``: of the maps' spectra.  UserError: the run has no cache.
+    random, disjoint halves of them give fsc_data.csv and fsc_data.png; the column ``random`` is the same for randomly
+    chosen particles: what every subset shares.  ``gain``: of the maps' spectra.  UserError: the run has no cache.
     """
     rows = open_rows(run)
-    grid, n = run.grid, len(run.codes)
+    grid, n, particle = run.grid, len(run.codes), particle_of_rows(run)
     files.sampling(grid)  # wrong sizes are told before the first map is made
     rng = np.random.default_rng(0)
-    half = rng.permutation(n) % 2 == 0
+    half = (rng.permutation(int(particle.max()) + 1) % 2 == 0)[particle]
     curves: dict[str, Floats] = {}
     counts: dict[str, int] = {}
     paths = []

@@ -31,7 +31,7 @@ from opustomo.data.atomic import atomic
 from opustomo.data.export import refuse_ambiguous, write_subset
 from opustomo.data.lists.write import read_sources, write_list
 from opustomo.data.mapback import write_scripts
-from opustomo.data.particles import turn_of_each
+from opustomo.data.particles import particle_numbers, turn_of_each
 from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of, relion
 from opustomo.errors import UserError
@@ -111,16 +111,20 @@ def _write_lists(config: ExportConfig, places: Places, chosen: Classes, rows: ND
     """A list of all particles and one of each class."""
     assert config.format != "same"
     labels, half = chosen.labels, relion.halves(chosen.source.table)[rows]
+    names = relion.identities(chosen.source.table)[rows]
     sources = read_sources(config.m_source) if config.m_source is not None else {}
     parts = {"particles": np.ones(len(labels), bool)} | {f"pre{i}": labels == i for i in np.unique(labels)}
     if config.unique:
-        first = turn_of_each(relion.identities(chosen.source.table)[rows]) == 0
+        first = turn_of_each(names) == 0
         of_class = first_of_classes(chosen)
         parts = {name: part & (first if name == "particles" else of_class) for name, part in parts.items()}
         log.info("%d copies of %d particles left out", len(first) - first.sum(), first.sum())
     for name, part in parts.items():
         path = config.output / f"{name}.star"
-        write_list(path, config.format, places.at(part), half[part], labels[part], sources)
+        own = half[part]
+        if config.format == "m":  # which knows no particle without a half set
+            own = np.where(own > 0, own, 1 + particle_numbers(names[part]) % 2)
+        write_list(path, config.format, places.at(part), own, labels[part], sources)
     return [config.output / f"{name}.star" for name in parts]
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from opustomo.analysis.places import stem
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
-from opustomo.data.particles import turn_of_each
+from opustomo.data.particles import particle_numbers, turn_of_each
 from opustomo.data.pickles import load_indices, load_labels, load_poses
 from opustomo.data.readers.files import FOLDERS, MANIFEST, Locator
 from opustomo.data.readers.relion import identities
@@ -29,6 +29,9 @@ from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
 from opustomo.stored import read_config
+
+if TYPE_CHECKING:
+    from opustomo.checkpoint import Run
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +175,33 @@ def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
             f"give {values.get('star', 'the STAR file of the run')}"
         )
     return rows
+
+
+def run_particles(run: Run) -> tuple[Source, NDArray[np.int64]] | None:
+    """The run's particles in their STAR file, and its rows; None, with a warning, where it is gone or another one.
+
+    Particles may be elsewhere by now; their codes are here.
+    """
+    if not run.star.is_file():
+        return None
+    try:
+        source = source_of(run.star, run.config)
+        trained = trained_rows(run.path, source.table)
+    except UserError as error:
+        log.warning("what the STAR file says of the particles is not used: %s", error)
+        return None
+    rows = np.arange(len(source)) if trained is None else trained
+    return (source, rows) if len(rows) == len(run.codes) else None
+
+
+def particle_of_rows(run: Run) -> NDArray[np.int64]:
+    """(P,) which particle each row of a run is of, by ``particle_numbers``; without the STAR file each is its own."""
+    known = run_particles(run)
+    if known is None:
+        log.warning("%s: no STAR file that tells copies of particles (expand): taken as without", run.path)
+        return np.arange(len(run.codes))
+    source, rows = known
+    return particle_numbers(identities(source.table)[rows])
 
 
 def find_labels(run: Path, epoch: int, name: str, place: str = "analyze") -> tuple[Path, int]:
