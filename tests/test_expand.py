@@ -194,7 +194,7 @@ def test_copies_stay_on_one_side(tmp_path: Path) -> None:
     [
         ("C1", "e.star", "has nothing to expand"),
         ("Cs", "e.star", "no point group of rotations"),
-        ("D3", "particles.star", "is the file that is read"),
+        ("D3", "particles.star", "which is read; give another name"),
         ("D3", "again.star", "occurs twice (rows 1 and 2); expanded already?"),
     ],
 )
@@ -243,3 +243,13 @@ def test_a_run_knows_which_rows_are_of_one_particle(tmp_path: Path, caplog: pyte
     assert particle_of_rows(run).tolist() == list(range(6)) and "taken as without" in caplog.text
     expand(star, "C2", run.star)
     assert particle_of_rows(run).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_neither_the_set_nor_the_tomograms_are_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    star = two_states_set(2, 1.0, box=16, step=60.0).write_set(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.star")}
+    given = star.rename(tmp_path / "e_optimisation_set.star")
+    for out in ("e.star", "tomograms.star"):
+        assert cli.main(["expand", str(given), "--symmetry", "C2", "-o", str(tmp_path / out)]) == 2
+        assert "which is read; give another name" in capsys.readouterr().err
+    assert given.read_bytes() == before.pop(star) and all(path.read_bytes() == text for path, text in before.items())

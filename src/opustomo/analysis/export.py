@@ -28,7 +28,7 @@ from opustomo.analysis.selection import (
 from opustomo.config import ExportConfig
 from opustomo.data.angles import to_matrix
 from opustomo.data.atomic import atomic
-from opustomo.data.export import refuse_ambiguous, write_subset
+from opustomo.data.export import refuse_ambiguous, write_subset, written_paths
 from opustomo.data.lists.write import read_sources, write_list
 from opustomo.data.mapback import write_scripts
 from opustomo.data.particles import particle_numbers, turn_of_each
@@ -58,7 +58,7 @@ def main(config: ExportConfig) -> int:
         path = config.output / "particles.star"
         write_subset(chosen.source, rows, path, chosen.labels, chosen.poses, config.unique)
         paths += [path, *write_classes(*chosen[1:3], config.output, rows, chosen.poses, config.unique)]
-        paths += [other for path in paths for other in path.parent.glob(f"{path.stem}_optimisation_set.star")]
+        paths += [written for path in paths for written in written_paths(chosen.source, path)[1:]]
     elif places is not None:
         paths += _write_lists(config, places, chosen, rows)
     paths.append(_write_members(config.output / "particles.csv", chosen, rows))

@@ -28,9 +28,7 @@ from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
-from opustomo.data.pickles import load_indices, load_poses, load_split, save_split
-from opustomo.data.poses import with_poses
-from opustomo.data.species import with_species
+from opustomo.data.pickles import load_indices, load_split, save_split
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer
 from opustomo.linear_fit import (
@@ -157,12 +155,8 @@ def with_memory(
 
 def select_inputs(config: TrainConfig) -> Inputs:
     """Particles with the poses and the subset that were asked for."""
-    inputs = read_inputs(config.star, config.input, config.grid, config.templateres, shared_cache(config))
+    inputs = read_inputs(config.star, config.input, config.grid, config.templateres, shared_cache(config), config.poses)
     particles = inputs.particles
-    if config.poses is not None and config.poses.suffix.lower() == ".star":
-        particles = with_species(particles, config.poses, config.input)
-    elif config.poses is not None:
-        particles = with_poses(particles, *load_poses(config.poses))
     if config.ind is not None:
         particles = particles.subset(load_indices(config.ind, len(particles)))
     for note in particles.notes:
@@ -190,7 +184,10 @@ def split_of(config: TrainConfig, names: NDArray[np.object_]) -> tuple[Tensor, T
     log.info("split: %s", path)
     train, held = checkpoint.split_rows(order, config.valfrac, names)
     if shared := set(names[train]) & set(names[held]):
-        log.warning("%s parts copies of %d particles: they are trained on and held out", path, len(shared))
+        log.warning(
+            "%s parts copies of %d particles: they are trained on and held out; a split that is made here, without "
+            "--split, keeps them together", path, len(shared),
+        )  # fmt: skip
     return torch.from_numpy(train), torch.from_numpy(held), path
 
 

@@ -33,7 +33,7 @@ from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Format, Source, read_source
 from opustomo.errors import UserError
 
-__all__ = ["DIALECTS", "poses_of", "read_particles", "read_transfer_volume"]
+__all__ = ["DIALECTS", "particles_of", "poses_of", "read_particles", "read_transfer_volume"]
 
 DIALECTS: dict[Format, Dialect] = {
     "relion3": subtomograms,
@@ -51,7 +51,11 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
     pixel size in disagreement, particle without CTF.  Every decision is a sentence in ``notes``, the dialect first.
     pack: a file that keeps the tilts of per-particle CTF STARs (see ``ctf_star.read_tilts``).
     """
-    source = read_source(star, options.format, options.datadir)
+    return particles_of(read_source(star, options.format, options.datadir), star, options, pack)
+
+
+def particles_of(source: Source, star: Path, options: InputOptions, pack: Path | None = None) -> Particles:
+    """``read_particles`` of a file ``star`` whose table has been read."""
     source.refuse_version(options.relion31)
     table, dialect = source.table, DIALECTS[source.format]
     locator = Locator(table.path, options.datadir)
