@@ -18,18 +18,18 @@ from opustomo.analysis.class_quality import class_subsets
 from opustomo.analysis.selection import main as select
 from opustomo.analysis.selection import particle_of_rows
 from opustomo.average import half_maps, half_sets, half_totals
-from opustomo.checkpoint import split_rows
 from opustomo.config import InputOptions, SelectConfig
 from opustomo.data.noise import estimate_noise
 from opustomo.data.pickles import save_pickle
 from opustomo.data.readers import read_particles
 from opustomo.data.readers.source import read_source
+from opustomo.data.split import make_split, split_rows
 from opustomo.data.star import read_star
 from opustomo.data.symmetry import point_group
 from opustomo.errors import UserError
+from opustomo.linear_fit import Plan, _parts
 from opustomo.physics.grid import make_grid
 from opustomo.physics.volume import fourier_shell_correlation, spherical_mask
-from opustomo.preparation import make_split
 from stack_writers import Set, two_states_set
 from star_sets import relion31
 
@@ -253,3 +253,14 @@ def test_neither_the_set_nor_the_tomograms_are_overwritten(tmp_path: Path, capsy
         assert cli.main(["expand", str(given), "--symmetry", "C2", "-o", str(tmp_path / out)]) == 2
         assert "which is read; give another name" in capsys.readouterr().err
     assert given.read_bytes() == before.pop(star) and all(path.read_bytes() == text for path, text in before.items())
+
+
+def test_without_held_out_particles_the_number_of_components_is_not_chosen_by_copies() -> None:
+    particle, everyone = np.repeat(np.arange(60), 4), torch.ones(240, dtype=torch.bool)
+    order = torch.from_numpy(make_split(particle.astype(object), 0))
+    plan = Plan(order, order[:0], estpose=False, seed=0)
+    train, fitted, probe = _parts(plan, everyone, particle)
+    assert len(train) == 240 and len(probe) == 24 and len(fitted) == 216
+    assert not set(particle[fitted]) & set(particle[probe])
+    # without copies every tenth, as ever
+    assert torch.equal(_parts(plan, everyone, np.arange(240))[2], order[::10])

@@ -14,11 +14,12 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo import linear
+from opustomo.analysis.independence import independent_components
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.inputs import read_inputs
 from opustomo.linear import LinearModel
 from opustomo.linear_fit import typical_particles, usual_range
-from opustomo.linear_stage import independent_components, outlier_score
+from opustomo.linear_stage import outlier_score
 from opustomo.mixture import Mixture, condition, reduce_statistics
 from opustomo.physics.fourier import (
     band_frequencies,

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +27,8 @@ from opustomo import __version__
 from opustomo.bodies import BodyResult
 from opustomo.data.atomic import provenance, write_text
 from opustomo.data.mrc import write_volume
-from opustomo.data.particles import particle_numbers
 from opustomo.data.pickles import Poses, load_poses, load_split, save_config_pickle, save_poses
+from opustomo.data.split import split_rows
 from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
 from opustomo.errors import UserError, reading
 from opustomo.model.vae import Vae
@@ -255,22 +253,6 @@ class Run:
             # where the mask ends, not times the mask: the components are masked already
             linear = seen_through(linear, gain, size) * (self.mask > 0)
         return linear + nonlinear
-
-
-def split_rows(
-    order: NDArray[np.int64], valfrac: float, names: Iterable[object] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows for training and validation: the first (1 - valfrac) of the permutation train, at least one.
-
-    names: of the particle of every row; copies that stand together in ``order`` are then not parted, so a few rows more
-    are held out (or none, where there is one particle).
-    """
-    count = max(1, math.ceil(len(order) * (1.0 - valfrac)))
-    if names is not None:
-        number = particle_numbers(names)[order]
-        begins = np.flatnonzero(np.diff(number, prepend=-1, append=-1))  # of each particle, and the end
-        count = int(begins[max(1, int(np.searchsorted(begins, count, "right")) - 1)])
-    return order[:count], order[count:]
 
 
 def build_model(weights: dict[str, Any]) -> Vae:

@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from opustomo.data.particles import Particles
+from opustomo.data.particles import Particles, particle_numbers
 from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
 from opustomo.linear import (
@@ -165,7 +167,7 @@ def settle(
     typical = typical_particles(rows, able, grid, mask, usable)
     brightness = torch.zeros(len(rows))
     while True:
-        train, fitted, probe = _parts(plan, typical)
+        train, fitted, probe = _parts(plan, typical, particle_numbers(particles.names))
         found = _choose(plan, rows, fitted, probe, grid, mask)
         brightness = torch.maximum(brightness, change_over_average(found.model, found.posterior.code))
         strange = typical & (brightness > 1.0)
@@ -194,12 +196,16 @@ def _too_few(particles: Particles, able: Tensor) -> UserError:
     )
 
 
-def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses."""
+def _parts(plan: Plan, typical: Tensor, particle: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses.
+
+    particle: (P,) which one each row is of: its copies (``expand``) do not choose between fits to themselves.
+    """
     train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
     some, probe = _some(train, SAMPLE, plan.seed), _some(held, SAMPLE // 4, plan.seed)
     # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
-    probe = probe if len(held) else some[:: round(1 / HELD_OUT)]
+    tenth = particle_numbers(particle[some.numpy()].tolist()) % round(1 / HELD_OUT) == 0
+    probe = probe if len(held) else some[torch.from_numpy(tenth)]
     fitted = some if len(held) or plan.components else some[~torch.isin(some, probe)]
     return train, fitted if len(fitted) > 1 else some, probe
 

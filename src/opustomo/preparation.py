@@ -1,4 +1,4 @@
-"""From options to rows: threads, cache and split, the common start of ``linear`` and ``train``; the verb ``cache``."""
+"""From options to rows: threads and cache, the common start of ``linear`` and ``train``; the verb ``cache``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
 from opustomo.data.atomic import write_csv
@@ -20,7 +19,7 @@ from opustomo.data.cache import Cache, OnTheFly, Row, fingerprint, prepare_cache
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise
-from opustomo.data.particles import Particles, particle_numbers
+from opustomo.data.particles import Particles
 from opustomo.data.poses import moved_from, same_poses
 from opustomo.errors import UserError
 from opustomo.machine import usable_cores
@@ -54,13 +53,6 @@ def prepare_process(workers: int, deterministic: bool = False) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def make_split(names: NDArray[np.object_], seed: int) -> NDArray[np.int64]:
-    """A permutation of the rows of particles ``names``, copies one after another; its first part trains."""
-    number = particle_numbers(names)
-    place = np.argsort(np.random.default_rng(seed).permutation(int(number.max(initial=-1)) + 1))
-    return np.argsort(place[number], kind="stable").astype(np.int64)
 
 
 @dataclass

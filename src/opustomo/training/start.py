@@ -29,6 +29,7 @@ from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
 from opustomo.data.pickles import load_indices, load_split, save_split
+from opustomo.data.split import make_split, parted, split_rows
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer
 from opustomo.linear_fit import (
@@ -48,7 +49,7 @@ from opustomo.physics.fourier import from_band, irfft3, resize_spectrum
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
-from opustomo.preparation import RowMaker, make_split, name_damaged
+from opustomo.preparation import RowMaker, name_damaged
 from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
 from opustomo.training.context import Context, context_of
 from opustomo.training.memory import plan
@@ -169,8 +170,17 @@ def shared_cache(config: TrainConfig) -> Path | None:
     return None if config.no_cache else config.cache or config.output / "cache"
 
 
-def split_of(config: TrainConfig, names: NDArray[np.object_]) -> tuple[Tensor, Tensor, Path]:
-    """Rows for training and for validation; an existing split file is read, otherwise one is made in the run."""
+@dataclass(frozen=True)
+class Split:
+    """Row numbers for training and for validation, and the file that has them."""
+
+    train: Tensor
+    held: Tensor
+    file: Path
+
+
+def split_of(config: TrainConfig, names: NDArray[np.object_]) -> Split:
+    """Which of the particles ``names`` train; an existing split file is read, otherwise one is made in the run."""
     count = len(names)
     path = config.output / (config.split.name if config.split is not None else "split.pkl")
     if config.split is not None and config.split.is_file():
@@ -182,13 +192,13 @@ def split_of(config: TrainConfig, names: NDArray[np.object_]) -> tuple[Tensor, T
         order = make_split(names, config.seed)
         save_split(path, order)
     log.info("split: %s", path)
-    train, held = checkpoint.split_rows(order, config.valfrac, names)
-    if shared := set(names[train]) & set(names[held]):
+    train, held = split_rows(order, config.valfrac, names)
+    if shared := parted(names, train, held):
         log.warning(
             "%s parts copies of %d particles: they are trained on and held out; a split that is made here, without "
-            "--split, keeps them together", path, len(shared),
+            "--split, keeps them together", path, shared,
         )  # fmt: skip
-    return torch.from_numpy(train), torch.from_numpy(held), path
+    return Split(torch.from_numpy(train), torch.from_numpy(held), path)
 
 
 @dataclass(frozen=True)
@@ -211,27 +221,25 @@ class Start:
         return self.inputs.particles.rotation[self.linear.typical.numpy()]
 
 
-def start_from_linear(
-    config: TrainConfig, inputs: Inputs, train: Tensor, held: Tensor, continuation: Continuation | None
-) -> Start:
+def start_from_linear(config: TrainConfig, inputs: Inputs, split: Split, continuation: Continuation | None) -> Start:
     """Particles at their last poses, their rows and the linear stage; from a checkpoint, or fitted."""
     folder, shared = (None, None) if config.no_cache else (config.output / "cache", config.cache)
     # steps read a few rows at a time: a continuation need not wait for all of them
     make_rows = RowMaker(inputs, folder, config.input, config.workers, shared, hold=continuation is None)
     if continuation is None:
-        start = _fitted(config, inputs, make_rows, train, held)
+        start = _fitted(config, inputs, make_rows, split)
     else:
         start = _continued(config, inputs, make_rows, continuation)
     name_damaged(start.inputs.particles, config.output)
     return start
 
 
-def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, train: Tensor, held: Tensor) -> Start:
+def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, split: Split) -> Start:
     """From the data alone; with --masks the linear stage once more, of bodies at rest."""
     grid, mask, bodies = inputs.grid, inputs.mask, None
     # before the hours that what comes first may take
     asked = None if config.masks is None else bodies_of(config.masks, grid, config.zaffinedim)
-    plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
+    plan = Plan(split.train, split.held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
     particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
     if asked is not None:
         bodies, rows, linear = fit_bodies(
@@ -337,19 +345,17 @@ def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray
 
 
 def save_config(
-    config: TrainConfig, kind: checkpoint.Kind, inputs: Inputs, rows: Path | None, split_file: Path | None
+    config: TrainConfig, kind: checkpoint.Kind, inputs: Inputs, rows: Path | None, split: Split | None
 ) -> None:
-    """config.yaml and config.pkl: the options as typed, the sizes that followed, and where the rows are."""
+    """config.yaml and config.pkl: the options as typed, the sizes that followed, who trains and where the rows are."""
     values = {"kind": kind, **checkpoint.flatten(config), **inputs.grid._asdict()}
     values["rows"] = str(rows.resolve()) if rows else None
     values["identity"] = fingerprint_of(inputs.particles.names)
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
-    values["split"] = str(split_file.resolve()) if split_file else None
-    if split_file:
-        names = inputs.particles.names
-        order = load_split(split_file, len(names))
-        values["trained_rows"] = len(checkpoint.split_rows(order, config.valfrac, names)[0])
+    values["split"] = None
+    if split is not None:
+        values |= {"split": str(split.file.resolve()), "trained_rows": len(split.train)}
     values["masks"] = absolute(config.masks) if config.masks else None
     values |= {"particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)
