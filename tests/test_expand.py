@@ -15,8 +15,8 @@ from fake_run import FakeRun
 from fourier_simulator import Array, Beads
 from opustomo import cli
 from opustomo.analysis.class_quality import class_subsets
+from opustomo.analysis.made_from import particle_of_rows
 from opustomo.analysis.selection import main as select
-from opustomo.analysis.selection import particle_of_rows
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.config import InputOptions, SelectConfig
 from opustomo.data.noise import estimate_noise

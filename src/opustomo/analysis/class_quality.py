@@ -30,11 +30,11 @@ from opustomo.analysis.class_halves import (
     independent_voxels,
 )
 from opustomo.analysis.controls import tomogram_names
-from opustomo.analysis.data_maps import open_rows
 from opustomo.analysis.difference import write_difference
 from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probability
+from opustomo.analysis.made_from import open_rows, particle_of_rows
 from opustomo.analysis.score_maps import resolution
-from opustomo.analysis.selection import find_labels, particle_of_rows
+from opustomo.analysis.selection import find_labels
 from opustomo.config import QualityConfig
 from opustomo.data.atomic import write_csv
 from opustomo.data.pickles import load_labels

@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import latent_plots, plots
-from opustomo.analysis.selection import run_particles
+from opustomo.analysis.made_from import run_particles
 from opustomo.data.atomic import write_csv
 from opustomo.data.particles import turn_of_each
 from opustomo.data.readers.relion import identities, tomograms

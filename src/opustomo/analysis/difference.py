@@ -19,7 +19,7 @@ from scipy.stats import false_discovery_control, t
 from torch import Tensor
 
 from opustomo.analysis import plots
-from opustomo.analysis.data_maps import open_rows
+from opustomo.analysis.made_from import open_rows
 from opustomo.analysis.surface import FRONT, SIDE, contour, render
 from opustomo.data.atomic import write_csv
 from opustomo.data.mrc import write_volume
