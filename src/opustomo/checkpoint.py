@@ -38,6 +38,7 @@ from opustomo.physics.observation import seen_through
 from opustomo.stored import read_config
 
 WITHIN, BEFORE = "state.pkl", "start.pkl"  # of an epoch that is not finished, and of the first
+NEAREST = 8  # codes whose rows are kept for every particle
 Kind = Literal["network", "linear", "map"]  # map: of --encode-mode fixed, without codes
 
 
@@ -134,12 +135,12 @@ def save_epoch(
     save_tensors(folder / f"z.{epoch}.pkl", codes)
 
 
-def neighbours(code: Tensor, count: int = 8) -> Tensor:
-    """Rows of the nearest codes of every particle, nearest first, (P, at most ``count``) int64."""
+def neighbours(code: Tensor) -> Tensor:
+    """Rows of the nearest codes of every particle, nearest first, (P, at most ``NEAREST``) int64."""
     if code.shape[1] == 0:
         return torch.zeros(len(code), 0, dtype=torch.int64)
     values = code.double().numpy()
-    wanted = min(count + 1, len(values))
+    wanted = min(NEAREST + 1, len(values))
     near = np.asarray(cKDTree(values).query(values, wanted)[1]).reshape(len(values), wanted)
     return torch.from_numpy(near[:, 1:].astype(np.int64))
 

@@ -88,11 +88,6 @@ class Posterior:
         return self.mean[:, :-POSE]
 
     @property
-    def code_covariance(self) -> Tensor:
-        """(P, K, K), pose errors marginalised."""
-        return self.covariance[:, :-POSE, :-POSE]
-
-    @property
     def pose(self) -> Tensor:
         """(P, 6) in units of the model's pose scale."""
         return self.mean[:, -POSE:]

@@ -59,8 +59,7 @@ def main(config: LinearConfig) -> int:
     )
     particles, rows, result = fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
     name_damaged(particles, config.output)
-    assert make_rows.noise is not None
-    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result, len(train))
+    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise_model, result, len(train))
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
     out = shlex.quote(str(config.output))
     log.info("next: opustomo analyze %s ; opustomo report %s", out, out)

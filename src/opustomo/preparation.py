@@ -73,6 +73,12 @@ class RowMaker:
     hold: bool = True  # keep the rows of a small set in memory: fits read them many times
     place: Path | None = None  # of the rows made last
 
+    @property
+    def noise_model(self) -> Noise:
+        """Of the rows made so far."""
+        assert self.noise is not None
+        return self.noise
+
     def __call__(self, particles: Particles) -> Rows:
         """Rows of ``particles``: those of ``inputs``, perhaps at other poses."""
         grid, mask, first = self.inputs.grid, self.inputs.mask, self.noise is None

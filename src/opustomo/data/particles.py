@@ -49,7 +49,7 @@ class Particles:
 
     source: Path  # the STAR file read
     dialect: str  # e.g. "RELION 3.0", "RELION 3.1"
-    star: StarFile  # the source table, kept whole for export
+    star: StarFile  # the table that was read, with the rows of all particles in it: for what checks look up
     names: NDArray[np.object_]  # (P,) identity of each particle within the file
     image_files: tuple[Path, ...]  # (P,) absolute paths of the subtomograms
     ctf_files: tuple[Path, ...]  # (P,) absolute paths of CTF / weight volumes, () when tilts are known

@@ -51,8 +51,8 @@ from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
 from opustomo.preparation import RowMaker, name_damaged
 from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
+from opustomo.training import memory
 from opustomo.training.context import Context, context_of
-from opustomo.training.memory import plan
 from opustomo.training.resume import LEARNED, Continuation
 
 log = logging.getLogger("opustomo")
@@ -147,7 +147,7 @@ def with_memory(
     components = min(MAX_COMPONENTS, config.zdim)
     share = math.ceil(global_batch(config) / parallel.count())  # of a batch, in each process
     several = config.multigpu or parallel.count() > 1  # the batch of the run is not this process's
-    fit = plan(
+    fit = memory.plan(
         grid, components, config.width, config.encoderres, share, particles, device,
         adjustable=fresh and not typed and not several,
     )  # fmt: skip
@@ -249,10 +249,9 @@ def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, split: Spl
         write_bodies(config.output / "bodies", bodies, mask, grid)
     results = config.output / "linear"
     write_results(results, linear, rows, grid, mask, CLUSTERS, config.seed)
-    assert make_rows.noise is not None
-    keep(results, linear, rows, make_rows.noise)
+    keep(results, linear, rows, make_rows.noise_model)
     inputs = dataclasses.replace(inputs, particles=particles)
-    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+    return Start(inputs, rows, make_rows.noise_model, make_rows.place, linear, bodies)
 
 
 def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continuation: Continuation) -> Start:
@@ -266,9 +265,8 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
     if "bodies" in stored:
         bodies = BodyResult.of(stored["bodies"])
         rows = straight_rows(body_files(config), bodies, rows, grid, device_of(config.device))
-    assert make_rows.noise is not None
     results, typical = config.output / "linear", stored["typical"]
-    known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
+    known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise_model)
     posterior = known[0] if known else infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
     brightness = change_over_average(model, posterior.code)
     usual = (stored["usual"][0], stored["usual"][1]) if continuation.optimiser else None
@@ -279,9 +277,9 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
     else:
         linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
         linear = linear if bodies is None else with_common(linear, bodies)
-        keep(results, linear, rows, make_rows.noise)
+        keep(results, linear, rows, make_rows.noise_model)
     inputs = dataclasses.replace(inputs, particles=particles)
-    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+    return Start(inputs, rows, make_rows.noise_model, make_rows.place, linear, bodies)
 
 
 def body_files(config: TrainConfig) -> Path | None:
