@@ -130,13 +130,8 @@ def fit_linear(
     # everything is chosen now: those held out for the choice may take part, unless they judge a network later
     last = torch.nonzero(settled.typical)[:, 0] if plan.use_held else settled.train
     model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
-    final = infer(model, rows, torch.arange(len(rows)), grid)
-    typical, brightness = settled.typical, settled.brightness
-    return (
-        settled.particles,
-        rows,
-        linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness),
-    )
+    final = judged(model, rows, grid, found.trail)
+    return settled.particles, rows, linear_result(final, mixture, rows, grid, settled.typical, settled.brightness)
 
 
 @dataclass(frozen=True)
@@ -227,25 +222,24 @@ def _choose(plan: Plan, rows: Rows, fitted: Tensor, probe: Tensor, grid: Grid, m
 
 
 def linear_result(
-    model: LinearModel,
-    posterior: Posterior,
+    found: Fit,
     mixture: Mixture,
     rows: Rows,
     grid: Grid,
-    trail: list[tuple[int, float]],
     typical: Tensor,
     brightness: Tensor,
     usual: tuple[Tensor, Tensor] | None = None,
 ) -> LinearResult:
-    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture.
+    """Everything that follows from a model with its Gaussian posteriors and their gains, and a mixture.
 
     usual: what is usual among the particles that the model was fitted to (None: these are those).
     """
+    model, posterior = found.model, found.posterior
     about = code_statistics(model, rows, posterior.gain, grid)
     codes = code_moments(mixture, about)
     error = pose_error(model, rows, grid, codes.centre().float(), posterior.gain)
     usual = usual or usual_range(features(posterior, brightness))
-    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness, usual, codes)
+    return LinearResult(model, posterior, about, mixture, error, found.trail, typical, brightness, usual, codes)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:

@@ -34,6 +34,7 @@ from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer
 from opustomo.linear_fit import (
     MAX_COMPONENTS,
+    Fit,
     LinearResult,
     Plan,
     change_over_average,
@@ -275,7 +276,7 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
         usual = usual or usual_range(features(posterior, brightness))
         linear = LinearResult(model, posterior, about, mixture, error, [], typical, brightness, usual, codes)
     else:
-        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
+        linear = linear_result(Fit(model, posterior, []), mixture, rows, grid, typical, brightness, usual)
         linear = linear if bodies is None else with_common(linear, bodies)
         keep(results, linear, rows, make_rows.noise_model)
     inputs = dataclasses.replace(inputs, particles=particles)
