@@ -199,7 +199,7 @@ def _parts(plan: Plan, typical: Tensor, particle: NDArray[np.int64]) -> tuple[Te
     train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
     some, probe = _some(train, SAMPLE, plan.seed), _some(held, SAMPLE // 4, plan.seed)
     # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
-    tenth = particle_numbers(particle[some.numpy()].tolist()) % round(1 / HELD_OUT) == 0
+    tenth = particle_numbers(particle[some.numpy()]) % round(1 / HELD_OUT) == 0
     probe = probe if len(held) else some[torch.from_numpy(tenth)]
     fitted = some if len(held) or plan.components else some[~torch.isin(some, probe)]
     return train, fitted if len(fitted) > 1 else some, probe

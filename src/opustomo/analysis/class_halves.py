@@ -78,10 +78,10 @@ def draw(copies: NDArray[np.int64], half: Bools, particle: NDArray[np.int64], or
     chosen = np.zeros(len(half), bool)
     for side, wanted in ((False, copies[0::2]), (True, copies[1::2])):
         rows = order[half[order] == side]
-        number = particle_numbers(particle[rows].tolist())
+        number = particle_numbers(particle[rows])
         most = np.zeros(int(number.max(initial=-1)) + 1, np.int64)
         most[: len(wanted)] = wanted[: len(most)]
-        chosen[rows[turn_of_each(number.tolist()) < most[number]]] = True
+        chosen[rows[turn_of_each(number) < most[number]]] = True
     return chosen
 
 
