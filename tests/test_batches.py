@@ -96,7 +96,7 @@ def test_particles_that_all_look_the_same_way_are_one_group() -> None:
 def test_the_seed_chooses_who_is_held_out(tmp_path: Path) -> None:
     held = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train, out, _ = split_of(TrainConfig(Path(), tmp_path / name, seed=seed), 60)
-        assert sorted([*train.tolist(), *out.tolist()]) == list(range(60))
-        held.append(sorted(out.tolist()))
+        split = split_of(TrainConfig(Path(), tmp_path / name, seed=seed), np.arange(60).astype(object))
+        assert sorted([*split.train.tolist(), *split.held.tolist()]) == list(range(60))
+        held.append(sorted(split.held.tolist()))
     assert held[0] == held[1] != held[2]

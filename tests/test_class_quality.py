@@ -186,7 +186,7 @@ def test_worth_is_the_ratio_of_signal_to_noise() -> None:
 
 def test_sums_come_in_passes_that_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, kind = two_states(junk=0, states=(8, 8))
-    half = class_halves.deal(kind, np.random.default_rng(0))
+    half = class_halves.deal(kind, np.arange(16), np.random.default_rng(0))
     subsets = [kind == 0, kind == 1, kind < 2]
     at_once = list(class_halves.half_sums(rows, subsets, half, GRID))
     monkeypatch.setattr(class_halves, "MEMORY", 1.0)

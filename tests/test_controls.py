@@ -32,10 +32,16 @@ def test_a_column_that_the_codes_tell_stands_out() -> None:
             "half": codes[:, 0] + rng.normal(0, 1, 600),
             "chance": rng.normal(0, 1, 600),
         },
+        np.arange(600),
     )
     assert told["bent"] > 0.85 and 0.3 < told["half"] < 0.65 and abs(told["chance"]) < 0.15
-    still = controls.told_by_codes(np.zeros((600, 2)), {"any": codes[:, 0]})
+    still = controls.told_by_codes(np.zeros((600, 2)), {"any": codes[:, 0]}, np.arange(600))
     assert still == {"any": 0.0}
+    # copies of a particle with one code have the same columns, which says nothing about the code
+    copy = np.repeat(np.arange(200), 16)
+    chance = {"chance": rng.normal(0, 1, 200)[copy]}
+    assert abs(controls.told_by_codes(codes[copy], chance, copy)["chance"]) < 0.15
+    assert controls.told_by_codes(codes[copy], chance, np.arange(3200))["chance"] > 0.9
 
 
 def test_codes_that_were_turned_have_not_changed() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fake_run import CENTRES, ZDIM, FakeRun, fake_run
 from opustomo import checkpoint
-from opustomo.analysis import data_maps, plots
+from opustomo.analysis import data_maps, made_from, plots
 from opustomo.analysis.volumes import MapFiles
 from opustomo.config import VolumesConfig
 from opustomo.data.mrc import read_volume
@@ -59,7 +59,7 @@ class Rows:
 def test_data_volumes_show_the_state_of_the_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = fake_run(tmp_path, particles=90)
     run.mask = spherical_mask(20, 7.5, 2.0)
-    monkeypatch.setattr(data_maps, "open_cache", lambda folder: Rows(run, noise=0.1))
+    monkeypatch.setattr(made_from, "open_cache", lambda folder: Rows(run, noise=0.1))
     codes = CENTRES[:2]
     monkeypatch.setattr(data_maps, "usual_neighbours", lambda particles: 25)
     paths = data_maps.write_data_volumes(run, codes, MapFiles(tmp_path / "out"))
@@ -97,7 +97,7 @@ def test_legend_of_many_curves_names_their_particles_beside_them() -> None:
 
 def test_half_maps_of_noise_do_not_correlate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = fake_run(tmp_path, particles=60)
-    monkeypatch.setattr(data_maps, "open_cache", lambda folder: Rows(run, noise=300.0))
+    monkeypatch.setattr(made_from, "open_cache", lambda folder: Rows(run, noise=300.0))
     data_maps.write_data_volumes(run, CENTRES[:1], MapFiles(tmp_path / "out"))
     _, curves = data_maps.read_fsc(tmp_path / "out" / "fsc_data.csv")
     assert abs(curves["reference0"][4:].mean()) < 0.15
@@ -108,7 +108,7 @@ def test_from_data_without_a_fitting_cache_says_how_to_make_it(tmp_path: Path, m
     with pytest.raises(UserError, match=r"cache: no cache here; make it with `opustomo cache"):
         data_maps.write_data_volumes(run, np.zeros((1, ZDIM)), MapFiles(tmp_path / "out"))
     other, _ = fake_run(tmp_path, particles=30)
-    monkeypatch.setattr(data_maps, "open_cache", lambda folder: Rows(other, noise=1.0))
+    monkeypatch.setattr(made_from, "open_cache", lambda folder: Rows(other, noise=1.0))
     with pytest.raises(UserError, match=r"is of other particles.*opustomo cache"):
         data_maps.write_data_volumes(run, np.zeros((1, ZDIM)), MapFiles(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

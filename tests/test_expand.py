@@ -11,21 +11,25 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from dialect_writers import IMAGES, VOLUMES, Subtomograms, write_every_dialect
+from fake_run import FakeRun
 from fourier_simulator import Array, Beads
 from opustomo import cli
+from opustomo.analysis.class_quality import class_subsets
+from opustomo.analysis.made_from import particle_of_rows
 from opustomo.analysis.selection import main as select
 from opustomo.average import half_maps, half_sets, half_totals
-from opustomo.checkpoint import split_rows
 from opustomo.config import InputOptions, SelectConfig
 from opustomo.data.noise import estimate_noise
 from opustomo.data.pickles import save_pickle
 from opustomo.data.readers import read_particles
 from opustomo.data.readers.source import read_source
+from opustomo.data.split import make_split, split_rows
 from opustomo.data.star import read_star
 from opustomo.data.symmetry import point_group
+from opustomo.errors import UserError
+from opustomo.linear_fit import Plan, _parts
 from opustomo.physics.grid import make_grid
 from opustomo.physics.volume import fourier_shell_correlation, spherical_mask
-from opustomo.preparation import make_split
 from stack_writers import Set, two_states_set
 from star_sets import relion31
 
@@ -190,7 +194,7 @@ def test_copies_stay_on_one_side(tmp_path: Path) -> None:
     [
         ("C1", "e.star", "has nothing to expand"),
         ("Cs", "e.star", "no point group of rotations"),
-        ("D3", "particles.star", "is the file that is read"),
+        ("D3", "particles.star", "which is read; give another name"),
         ("D3", "again.star", "occurs twice (rows 1 and 2); expanded already?"),
     ],
 )
@@ -203,3 +207,60 @@ def test_what_cannot_be_expanded(
     assert cli.main(["expand", str(given), "--symmetry", group, "-o", str(tmp_path / out)]) == 2
     assert words in capsys.readouterr().err
     assert star.read_bytes() == before and (out == "particles.star" or not (tmp_path / out).exists())
+
+
+def test_halves_and_random_classes_of_quality_are_of_particles() -> None:
+    """40 particles of D3 in classes that part their copies, and in such that do not."""
+    particle = np.repeat(np.arange(40), 6)
+    rng = np.random.default_rng(0)
+    for labels in (rng.permutation(240) % 5, rng.integers(0, 4, 40)[particle]):
+        subsets, half = class_subsets(labels, particle, np.ones(240, bool), 0)
+        assert set(subsets) == set(labels)
+        assert not set(particle[half]) & set(particle[~half])
+        for members, *random in subsets.values():
+            sides = [len(np.unique(particle[members & side])) for side in (half, ~half)]
+            assert abs(sides[0] - sides[1]) <= 0.2 * sum(sides)
+            copies = sorted(np.unique(particle[members], return_counts=True)[1])
+            for one in random:
+                assert sorted(np.unique(particle[one], return_counts=True)[1]) == copies
+    # four rows of two particles cannot be halved
+    few = np.where(np.isin(np.arange(240), (0, 1, 6, 7)), 1, 0)
+    assert set(class_subsets(few, particle, np.ones(240, bool), 0)[0]) == {0}
+
+
+def test_an_image_that_is_there_twice_is_no_copy(tmp_path: Path) -> None:
+    made = two_states_set(3, 1.0, box=16, step=30.0, scattered=6000.0)
+    star = made.write_series(tmp_path)
+    lines = star.read_text().splitlines()
+    star.write_text("\n".join([*lines, lines[-1]]) + "\n")
+    with pytest.raises(UserError, match=r"row 16: image .* is there twice, other images of this particle are not"):
+        read_source(star)
+
+
+def test_a_run_knows_which_rows_are_of_one_particle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    star, run = relion31(tmp_path, n=3).write_star(), FakeRun(tmp_path / "run", np.zeros((6, 1)), np.zeros((6, 3, 3)))
+    run.path.mkdir()
+    assert particle_of_rows(run).tolist() == list(range(6)) and "taken as without" in caplog.text
+    expand(star, "C2", run.star)
+    assert particle_of_rows(run).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_neither_the_set_nor_the_tomograms_are_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    star = two_states_set(2, 1.0, box=16, step=60.0).write_set(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.star")}
+    given = star.rename(tmp_path / "e_optimisation_set.star")
+    for out in ("e.star", "tomograms.star"):
+        assert cli.main(["expand", str(given), "--symmetry", "C2", "-o", str(tmp_path / out)]) == 2
+        assert "which is read; give another name" in capsys.readouterr().err
+    assert given.read_bytes() == before.pop(star) and all(path.read_bytes() == text for path, text in before.items())
+
+
+def test_without_held_out_particles_the_number_of_components_is_not_chosen_by_copies() -> None:
+    particle, everyone = np.repeat(np.arange(60), 4), torch.ones(240, dtype=torch.bool)
+    order = torch.from_numpy(make_split(particle.astype(object), 0))
+    plan = Plan(order, order[:0], estpose=False, seed=0)
+    train, fitted, probe = _parts(plan, everyone, particle)
+    assert len(train) == 240 and len(probe) == 24 and len(fitted) == 216
+    assert not set(particle[fitted]) & set(particle[probe])
+    # without copies every tenth, as ever
+    assert torch.equal(_parts(plan, everyone, np.arange(240))[2], order[::10])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
+from opustomo.analysis.selection import classes_of, write_classes
 from opustomo.analysis.selection import main as select
-from opustomo.analysis.selection import write_classes
 from opustomo.config import InputOptions, SelectConfig
 from opustomo.data.export import CorrectedPoses, fingerprint_of, write_subset
 from opustomo.data.particles import Particles
@@ -72,11 +72,11 @@ def test_ambiguous_identities_and_empty_selections_are_refused(tmp_path: Path) -
 def test_classes_partition_the_set(tmp_path: Path) -> None:
     star = Set(tmp_path, n=6).write_star()
     labels = np.array([1, 0, 3, 1, 0, 1])  # class 2 has no particle
-    paths = write_classes(read_source(star), labels, tmp_path / "out")
+    paths = write_classes(classes_of(read_source(star), labels), tmp_path / "out")
     assert [path.name for path in paths] == ["pre0.star", "pre1.star", "pre3.star"]
     assert read_star(paths[1]).particles["rlnImageName"].tolist() == ["sub/p0.mrc", "sub/p3.mrc", "sub/p5.mrc"]
     with pytest.raises(UserError, match="6 particles but there are 5 labels"):
-        write_classes(read_source(star), labels[:5], tmp_path / "other")
+        write_classes(classes_of(read_source(star), labels[:5]), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

@@ -52,7 +52,7 @@ ALLOWED = {
     "reconstruct": ("physics",),
     "mixture": (),
     "linear": ("physics", "reconstruct", "mixture", "pose_scale"),
-    "pose_scale": (),
+    "pose_scale": ("mixture",),
     "motion_covariance": (),
     "bodies": ("physics", "reconstruct", "linear", "objective", "motion_covariance"),
     "linear_fit": (

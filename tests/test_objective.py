@@ -96,7 +96,7 @@ def test_bound_of_the_exact_posterior_is_the_evidence_of_the_linear_stage() -> N
 
     scaled = MemoryRows(rows.numerators * gain[:, None, None, None], rows.weights * gain[:, None].square())
     modes = linear.pose_modes(model.mean, model.pose_scale, GRID)
-    factor = torch.linalg.cholesky(post.code_covariance)
+    factor = torch.linalg.cholesky(post.covariance[:, :-6, :-6])
 
     pose = linear.pose_prior(model, rows, torch.arange(particles))
 

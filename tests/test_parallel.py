@@ -335,7 +335,7 @@ def test_each_process_needs_memory_for_its_share(monkeypatch: pytest.MonkeyPatch
         asked.append(batch)
         return Fit(batch, False)
 
-    monkeypatch.setattr(start_module, "plan", plan)
+    monkeypatch.setattr(start_module.memory, "plan", plan)
     monkeypatch.setattr(parallel, "count", lambda: 4)
     for several in (True, False):
         config = TrainConfig(Path(), Path(), batch=10, num_gpus=4, multigpu=several)

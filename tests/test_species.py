@@ -10,12 +10,14 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import InputOptions, TrainConfig
-from opustomo.data.readers import read_particles
+from opustomo.data.particles import Particles
+from opustomo.data.readers import particles_of
+from opustomo.data.readers.source import Format, Source, read_source
 from opustomo.data.species import with_species
 from opustomo.errors import UserError
 from opustomo.training.start import select_inputs
 from stack_writers import SIZE, relion_angles, two_states_set
-from star_sets import BOX, PIXEL, Set, put_loop
+from star_sets import PIXEL, Set, put_loop
 
 COUNT = 6
 RNG = np.random.default_rng(8)
@@ -49,6 +51,11 @@ def written(folder: Path) -> Set:
     return made
 
 
+def read(star: Path) -> tuple[Particles, Source]:
+    source = read_source(star)
+    return particles_of(source, star, InputOptions()), source
+
+
 def test_particles_get_the_poses_that_m_has_for_them(tmp_path: Path) -> None:
     star = written(tmp_path).star
     species = put_species(tmp_path / "species.star", PLACE * PIXEL + MOVED, TURN, SERIES)
@@ -63,7 +70,7 @@ def test_particles_get_the_poses_that_m_has_for_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["relion5", "relion4"])
-def test_poses_go_into_the_frame_of_the_particles(dialect: str, tmp_path: Path) -> None:
+def test_poses_go_into_the_frame_of_the_particles(dialect: Format, tmp_path: Path) -> None:
     """Of a set whose subtomograms are turned; those of RELION 4 have poses in the subtomogram's own frame."""
     truth = two_states_set(4, 5.0, step=40.0)
     truth = replace(truth, position=truth.position + np.random.default_rng(3).uniform(-90, 90, (4, 3)))
@@ -71,13 +78,13 @@ def test_poses_go_into_the_frame_of_the_particles(dialect: str, tmp_path: Path) 
     star = truth.write_set(tmp_path, turn=frame)
     names = np.array(["TS_1" if i % 2 else "TS_2" for i in range(4)])
     species = put_species(tmp_path / "m.star", (truth.position + SIZE / 2) * pixel + MOVED[:4], TURN[:4], names)
-    given = read_particles(star, InputOptions())
-    options = InputOptions(format=dialect)  # type: ignore[arg-type]
+    given, source = read(star)
     if dialect == "relion4":
-        found = with_species(replace(given, origin=np.einsum("pji,pj->pi", frame, given.origin)), species, options)
+        given = replace(given, origin=np.einsum("pji,pj->pi", frame, given.origin))
+        found = with_species(given, read_source(star, dialect), species, None)
         to_tomogram = frame
     else:
-        found, to_tomogram = with_species(given, species, options), np.tile(np.eye(3), (4, 1, 1))
+        found, to_tomogram = with_species(given, source, species, None), np.tile(np.eye(3), (4, 1, 1))
     np.testing.assert_allclose(to_tomogram @ found.rotation, TURN[:4], atol=1e-6)
     origin = np.einsum("pij,pj->pi", to_tomogram, found.origin)
     np.testing.assert_allclose(origin, truth.origin - MOVED[:4] / pixel, atol=1e-4)
@@ -85,11 +92,11 @@ def test_poses_go_into_the_frame_of_the_particles(dialect: str, tmp_path: Path) 
 
 def test_species_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     star = written(tmp_path).star
-    given, options, path = read_particles(star, InputOptions()), InputOptions(), tmp_path / "species.star"
+    (given, source), path = read(star), tmp_path / "species.star"
 
     def error(position: np.ndarray, series: np.ndarray = SERIES, keep: int = 0) -> str:
         with pytest.raises(UserError) as caught:
-            with_species(given, put_species(path, position, TURN, series, keep), options)
+            with_species(given, source, put_species(path, position, TURN, series, keep), None)
         return str(caught.value)
 
     assert "has no tilt series TS_1 (it has TS_0, TS_9, TS_7 ...)" in error(
@@ -104,14 +111,14 @@ def test_species_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     made = Set(tmp_path, n=COUNT)
     for axis, values in zip("XYZ", close.T, strict=True):
         made.columns[f"rlnCoordinate{axis}"] = [f"{value:.5f}" for value in values]
-    given = read_particles(made.write_star(), InputOptions())
+    given, source = read(made.write_star())
     doubled = error(PLACE * PIXEL)
     assert "particles sub/p0.mrc and sub/p2.mrc (rows 1 and 3 of" in doubled and "nearest to the same one" in doubled
     with pytest.raises(UserError, match="is a list of RELION; give a pose pickle, or a species of M"):
-        with_species(given, star, options)
+        with_species(given, source, star, None)
 
 
 def test_a_species_alone_has_no_images(tmp_path: Path) -> None:
     path = put_species(tmp_path / "species.star", PLACE, TURN, SERIES)
     with pytest.raises(UserError, match="is a species of M, which names no images; export its particles"):
-        read_particles(path, InputOptions(box=BOX))
+        read_source(path)

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from opustomo import checkpoint
-from opustomo.analysis.selection import Classes, in_classes, source_of, trained_rows, write_manifest
+from opustomo.analysis.made_from import rows_of_run, source_of
+from opustomo.analysis.selection import classes_of, write_manifest
 from opustomo.checkpoint import Run
 from opustomo.config import GridOptions, InputOptions, SelectConfig
 from opustomo.data import inputs, mrc, noise, readers
@@ -103,11 +104,11 @@ def write_particles(
     labels = np.where(_member(rows, len(run.codes)), 0, -1)
     source = source_of(typed, run.config)
     poses = CorrectedPoses(run.euler, run.origin, run.grid.pixel_size) if corrected else None
-    chosen, at, poses = in_classes(source.table, labels, trained_rows(run.path, source.table), poses)
+    chosen = classes_of(source, labels, rows_of_run(run.path, source.table), poses, run.epoch)
     path = config.output / "selected.star"
-    write_subset(source, at, path, poses=poses)
+    write_subset(source, chosen.rows, path, poses=chosen.poses)
     how = {"kmeans": None, "classes": None, "selection": "by a script"}
-    write_manifest(config, Classes(typed, source, chosen, at, poses, run.epoch), [path], how)
+    write_manifest(config, typed, chosen, [path], how)
     return path
 
 

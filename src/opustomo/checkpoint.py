@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +27,8 @@ from opustomo import __version__
 from opustomo.bodies import BodyResult
 from opustomo.data.atomic import provenance, write_text
 from opustomo.data.mrc import write_volume
-from opustomo.data.particles import particle_numbers
 from opustomo.data.pickles import Poses, load_poses, load_split, save_config_pickle, save_poses
+from opustomo.data.split import split_rows
 from opustomo.data.tensors import read_arrays, read_tensors, save_tensors
 from opustomo.errors import UserError, reading
 from opustomo.model.vae import Vae
@@ -40,6 +38,7 @@ from opustomo.physics.observation import seen_through
 from opustomo.stored import read_config
 
 WITHIN, BEFORE = "state.pkl", "start.pkl"  # of an epoch that is not finished, and of the first
+NEAREST = 8  # codes whose rows are kept for every particle
 Kind = Literal["network", "linear", "map"]  # map: of --encode-mode fixed, without codes
 
 
@@ -136,12 +135,12 @@ def save_epoch(
     save_tensors(folder / f"z.{epoch}.pkl", codes)
 
 
-def neighbours(code: Tensor, count: int = 8) -> Tensor:
-    """Rows of the nearest codes of every particle, nearest first, (P, at most ``count``) int64."""
+def neighbours(code: Tensor) -> Tensor:
+    """Rows of the nearest codes of every particle, nearest first, (P, at most ``NEAREST``) int64."""
     if code.shape[1] == 0:
         return torch.zeros(len(code), 0, dtype=torch.int64)
     values = code.double().numpy()
-    wanted = min(count + 1, len(values))
+    wanted = min(NEAREST + 1, len(values))
     near = np.asarray(cKDTree(values).query(values, wanted)[1]).reshape(len(values), wanted)
     return torch.from_numpy(near[:, 1:].astype(np.int64))
 
@@ -255,22 +254,6 @@ class Run:
             # where the mask ends, not times the mask: the components are masked already
             linear = seen_through(linear, gain, size) * (self.mask > 0)
         return linear + nonlinear
-
-
-def split_rows(
-    order: NDArray[np.int64], valfrac: float, names: Iterable[object] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows for training and validation: the first (1 - valfrac) of the permutation train, at least one.
-
-    names: of the particle of every row; copies that stand together in ``order`` are then not parted, so a few rows more
-    are held out (or none, where there is one particle).
-    """
-    count = max(1, math.ceil(len(order) * (1.0 - valfrac)))
-    if names is not None:
-        number = particle_numbers(names)[order]
-        begins = np.flatnonzero(np.diff(number, prepend=-1, append=-1))  # of each particle, and the end
-        count = int(begins[max(1, int(np.searchsorted(begins, count, "right")) - 1)])
-    return order[:count], order[count:]
 
 
 def build_model(weights: dict[str, Any]) -> Vae:

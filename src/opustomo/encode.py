@@ -178,11 +178,10 @@ def _in_model(
     typical = (evidence >= (centre - 2.0 * spread).clamp(max=0.0)) & (evidence <= centre + OUTLIER_LIMIT * spread)
     typical &= (brightness <= 1.0) & torch.from_numpy(particles.usable)
     mixture = Mixture(**run.weights["mixture"])
-    linear = linear_result(model, found.posterior, mixture, rows, grid, [], typical, brightness, usual)
+    linear = linear_result(found, mixture, rows, grid, typical, brightness, usual)
     linear = linear if bodies is None else with_common(linear, bodies)
-    assert make_rows.noise is not None
     inputs = dataclasses.replace(inputs, particles=particles)
-    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+    return Start(inputs, rows, make_rows.noise_model, make_rows.place, linear, bodies)
 
 
 def _name_unusual(run: checkpoint.Run, linear: LinearResult) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from opustomo.mixture import CHUNK, Mixture, single
+from opustomo.mixture import CHUNK, Mixture, single, with_gain
 from opustomo.physics.fourier import band_multiplicity, band_shell, radial, spectral_gradient
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import band_volume, model_band
@@ -88,11 +88,6 @@ class Posterior:
         return self.mean[:, :-POSE]
 
     @property
-    def code_covariance(self) -> Tensor:
-        """(P, K, K), pose errors marginalised."""
-        return self.covariance[:, :-POSE, :-POSE]
-
-    @property
     def pose(self) -> Tensor:
         """(P, 6) in units of the model's pose scale."""
         return self.mean[:, -POSE:]
@@ -151,7 +146,7 @@ def _posterior(
     linear: Tensor, quadratic: Tensor, gain: Tensor, pose_prior: Tensor, mixture: Mixture | None
 ) -> Posterior:
     """``posterior`` of few enough particles that all their Gaussians fit in memory."""
-    linear, quadratic = linear * gain[:, None], quadratic * gain[:, None, None].square()
+    linear, quadratic = with_gain(linear, quadratic, gain)
     codes = single(linear.shape[1] - 1 - POSE) if mixture is None else mixture
     precision = torch.stack([torch.block_diag(p, torch.eye(POSE).to(p)) for p in torch.linalg.inv(codes.covariance)])
     every = codes.mean.expand(len(linear), -1, -1)

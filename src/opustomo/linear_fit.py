@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from opustomo.data.particles import Particles
+from opustomo.data.particles import Particles, particle_numbers
 from opustomo.data.poses import move_poses
 from opustomo.errors import UserError
 from opustomo.linear import (
@@ -128,13 +130,8 @@ def fit_linear(
     # everything is chosen now: those held out for the choice may take part, unless they judge a network later
     last = torch.nonzero(settled.typical)[:, 0] if plan.use_held else settled.train
     model, mixture = polish(found.model, mixture, rows, last, grid, mask, LAST_STEPS)
-    final = infer(model, rows, torch.arange(len(rows)), grid)
-    typical, brightness = settled.typical, settled.brightness
-    return (
-        settled.particles,
-        rows,
-        linear_result(model, final, mixture, rows, grid, found.trail, typical, brightness),
-    )
+    final = judged(model, rows, grid, found.trail)
+    return settled.particles, rows, linear_result(final, mixture, rows, grid, settled.typical, settled.brightness)
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def settle(
     typical = typical_particles(rows, able, grid, mask, usable)
     brightness = torch.zeros(len(rows))
     while True:
-        train, fitted, probe = _parts(plan, typical)
+        train, fitted, probe = _parts(plan, typical, particle_numbers(particles.names))
         found = _choose(plan, rows, fitted, probe, grid, mask)
         brightness = torch.maximum(brightness, change_over_average(found.model, found.posterior.code))
         strange = typical & (brightness > 1.0)
@@ -194,12 +191,16 @@ def _too_few(particles: Particles, able: Tensor) -> UserError:
     )
 
 
-def _parts(plan: Plan, typical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses."""
+def _parts(plan: Plan, typical: Tensor, particle: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers: all training particles that are typical, those that are fitted, those whose evidence chooses.
+
+    particle: (P,) which one each row is of: its copies (``expand``) do not choose between fits to themselves.
+    """
     train, held = plan.train[typical[plan.train]], plan.held[typical[plan.held]]
     some, probe = _some(train, SAMPLE, plan.seed), _some(held, SAMPLE // 4, plan.seed)
     # without held-out particles a tenth of the training ones choose K, or it would rise to the limit
-    probe = probe if len(held) else some[:: round(1 / HELD_OUT)]
+    tenth = particle_numbers(particle[some.numpy()]) % round(1 / HELD_OUT) == 0
+    probe = probe if len(held) else some[torch.from_numpy(tenth)]
     fitted = some if len(held) or plan.components else some[~torch.isin(some, probe)]
     return train, fitted if len(fitted) > 1 else some, probe
 
@@ -221,25 +222,24 @@ def _choose(plan: Plan, rows: Rows, fitted: Tensor, probe: Tensor, grid: Grid, m
 
 
 def linear_result(
-    model: LinearModel,
-    posterior: Posterior,
+    found: Fit,
     mixture: Mixture,
     rows: Rows,
     grid: Grid,
-    trail: list[tuple[int, float]],
     typical: Tensor,
     brightness: Tensor,
     usual: tuple[Tensor, Tensor] | None = None,
 ) -> LinearResult:
-    """Everything that follows from a model, the Gaussian posteriors with their gains, and a mixture.
+    """Everything that follows from a model with its Gaussian posteriors and their gains, and a mixture.
 
     usual: what is usual among the particles that the model was fitted to (None: these are those).
     """
+    model, posterior = found.model, found.posterior
     about = code_statistics(model, rows, posterior.gain, grid)
     codes = code_moments(mixture, about)
     error = pose_error(model, rows, grid, codes.centre().float(), posterior.gain)
     usual = usual or usual_range(features(posterior, brightness))
-    return LinearResult(model, posterior, about, mixture, error, trail, typical, brightness, usual, codes)
+    return LinearResult(model, posterior, about, mixture, error, found.trail, typical, brightness, usual, codes)
 
 
 def code_statistics(model: LinearModel, rows: Rows, gain: Tensor, grid: Grid) -> Statistics:

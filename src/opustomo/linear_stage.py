@@ -26,6 +26,7 @@ from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.pickles import save_pickle, save_split
 from opustomo.data.poses import move_poses
+from opustomo.data.split import make_split, split_rows
 from opustomo.data.tensors import save_arrays, save_tensors
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, Posterior
@@ -33,7 +34,7 @@ from opustomo.linear_fit import HELD_OUT, LinearResult, Plan, fit_linear
 from opustomo.mixture import CodeMoments, Mixture, Statistics
 from opustomo.monitor import setup_log
 from opustomo.physics.grid import Grid
-from opustomo.preparation import RowMaker, make_split, name_damaged, prepare_process
+from opustomo.preparation import RowMaker, name_damaged, prepare_process
 from opustomo.reconstruct import Rows, reconstruct, shell_snr, totals
 
 log = logging.getLogger("opustomo")
@@ -52,14 +53,13 @@ def main(config: LinearConfig) -> int:
     make_rows = RowMaker(inputs, config.output / "cache", config.input, config.workers)
     order = make_split(inputs.particles.names, config.seed)
     save_split(config.output / "split.pkl", order)
-    train, held = (torch.from_numpy(part) for part in checkpoint.split_rows(order, HELD_OUT, inputs.particles.names))
+    train, held = (torch.from_numpy(part) for part in split_rows(order, HELD_OUT, inputs.particles.names))
     plan = Plan(
         train, held, config.estpose, config.seed, config.components, iterations=config.iterations, use_held=True
     )
     particles, rows, result = fit_linear(inputs.particles, make_rows, inputs.grid, inputs.mask, plan)
     name_damaged(particles, config.output)
-    assert make_rows.noise is not None
-    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise, result, len(train))
+    _write_run(config, dataclasses.replace(inputs, particles=particles), make_rows.noise_model, result, len(train))
     write_results(config.output / "linear", result, rows, inputs.grid, inputs.mask, config.clusters, config.seed)
     out = shlex.quote(str(config.output))
     log.info("next: opustomo analyze %s ; opustomo report %s", out, out)
@@ -162,11 +162,13 @@ def write_results(
     folder: Path, result: LinearResult, rows: Rows, grid: Grid, mask: Tensor, clusters: int, seed: int
 ) -> None:
     """linear.npz, particles.csv, mean and component maps, cluster maps from the data, and pictures."""
-    from opustomo.analysis import plots  # matplotlib: a continuation does without
+    # matplotlib and scikit-learn: a continuation does without
+    from opustomo.analysis import plots
+    from opustomo.analysis.independence import independent_components
 
     model, post, codes = result.model, result.posterior, result.codes
     code = codes.centre().float()
-    independent, mixing = independent_components(code.numpy(), seed)
+    independent, mixing = (a.astype(np.float32) for a in independent_components(code.numpy(), seed))
     score = outlier_score(result.features, result.usual)
     pull = result.statistics.first[:, 1:] - result.statistics.second[:, 0, 1:]
     save_arrays(
@@ -194,18 +196,6 @@ def write_results(
     if not result.typical.all():
         save_pickle(folder / "typical.pkl", torch.nonzero(result.typical)[:, 0].numpy())
         log.info("to go on without the outliers: opustomo train ... --ind %s", folder / "typical.pkl")
-
-
-def independent_components(code: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Codes rotated to independence (P, K) and the mixing (K, K): distinct changes on distinct axes (FastICA)."""
-    from sklearn.decomposition import FastICA
-
-    k = code.shape[1]
-    if k < 2 or len(code) <= 2 * k:
-        return code, np.eye(k, dtype=np.float32)
-    ica = FastICA(k, whiten="unit-variance", random_state=seed, max_iter=2000, tol=1e-3)
-    turned = ica.fit_transform(code.astype(np.float64))
-    return turned.astype(np.float32), ica.mixing_.astype(np.float32)
 
 
 def _write_particles(path: Path, result: LinearResult, code: Tensor, score: Tensor) -> None:

@@ -58,15 +58,28 @@ def reduce_statistics(linear: Tensor, quadratic: Tensor, gain: Tensor, pose_prio
 
     linear (P, 1+K+6), quadratic (P, 1+K+6, 1+K+6) from ``linear.statistics``; gain (P,); pose_prior (P, 6).
     """
-    linear, quadratic = linear * gain.double()[:, None], quadratic * gain.double()[:, None, None].square()
+    linear, quadratic = with_gain(linear, quadratic, gain)
     n = linear.shape[1] - pose_prior.shape[1]
-    inner = quadratic[:, n:, n:] + torch.eye(pose_prior.shape[1], dtype=quadratic.dtype)
-    cross = quadratic[:, n:, :n]
-    pose = linear[:, n:] + pose_prior
-    solved = torch.linalg.solve(inner, torch.cat([cross, pose[..., None]], -1))
-    first = linear[:, :n] - torch.einsum("bpa,bp->ba", cross, solved[..., -1])
-    second = quadratic[:, :n, :n] - cross.transpose(1, 2) @ solved[..., :-1]
-    constant = 0.5 * (pose * solved[..., -1] - pose_prior.square()).sum(-1) - 0.5 * torch.logdet(inner)
+    return without(linear, quadratic, slice(0, n), slice(n, None), pose_prior)
+
+
+def with_gain(linear: Tensor, quadratic: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics (b, q) and (b, q, q) of volumes times each particle's gain (b,)."""
+    gain = gain.double()
+    return linear * gain[:, None], quadratic * gain[:, None, None].square()
+
+
+def without(linear: Tensor, quadratic: Tensor, kept: slice, gone: slice, prior: Tensor) -> Statistics:
+    """Integrate variables ``gone``, N(prior, I), out of ``exp(<x, linear> - 1/2 <x, quadratic x>)``: leaves ``kept``.
+
+    linear (b, q), quadratic (b, q, q); prior (b, number of those gone).
+    """
+    inner = quadratic[:, gone, gone] + torch.eye(prior.shape[1], dtype=quadratic.dtype)
+    cross, pull = quadratic[:, gone, kept], linear[:, gone] + prior
+    solved = torch.linalg.solve(inner, torch.cat([cross, pull[..., None]], -1))
+    first = linear[:, kept] - torch.einsum("bpa,bp->ba", cross, solved[..., -1])
+    second = quadratic[:, kept, kept] - cross.transpose(1, 2) @ solved[..., :-1]
+    constant = 0.5 * (pull * solved[..., -1] - prior.square()).sum(-1) - 0.5 * torch.logdet(inner)
     return Statistics(constant, first, second)
 
 

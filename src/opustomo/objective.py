@@ -16,6 +16,8 @@ from torch import Tensor
 from opustomo.physics.fourier import band_frequencies, band_multiplicity
 from opustomo.physics.observation import band_volume, model_band, model_band_adjoint
 
+WARM_UP = 0.02  # of a run: the learning rate rises
+
 
 class _Band(torch.autograd.Function):
     @staticmethod
@@ -169,11 +171,11 @@ def beta_weight(schedule: str, progress: float) -> float:
     return min(1.0, 0.1 + 0.9 * phase / 0.75)
 
 
-def learning_rate(peak: float, progress: float, warmup: float = 0.02) -> float:
-    """Cosine decay to a twentieth of the peak after a linear warm-up over the first ``warmup`` of the run."""
-    if progress < warmup:
-        return peak * max(0.05, progress / warmup)
-    phase = (progress - warmup) / (1.0 - warmup)
+def learning_rate(peak: float, progress: float) -> float:
+    """Cosine decay to a twentieth of the peak after a linear warm-up over the first ``WARM_UP`` of the run."""
+    if progress < WARM_UP:
+        return peak * max(0.05, progress / WARM_UP)
+    phase = (progress - WARM_UP) / (1.0 - WARM_UP)
     return peak * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * phase)))
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
+from opustomo.mixture import with_gain, without
+
 POSE = 6  # rotation about x, y, z; shift along x, y, z
 USUAL_POSE = math.radians(1.5), 0.25  # radians and working voxels, per axis: larger ones have to be shown by the data
 LEAST, MOST = 0.01, 10.0  # times that
@@ -29,7 +31,12 @@ def likeliest_pose_scale(
     takes errors that the data do not show for small: poses are then left where they are.
     """
     some = slice(None, None, -(-len(linear) // TOLD_BY))
-    right, precision = _about_poses(linear[some], quadratic[some], gain[some])
+    linear, quadratic = with_gain(linear[some], quadratic[some], gain[some])
+    codes = slice(1, linear.shape[1] - POSE)
+    poses = slice(codes.stop, None)
+    # about the mean, whose coefficient is 1
+    about = without(linear - quadratic[:, 0], quadratic, poses, codes, torch.zeros_like(linear[:, codes]))
+    right, precision = about.first, about.second
     given = prior[some].double()
     unit, usual = (torch.tensor(values, dtype=torch.float64) for values in (known, USUAL_POSE))
 
@@ -50,15 +57,3 @@ def likeliest_pose_scale(
     found = minimize(minus_evidence, unit.log().numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
     turn, move = np.exp(found.x).tolist()
     return turn, move
-
-
-def _about_poses(linear: Tensor, quadratic: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """What the data say about each pose error (b, 6) and with which precision (b, 6, 6), codes integrated out."""
-    linear, quadratic = linear * gain.double()[:, None], quadratic * gain.double()[:, None, None].square()
-    right = linear - quadratic[:, 0]
-    n = linear.shape[1] - POSE
-    inner = quadratic[:, 1:n, 1:n] + torch.eye(n - 1, dtype=torch.float64)
-    cross = quadratic[:, 1:n, n:]
-    solved = torch.linalg.solve(inner, torch.cat([cross, right[:, 1:n, None]], -1))
-    taken = cross.transpose(1, 2) @ solved
-    return right[:, n:] - taken[..., -1], quadratic[:, n:, n:] - taken[..., :-1]

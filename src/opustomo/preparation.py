@@ -1,4 +1,4 @@
-"""From options to rows: threads, cache and split, the common start of ``linear`` and ``train``; the verb ``cache``."""
+"""From options to rows: threads and cache, the common start of ``linear`` and ``train``; the verb ``cache``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from opustomo.config import CacheConfig, InputOptions
 from opustomo.data.atomic import write_csv
@@ -20,7 +19,7 @@ from opustomo.data.cache import Cache, OnTheFly, Row, fingerprint, prepare_cache
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.noise import estimate_noise
 from opustomo.data.observe import Noise
-from opustomo.data.particles import Particles, particle_numbers
+from opustomo.data.particles import Particles
 from opustomo.data.poses import moved_from, same_poses
 from opustomo.errors import UserError
 from opustomo.machine import usable_cores
@@ -56,13 +55,6 @@ def prepare_process(workers: int, deterministic: bool = False) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def make_split(names: NDArray[np.object_], seed: int) -> NDArray[np.int64]:
-    """A permutation of the rows of particles ``names``, copies one after another; its first part trains."""
-    number = particle_numbers(names)
-    place = np.argsort(np.random.default_rng(seed).permutation(int(number.max(initial=-1)) + 1))
-    return np.argsort(place[number], kind="stable").astype(np.int64)
-
-
 @dataclass
 class RowMaker:
     """Makes numerators and weights of ``inputs`` at the poses that its particles have or will get.
@@ -80,6 +72,12 @@ class RowMaker:
     noise: Noise | None = None
     hold: bool = True  # keep the rows of a small set in memory: fits read them many times
     place: Path | None = None  # of the rows made last
+
+    @property
+    def noise_model(self) -> Noise:
+        """Of the rows made so far."""
+        assert self.noise is not None
+        return self.noise
 
     def __call__(self, particles: Particles) -> Rows:
         """Rows of ``particles``: those of ``inputs``, perhaps at other poses."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opustomo import cli
-from opustomo.analysis.data_maps import open_rows
+from opustomo.analysis.made_from import open_rows
 from opustomo.checkpoint import open_run
 from opustomo.compat import dsd, dsdsh
 from opustomo.data.cache import open_cache

@@ -166,6 +166,12 @@ FILES: list[tuple[str, str, str, Change]] = [
     ("one row per image", "no number of the image", "series", text("\n1@", "\none@")),
     ("one row per image", "images of a particle in two stacks", "series", text("\n2@all", "\n2@other")),
     ("one row per image", "no voltage", "series", text("_rlnVoltage", "_rlnOther")),
+    (
+        "one row per image",
+        "an image of a particle twice",
+        "series",
+        lambda raw: raw.rstrip() + b"\n" + raw.splitlines()[-1],
+    ),
     ("MRC volume", "empty", "mrc", instead(b"")),
     ("MRC volume", "text", "mrc", instead(b"not a volume " * 200)),
     ("MRC volume", "cut off", "mrc", cut),

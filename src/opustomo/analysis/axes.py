@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 
 MOST_GROUPS = 4  # along one axis
+MOST_JOINT = 64  # along all axes together
 SAMPLE = 5_000  # particles that are enough to know a law
 POINTS = 10  # of a traversal
 QUADRATURE = 33  # points of a motion
@@ -212,18 +213,18 @@ def motion_evidence(place: Floats, error: Floats) -> float:
     return -float(min(fit.fun for fit in fits)) - 0.5 * np.log(2 * np.pi) * len(place)
 
 
-def joint_groups(axes: list[Axis], most: int = 64) -> NDArray[np.int64]:
+def joint_groups(axes: list[Axis]) -> NDArray[np.int64]:
     """Label (P,) of every particle by its groups along all discrete axes together, 0-based.
 
     Two factors that come and go independently are two axes of two groups and four labels.  A combination that hardly
-    any particle has is none: its particles go to the likeliest of the others.  Axes that would make more than ``most``
-    combinations are left out, the least discrete first; without a discrete axis every label is 0.
+    any particle has is none: its particles go to the likeliest of the others.  Axes that would make more than
+    ``MOST_JOINT`` combinations are left out, the least discrete first; without a discrete axis every label is 0.
     """
     count = len(axes[0].place)
     joint = np.zeros((count, 1))
     for axis in axes:
         groups = len(axis.groups.share)
-        if axis.discrete and joint.shape[1] * groups <= most:
+        if axis.discrete and joint.shape[1] * groups <= MOST_JOINT:
             known = np.log(np.maximum(axis.probability, 1e-300))
             joint = (joint[:, :, None] + known[:, None, :]).reshape(count, -1)
     share = np.bincount(joint.argmax(1), minlength=joint.shape[1]) / count

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opustomo.data.particles import particle_numbers, turn_of_each
 from opustomo.physics.fourier import band_multiplicity, radial, shell_mean
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band, quadratic_form, seen_through
@@ -29,7 +30,7 @@ from opustomo.reconstruct import Rows, mean_volume, own_precision, solve_masked,
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 MEMORY = 2e9  # bytes of sums held at a time; more subsets than fit need another pass over the rows
-FEWEST = 4  # particles of a class that can be halved
+FEWEST = 4  # particles of a class that can be halved, copies of one (``expand``) counted once
 LIMIT = 0.8  # of the FSC without a mask: the noise is substituted where it falls below
 
 
@@ -53,20 +54,34 @@ class Agreement:
     nats_error: float  # its standard error from the noise of the data
 
 
-def deal(labels: NDArray[np.integer], rng: np.random.Generator) -> Bools:
-    """(P,) which half each particle is in: every class is dealt out evenly, at random."""
-    half = np.zeros(len(labels), bool)
+def deal(labels: NDArray[np.integer], particle: NDArray[np.int64], rng: np.random.Generator) -> Bools:
+    """(P,) which half each row is in: the particles of every class are dealt out evenly, at random.
+
+    particle: (P,) which one each row is of (``particle_numbers``); its copies share their noise, and so their half.
+    """
+    half, dealt = np.zeros((2, int(particle.max(initial=-1)) + 1), bool)
     for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        half[members[int(label) % 2 :: 2]] = True  # odd ones do not all go to the same half
-    return half
+        members = np.unique(particle[labels == label])
+        new, known = rng.permutation(members[~dealt[members]]), half[members[dealt[members]]]
+        lead = 2 * int(known.sum()) - len(known)  # of the second half, by copies in the classes before
+        half[new[: abs(lead)]] = lead < 0
+        half[new[abs(lead) :][int(label) % 2 :: 2]] = True  # odd ones do not all go to the same half
+        dealt[new] = True
+    return half[particle]
 
 
-def draw(count: int, half: Bools, order: NDArray[np.integer]) -> Bools:
-    """(P,) the first ``count`` particles of ``order`` (row numbers), as many of each half (or what there is)."""
+def draw(copies: NDArray[np.int64], half: Bools, particle: NDArray[np.int64], order: NDArray[np.integer]) -> Bools:
+    """(P,) rows of random particles, of the halves in turn: ``copies[i]`` (or what there is) of the i-th.
+
+    order: row numbers, the earlier the sooner taken.
+    """
     chosen = np.zeros(len(half), bool)
-    for side, wanted in ((False, (count + 1) // 2), (True, count // 2)):
-        chosen[order[half[order] == side][:wanted]] = True
+    for side, wanted in ((False, copies[0::2]), (True, copies[1::2])):
+        rows = order[half[order] == side]
+        number = particle_numbers(particle[rows])
+        most = np.zeros(int(number.max(initial=-1)) + 1, np.int64)
+        most[: len(wanted)] = wanted[: len(most)]
+        chosen[rows[turn_of_each(number) < most[number]]] = True
     return chosen
 
 

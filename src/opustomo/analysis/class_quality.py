@@ -30,9 +30,9 @@ from opustomo.analysis.class_halves import (
     independent_voxels,
 )
 from opustomo.analysis.controls import tomogram_names
-from opustomo.analysis.data_maps import open_rows
 from opustomo.analysis.difference import write_difference
 from opustomo.analysis.latents import CERTAIN, analysis_folder, class_probability
+from opustomo.analysis.made_from import open_rows, particle_of_rows
 from opustomo.analysis.score_maps import resolution
 from opustomo.analysis.selection import find_labels
 from opustomo.config import QualityConfig
@@ -120,7 +120,7 @@ def write_quality(run: Run, labels: NDArray[np.integer], folder: Path, seed: int
 
     Returns the rows of quality.csv, best first.  UserError: the run has no cache.
     """
-    subsets, half = class_subsets(labels, run.typical, seed)
+    subsets, half = class_subsets(labels, particle_of_rows(run), run.typical, seed)
     measured = measure(run, subsets, half, seed)
     share = np.bincount(labels, minlength=int(labels.max()) + 1) / len(labels)
     known = _known(run, labels, seed)
@@ -140,19 +140,23 @@ def write_quality(run: Run, labels: NDArray[np.integer], folder: Path, seed: int
     return rows
 
 
-def class_subsets(labels: NDArray[np.integer], typical: Bools, seed: int) -> tuple[dict[int, list[Bools]], Bools]:
+def class_subsets(
+    labels: NDArray[np.integer], particle: NDArray[np.int64], typical: Bools, seed: int
+) -> tuple[dict[int, list[Bools]], Bools]:
     """For each class that can be halved its members and ``RANDOM`` random classes of the same size, and the halves.
 
-    Random classes are drawn from the typical particles, as many of either half as the class has.
+    particle: (P,) which one each row is of.  Random classes are drawn from the typical rows, as many particles of
+    either half, and as many copies of each, as the class has.
     """
     rng = np.random.default_rng(seed)
-    half = deal(labels, rng)
+    half = deal(labels, particle, rng)
     candidates, subsets = np.flatnonzero(typical), {}
     for number in np.unique(labels).tolist():
         members = labels == number
-        if members.sum() >= FEWEST:
-            count = int(members.sum())
-            subsets[number] = [members, *(draw(count, half, rng.permutation(candidates)) for _ in range(RANDOM))]
+        if min(len(np.unique(particle[members & side])) for side in (half, ~half)) >= FEWEST // 2:
+            copies = np.sort(np.unique(particle[members], return_counts=True)[1])[::-1]
+            random = (draw(copies, half, particle, rng.permutation(candidates)) for _ in range(RANDOM))
+            subsets[number] = [members, *random]
     return subsets, half
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,10 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from opustomo.analysis import latent_plots, plots
-from opustomo.analysis.selection import source_of, trained_rows
+from opustomo.analysis.made_from import run_particles
 from opustomo.data.atomic import write_csv
-from opustomo.data.readers.relion import tomograms
-from opustomo.data.readers.source import Source
+from opustomo.data.particles import turn_of_each
+from opustomo.data.readers.relion import identities, tomograms
 from opustomo.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ def write_controls(run: Run, embedding: Floats, names: tuple[str, str], folder: 
     R^2: how much of a column's variance the mean of a particle's neighbours in the code tells, less what it tells with
     the column shuffled.  Columns that do not vary are left out; nothing is written without the run's STAR file.
     """
-    columns = numeric_columns(run)
-    if not columns:
+    known = run_particles(run)
+    columns = {} if known is None else numeric_columns(known[0].table.particles.iloc[known[1]])
+    if known is None or not columns:
         return {}
-    explained = told_by_codes(np.asarray(run.codes, np.float64), columns)
+    particle = identities(known[0].table)[known[1]]
+    explained = told_by_codes(np.asarray(run.codes, np.float64), columns, particle)
     order = sorted(columns, key=lambda name: -explained[name])
     rows = [[name, f"{explained[name]:.4f}", *(f"{v:.6g}" for v in np.percentile(columns[name], [0, 50, 100]))]
             for name in order]  # fmt: skip
@@ -58,13 +60,9 @@ def write_controls(run: Run, embedding: Floats, names: tuple[str, str], folder: 
     return explained
 
 
-def numeric_columns(run: Run) -> dict[str, Floats]:
-    """Columns of the run's particles that are all finite numbers and vary, (P,) each."""
-    known = run_particles(run)
-    if known is None:
-        return {}
-    rows, found = known[1], {}
-    table = known[0].table.particles.iloc[rows]
+def numeric_columns(table: pd.DataFrame) -> dict[str, Floats]:
+    """Columns that are all finite numbers and vary, (P,) each."""
+    found = {}
     for name in table.columns:
         value = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64)
         if np.isfinite(value).all() and np.ptp(value) > 0:
@@ -72,10 +70,16 @@ def numeric_columns(run: Run) -> dict[str, Floats]:
     return found
 
 
-def told_by_codes(codes: Floats, columns: Mapping[str, Floats], seed: int = 0) -> dict[str, float]:
-    """R^2 of each column (P,) from the neighbours in ``codes`` (P, zdim); 0 where it is that of a shuffled column."""
+def told_by_codes(
+    codes: Floats, columns: Mapping[str, Floats], particle: NDArray[Any], seed: int = 0
+) -> dict[str, float]:
+    """R^2 of each column (P,) from the neighbours in ``codes`` (P, zdim); 0 where it is that of a shuffled column.
+
+    particle: (P,) which one each row is of; of its copies (``expand``), whose columns are the same, one is looked at.
+    """
     rng = np.random.default_rng(seed)
-    some = rng.permutation(len(codes))[:SAMPLE]
+    order = rng.permutation(len(codes))
+    some = order[turn_of_each(particle[order]) == 0][:SAMPLE]
     if len(some) < 2 * NEIGHBOURS or np.ptp(codes, axis=0).max() == 0:
         return dict.fromkeys(columns, 0.0)
     # equal codes have no nearest one: a little noise deals them out at random
@@ -117,23 +121,6 @@ def tomogram_names(run: Run) -> NDArray[np.str_] | None:
         return None
     names = tomograms(known[0].table).astype(str)[known[1]]
     return names if len(np.unique(names)) > 1 else None
-
-
-def run_particles(run: Run) -> tuple[Source, NDArray[np.int64]] | None:
-    """The run's particles in their STAR file, and its rows; None, with a warning, where it is gone or another one.
-
-    Particles may be elsewhere by now; their codes are here.
-    """
-    if not run.star.is_file():
-        return None
-    try:
-        source = source_of(run.star, run.config)
-        trained = trained_rows(run.path, source.table)
-    except UserError as error:
-        log.warning("columns of the STAR file are not compared with the codes: %s", error)
-        return None
-    rows = np.arange(len(source)) if trained is None else trained
-    return (source, rows) if len(rows) == len(run.codes) else None
 
 
 def write_convergence(run: Run, clusters: int, folder: Path, seed: int = 0) -> Path | None:

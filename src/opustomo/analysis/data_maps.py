@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from opustomo.analysis import plots
 from opustomo.analysis.filters import Gain, filtered
+from opustomo.analysis.made_from import open_rows, particle_of_rows
 from opustomo.analysis.volumes import MapFiles, resample
 from opustomo.average import half_maps, half_sets, half_totals
 from opustomo.config import GridOptions, InputOptions
 from opustomo.data.atomic import write_csv
-from opustomo.data.cache import open_cache
 from opustomo.data.inputs import read_inputs
 from opustomo.data.mrc import write_volume
 from opustomo.data.noise import estimate_noise
@@ -43,14 +43,14 @@ def write_data_volumes(run: Run, codes: NDArray[np.floating], files: MapFiles, g
     """What the data say at each code: PREFIXi_data.mrc, averages of the particles around it, no decoder involved.
 
     Particles are weighted by a Gaussian of their distance in code space that covers ``usual_neighbours`` of them.  Two
-    random, disjoint halves give fsc_data.csv and fsc_data.png; the column ``random`` is the same for randomly chosen
-    particles: what every subset shares.  ``gain``: of the maps' spectra.  UserError: the run has no cache.
+    random, disjoint halves of them give fsc_data.csv and fsc_data.png; the column ``random`` is the same for randomly
+    chosen particles: what every subset shares.  ``gain``: of the maps' spectra.  UserError: the run has no cache.
     """
     rows = open_rows(run)
-    grid, n = run.grid, len(run.codes)
+    grid, n, particle = run.grid, len(run.codes), particle_of_rows(run)
     files.sampling(grid)  # wrong sizes are told before the first map is made
     rng = np.random.default_rng(0)
-    half = rng.permutation(n) % 2 == 0
+    half = (rng.permutation(int(particle.max()) + 1) % 2 == 0)[particle]
     curves: dict[str, Floats] = {}
     counts: dict[str, int] = {}
     paths = []
@@ -152,18 +152,6 @@ def _half_map_fsc(run: Run, rows: Rows, weight: Floats, half: NDArray[np.bool_])
     sides = (torch.from_numpy(np.where(side, weight, 0.0)) for side in (half, ~half))
     first, second = (reconstruct(rows, side, run.grid, run.mask) for side in sides)
     return np.asarray(fourier_shell_correlation(first, second), np.float64)
-
-
-def open_rows(run: Run) -> Rows:
-    """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
-    folder = Path(run.config.get("rows") or run.path / "cache")
-    if not folder.is_dir() and (run.path / folder.name).is_dir():
-        folder = run.path / folder.name  # the run has moved
-    cache = open_cache(folder)
-    if len(cache) != len(run.codes) or cache.grid[:4] != run.grid[:4]:
-        raise UserError(f"{folder}: is of other particles, another mask or --downfrac than {run.path}; make it again "
-                        f"with `opustomo cache {run.star} -o {folder}` and the options of the run")  # fmt: skip
-    return cache
 
 
 def _write_fsc(curves: dict[str, Floats], counts: dict[str, int], extent: float, folder: Path) -> None:

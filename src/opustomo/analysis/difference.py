@@ -19,7 +19,7 @@ from scipy.stats import false_discovery_control, t
 from torch import Tensor
 
 from opustomo.analysis import plots
-from opustomo.analysis.data_maps import open_rows
+from opustomo.analysis.made_from import open_rows
 from opustomo.analysis.surface import FRONT, SIDE, contour, render
 from opustomo.data.atomic import write_csv
 from opustomo.data.mrc import write_volume
@@ -100,16 +100,22 @@ def difference(
         volume = solve_masked(system, right, precision, mask, grid, torch.zeros_like(right), STEPS)[0].numpy()
         density = density if solved else volume
         solved.append(volume[inside])  # the rest would take most of the memory
-    values = np.stack(solved).astype(np.float64)
-    square = np.square(values)
-    # each map in standard deviations of all the others, the permutations alike: their maxima are exchangeable
-    z = values / np.sqrt(np.maximum(square.sum(0) - square, 1e-30) / permutations)
-    chance = 2 * t.sf(np.abs(z[0]), permutations)
-    found = false_discovery_control(chance, method="by") <= false_rate
+    z, found = judged(np.stack(solved).astype(np.float64), false_rate)
     score, significant = np.zeros(inside.shape, np.float32), np.zeros(inside.shape, bool)
     score[inside], significant[inside] = z[0], found
     largest = np.abs(z).max(1)
     return Difference(density.astype(np.float32), score, significant, float(largest[0]), largest[1:], len(found))
+
+
+def judged(maps: Floats, false_rate: float) -> tuple[Floats, NDArray[np.bool_]]:
+    """z scores (1 + R, voxels) of a map and of its R permutations, and the voxels where that of the map is significant.
+
+    Each is in standard deviations of all the others, the permutations alike: their maxima are exchangeable.
+    """
+    permutations, square = len(maps) - 1, np.square(maps)
+    z = maps / np.sqrt(np.maximum(square.sum(0) - square, 1e-30) / permutations)
+    chance = 2 * t.sf(np.abs(z[0]), permutations)
+    return z, false_discovery_control(chance, method="by") <= false_rate
 
 
 def write_difference(

@@ -18,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score
 from opustomo.analysis import score_codes, score_maps, score_motions, score_poses
 from opustomo.analysis.axes import axes_of, joint_groups
 from opustomo.analysis.dynamics import hinges, spread_of
-from opustomo.analysis.selection import source_of, trained_rows
+from opustomo.analysis.made_from import rows_of_run, source_of
 from opustomo.analysis.truth import Truth, read_truth
 from opustomo.config import EvaluateConfig
 from opustomo.data.atomic import write_text
@@ -67,7 +67,7 @@ def _truth(run: Run, folder: Path) -> Truth:
 
 
 def _subset(run: Run) -> NDArray[np.int64] | None:
-    return trained_rows(run.path, source_of(run.star, run.config).table) if run.config.get("ind") else None
+    return rows_of_run(run.path, source_of(run.star, run.config).table) if run.config.get("ind") else None
 
 
 def _codes_and_maps(run: Run, known: Truth, rows: NDArray[np.int64]) -> dict[str, Any]:

@@ -13,24 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from opustomo.analysis.made_from import stored
 from opustomo.analysis.selection import (
     Classes,
     class_folder,
     first_of_classes,
     read_classes,
-    rows_of,
-    stored,
     write_classes,
     write_manifest,
 )
 from opustomo.config import ExportConfig
 from opustomo.data.angles import to_matrix
 from opustomo.data.atomic import atomic
-from opustomo.data.export import first_of_each, refuse_ambiguous, write_subset
+from opustomo.data.export import refuse_ambiguous, write_subset, written_paths
 from opustomo.data.lists.write import read_sources, write_list
 from opustomo.data.mapback import write_scripts
+from opustomo.data.particles import particle_numbers, turn_of_each
 from opustomo.data.places import Places, places_of
 from opustomo.data.readers import poses_of, relion
 from opustomo.errors import UserError
@@ -48,26 +47,26 @@ def main(config: ExportConfig) -> int:
     if (config.format == "m") != (config.m_source is not None):
         need = "needs --m-source, M's data source" if config.format == "m" else "does without --m-source"
         raise UserError(f"--format {config.format}: {need} (NAME.source); give both or neither")
-    chosen = read_classes(config, config.star or Path(values["star"]))
-    rows = rows_of(chosen.source.table, chosen.labels, chosen.rows)
+    star = config.star or Path(values["star"])
+    chosen = read_classes(config, star)
     refuse_ambiguous(chosen.source.table)
-    places = _places(config, chosen, rows, float(values["pixel_size"]))
+    places = _places(config, chosen, float(values["pixel_size"]))
     paths: list[Path] = []
     if config.format == "same":
         path = config.output / "particles.star"
-        write_subset(chosen.source, rows, path, chosen.labels, chosen.poses, config.unique)
-        paths += [path, *write_classes(*chosen[1:3], config.output, rows, chosen.poses, config.unique)]
-        paths += [other for path in paths for other in path.parent.glob(f"{path.stem}_optimisation_set.star")]
+        write_subset(chosen.source, chosen.rows, path, chosen.labels, chosen.poses, config.unique)
+        paths += [path, *write_classes(chosen, config.output, config.unique)]
+        paths += [written for path in paths for written in written_paths(chosen.source, path)[1:]]
     elif places is not None:
-        paths += _write_lists(config, places, chosen, rows)
-    paths.append(_write_members(config.output / "particles.csv", chosen, rows))
+        paths += _write_lists(config, places, chosen)
+    paths.append(_write_members(config.output / "particles.csv", chosen))
     if places is not None:
         box, pixel = int(values["box"]), float(values["pixel_size"])
         maps = _maps(config, chosen)
         folder = config.output / "mapback"
-        kept = first_of_classes(chosen) if config.unique else np.ones(len(rows), bool)
+        kept = first_of_classes(chosen) if config.unique else np.ones(len(chosen.rows), bool)
         paths += write_scripts(folder, places.at(kept), chosen.labels[kept], maps, (box // 2) * pixel, box * pixel / 8)
-    files = [chosen.star, *_files(chosen)]
+    files = [star, *_files(chosen)]
     sums = {str(file.absolute()): hashlib.sha256(file.read_bytes()).hexdigest() for file in dict.fromkeys(files)}
     more = {
         "format": config.format,
@@ -75,7 +74,7 @@ def main(config: ExportConfig) -> int:
         "sha256": sums,
         "coordinate_pixel_size": None if places is None else places.pixel_size,
     }
-    write_manifest(config, chosen, paths, more)
+    write_manifest(config, star, chosen, paths, more)
     log.info("wrote %d files in %s, see manifest.json", len(paths) + 1, config.output)
     return 0
 
@@ -86,13 +85,13 @@ def _files(chosen: Classes) -> list[Path]:
     return [chosen.source.whole.path, *([] if tomograms is None else [tomograms])]
 
 
-def _places(config: ExportConfig, chosen: Classes, rows: NDArray[np.int64], pixel_size: float) -> Places | None:
+def _places(config: ExportConfig, chosen: Classes, pixel_size: float) -> Places | None:
     """Where the particles of the run are; None, with a line in the log, where a STAR file does not need to know it."""
     rotation, origin = poses_of(chosen.source, pixel_size)
     if chosen.poses is not None:
         rotation, origin = rotation.copy(), origin.copy()
-        rotation[rows] = to_matrix(chosen.poses.euler)
-        origin[rows] = chosen.poses.origin
+        rotation[chosen.rows] = to_matrix(chosen.poses.euler)
+        origin[chosen.rows] = chosen.poses.origin
     datadir = stored(config.run).get("datadir")
     folder = Path(datadir) if datadir else None
     try:
@@ -103,28 +102,33 @@ def _places(config: ExportConfig, chosen: Classes, rows: NDArray[np.int64], pixe
         log.warning("no map-back scripts: %s", error)
         return None
     log.info("coordinates count voxels of %g A; if that is not so, give --coords-angpix", places.pixel_size)
-    return places.at(rows)
+    return places.at(chosen.rows)
 
 
-def _write_lists(config: ExportConfig, places: Places, chosen: Classes, rows: NDArray[np.int64]) -> list[Path]:
+def _write_lists(config: ExportConfig, places: Places, chosen: Classes) -> list[Path]:
     """A list of all particles and one of each class."""
     assert config.format != "same"
-    labels, half = chosen.labels, relion.halves(chosen.source.table)[rows]
+    labels, rows = chosen.labels, chosen.rows
+    half, names = relion.halves(chosen.source.table)[rows], relion.identities(chosen.source.table)[rows]
     sources = read_sources(config.m_source) if config.m_source is not None else {}
     parts = {"particles": np.ones(len(labels), bool)} | {f"pre{i}": labels == i for i in np.unique(labels)}
     if config.unique:
-        first, of_class = first_of_each(relion.identities(chosen.source.table)[rows]), first_of_classes(chosen)
+        first = turn_of_each(names) == 0
+        of_class = first_of_classes(chosen)
         parts = {name: part & (first if name == "particles" else of_class) for name, part in parts.items()}
         log.info("%d copies of %d particles left out", len(first) - first.sum(), first.sum())
     for name, part in parts.items():
         path = config.output / f"{name}.star"
-        write_list(path, config.format, places.at(part), half[part], labels[part], sources)
+        own = half[part]
+        if config.format == "m":  # which knows no particle without a half set
+            own = np.where(own > 0, own, 1 + particle_numbers(names[part]) % 2)
+        write_list(path, config.format, places.at(part), own, labels[part], sources)
     return [config.output / f"{name}.star" for name in parts]
 
 
-def _write_members(path: Path, chosen: Classes, rows: NDArray[np.int64]) -> Path:
+def _write_members(path: Path, chosen: Classes) -> Path:
     """Which particle is of which class."""
-    table = chosen.source.table
+    table, rows = chosen.source.table, chosen.rows
     columns = {
         "row": rows + 1,
         "particle": relion.identities(table)[rows],

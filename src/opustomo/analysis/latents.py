@@ -113,16 +113,14 @@ def analysis_folder(run: Run) -> Path:
     return run.path / f"{run.analysis}.{run.epoch}"
 
 
-def analyze(
-    run: Run, pcs: int = 4, clusters: int = 16, skip_umap: bool = False, seed: int = 0, folder: Path | None = None
-) -> Analysis:
-    """Analyse ``run.codes`` and write ``folder`` (default RUN/analyze.N): see docs/outputs for the files.
+def analyze(run: Run, pcs: int = 4, clusters: int = 16, skip_umap: bool = False, seed: int = 0) -> Analysis:
+    """Analyse ``run.codes`` and write RUN/analyze.N: see docs/outputs for the files.
 
     UserError: K larger than the number of particles, ``pcs`` or ``clusters`` below 1, codes that are not finite.
     """
     codes = np.asarray(run.codes, np.float64)
     _check(codes, pcs, clusters, run.path)
-    folder = folder or analysis_folder(run)
+    folder = analysis_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     remove_dead(folder)
     if run.rows is not None and not _is_of(folder, run.rows):

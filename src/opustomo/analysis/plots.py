@@ -38,10 +38,10 @@ def save(fig: Figure, path: Path) -> Path:
     return path
 
 
-def png(fig: Figure, dpi: int = 130) -> bytes:
+def png(fig: Figure) -> bytes:
     """``fig`` as PNG bytes on a white ground."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    fig.savefig(buffer, format="png", dpi=130, facecolor="white")
     return buffer.getvalue()
 
 
@@ -273,12 +273,12 @@ def class_sizes(labels: Array, k: int) -> Figure:
     return fig
 
 
-def tomogram_fractions(labels: Array, tomogram: Array, k: int, most: int = 40) -> Figure:
-    """Stacked bars: share of each class in every tomogram (the ``most`` largest): a class of one stands out."""
+def tomogram_fractions(labels: Array, tomogram: Array, k: int) -> Figure:
+    """Stacked bars: share of each class in every tomogram (the 40 largest): a class of one stands out."""
     names, index, counts = np.unique(np.asarray(tomogram, str), return_inverse=True, return_counts=True)
     table = np.zeros((len(names), k))
     np.add.at(table, (index, np.asarray(labels)), 1)
-    shown = np.sort(np.argsort(-counts, kind="stable")[:most])
+    shown = np.sort(np.argsort(-counts, kind="stable")[:40])
     share = table[shown] / counts[shown, None]
     fig = figure(5.6, 1.0 + 0.24 * len(shown))
     axes = panel(fig, "Classes in each tomogram", "fraction of its particles")
@@ -307,11 +307,11 @@ def slice_limits(volumes: Array) -> tuple[float, float]:
     return (float(np.percentile(inside, 0.5)), float(np.percentile(inside, 99.8))) if inside.size else (0.0, 1.0)
 
 
-def montage(volumes: Array, titles: Sequence[str], colours: Array | None = None, columns: int = 5) -> Figure:
+def montage(volumes: Array, titles: Sequence[str]) -> Figure:
     """Every map of ``volumes`` (n, C, C, C) as a front view, a side view and three slices, on common scales."""
     level, reach = contour(volumes)
     limits = slice_limits(volumes)
-    columns = min(columns, len(volumes))
+    columns = min(5, len(volumes))
     rows = -(-len(volumes) // columns)
     fig = Figure(figsize=(2.1 * columns, 2.05 * rows), layout="constrained")
     grid = fig.subplots(2 * rows, columns, squeeze=False, gridspec_kw={"height_ratios": [3, 2] * rows})
@@ -319,7 +319,7 @@ def montage(volumes: Array, titles: Sequence[str], colours: Array | None = None,
         axes.set_axis_off()
     for i, volume in enumerate(volumes):
         top, bottom = grid[2 * (i // columns), i % columns], grid[2 * (i // columns) + 1, i % columns]
-        top.imshow(two_views(volume, level, reach, None if colours is None else colours[i], 130))
+        top.imshow(two_views(volume, level, reach, size=130))
         top.set_title(titles[i], fontsize=8, color=INK)
         bottom.imshow(slice_strip(volume, limits), cmap="gray", vmin=0, vmax=1)
     return fig

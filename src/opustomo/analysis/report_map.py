@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opustomo.analysis import page, plots
+from opustomo.analysis.made_from import rows_of_run, source_of
 from opustomo.analysis.page import Section
 from opustomo.analysis.score_poses import pose_errors
-from opustomo.analysis.selection import source_of, trained_rows
 from opustomo.data.readers import poses_of
 from opustomo.errors import reading
 
@@ -50,7 +50,7 @@ def sections(run: Run) -> Iterator[Section]:
 
 def _poses(run: Run) -> Section:
     source = source_of(run.star, run.config)
-    rows = trained_rows(run.path, source.table)
+    rows = rows_of_run(run.path, source.table)
     index = slice(None) if rows is None else rows
     rotation, origin = poses_of(source, run.grid.pixel_size)
     moved = pose_errors(run.rotation, run.origin, rotation[index], origin[index])

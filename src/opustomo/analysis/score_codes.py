@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
-from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import adjusted_rand_score, r2_score, roc_auc_score
@@ -23,6 +22,8 @@ from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict, c
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from opustomo.analysis.independence import independent_components
 
 Codes = NDArray[np.floating]
 Scores = dict[str, Any]
@@ -48,7 +49,7 @@ def composition(codes: Codes, state: NDArray[np.int64], seed: int = 0) -> Scores
     state the component that singles it out best.
     """
     k = len(np.unique(state))
-    sources = independent_components(codes, seed)
+    sources = _sources(codes, seed)
     best = [max((_separation(s, state == value) for s in sources.T), default=0.5) for value in np.unique(state)]
     return {
         "auc": probe_auc(codes, state, seed),
@@ -100,7 +101,7 @@ def conformation(codes: Codes, value: NDArray[np.float64], seed: int = 0) -> Sco
     predicted = _cross_validated(_ridge(), codes, value, seed)
     components = principal_components(codes)
     spearman = [abs(spearmanr(c, value).statistic) for c in components.T]
-    pearson = [abs(_correlation(s, value)) for s in independent_components(codes, seed).T]
+    pearson = [abs(_correlation(s, value)) for s in _sources(codes, seed).T]
     return {
         "probe_corr": _correlation(predicted, value),
         "pc_spearman": float(max(spearman, default=0.0)),
@@ -146,14 +147,11 @@ def principal_components(codes: Codes) -> NDArray[np.float64]:
     return (u * s)[:, keep]
 
 
-def independent_components(codes: Codes, seed: int = 0) -> NDArray[np.float64]:
-    """FastICA sources (P, n) of the principal components that carry variance."""
+def _sources(codes: Codes, seed: int) -> NDArray[np.float64]:
+    """Independent components (P, n) of the principal components that carry variance; n may be 0."""
     components = principal_components(codes)
-    if components.shape[1] < 2:
-        return components
-    with _quiet():
-        ica = FastICA(whiten="unit-variance", random_state=seed, max_iter=1000, tol=1e-3)
-        return np.asarray(ica.fit_transform(components / components[:, 0].std()))
+    # all in one unit, so that the search does not depend on that of the codes
+    return independent_components(components / components[:, :1].std(), seed)[0] if components.size else components
 
 
 def _separation(score: NDArray[np.float64], member: NDArray[np.bool_]) -> float:

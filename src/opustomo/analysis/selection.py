@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opustomo import __version__
+from opustomo.analysis.made_from import rows_of, rows_of_run, source_of, stored
 from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import stem
 from opustomo.config import ClassChoice, ExportConfig, SelectConfig
 from opustomo.data.atomic import write_text
-from opustomo.data.export import CorrectedPoses, fingerprint_of, first_of_each, write_subset
-from opustomo.data.pickles import load_indices, load_labels, load_poses
+from opustomo.data.export import CorrectedPoses, write_subset
+from opustomo.data.particles import turn_of_each
+from opustomo.data.pickles import load_labels, load_poses
 from opustomo.data.readers.files import FOLDERS, MANIFEST, Locator
 from opustomo.data.readers.relion import identities
-from opustomo.data.readers.source import Source, read_source
-from opustomo.data.star import StarFile
+from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
 from opustomo.stored import read_config
 
@@ -37,31 +38,49 @@ def main(config: SelectConfig) -> int:
     if config.selection is not None and config.classes:
         raise UserError("--selection and --classes: give one of them")
     chosen = read_classes(config, config.star)
-    source, labels, rows, poses = chosen.source, chosen.labels, chosen.rows, chosen.poses
     if config.selection is not None:
         paths = [config.output / "selected.star"]
-        write_subset(source, rows_of(source.table, labels, rows), paths[0], poses=poses, unique=config.unique)
+        write_subset(chosen.source, chosen.rows, paths[0], poses=chosen.poses, unique=config.unique)
     elif config.classes:
-        paths = [_write_union(source, labels, config, rows, poses)]
+        paths = [_write_union(chosen, config)]
     else:
-        paths = write_classes(source, labels, config.output, rows, poses, config.unique)
-    classes = sorted(set(config.classes)) or np.unique(labels).tolist()
+        paths = write_classes(chosen, config.output, config.unique)
+    classes = sorted(set(config.classes)) or np.unique(chosen.labels).tolist()
     kept = {"selected": classes if config.selection is None else []}
-    write_manifest(config, chosen, paths, kept)
+    write_manifest(config, config.star, chosen, paths, kept)
     for path in paths:
         log.info("wrote %s", path)
     return 0
 
 
 class Classes(NamedTuple):
-    """What a run says of the particles of its STAR file."""
+    """Particles of a STAR file that are in a class, P of them (see ``classes_of``)."""
 
-    star: Path
     source: Source
     labels: NDArray[np.int64]  # (P,) 0-based; all 0 where the run is one map (--encode-mode fixed)
-    rows: NDArray[np.int64] | None  # (P,) of the particles in ``source``, None: all of them
-    poses: CorrectedPoses | None  # with --corrected
-    epoch: int
+    rows: NDArray[np.int64]  # (P,) of the particles in ``source``
+    poses: CorrectedPoses | None = None  # of the particles, with --corrected
+    epoch: int = 0
+
+    def at(self, chosen: NDArray[np.bool_]) -> Classes:
+        """Some of the particles."""
+        poses = None if self.poses is None else self.poses.at(chosen)
+        return self._replace(labels=self.labels[chosen], rows=self.rows[chosen], poses=poses)
+
+
+def classes_of(
+    source: Source,
+    labels: NDArray[np.integer],
+    rows: NDArray[np.int64] | None = None,
+    poses: CorrectedPoses | None = None,
+    epoch: int = 0,
+) -> Classes:
+    """The particles of ``source`` with a label of 0 or above.
+
+    labels: of all of them, or of those at ``rows``; poses: of the same.  UserError: counts differ.
+    """
+    every = Classes(source, np.asarray(labels, np.int64), rows_of(source.table, labels, rows), poses, epoch)
+    return every.at(every.labels >= 0)
 
 
 def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
@@ -80,11 +99,9 @@ def read_classes(config: SelectConfig | ExportConfig, star: Path) -> Classes:
         labels_file, epoch = find_labels(config.run, config.epoch, class_folder(config)[0], place)
         labels = load_labels(labels_file, -1 if config.filtered else 0)
     source = source_of(star, values)
-    rows = trained_rows(config.run, source.table)
+    rows = rows_of_run(config.run, source.table)
     poses = _corrected(config.run, epoch) if config.corrected else None
-    if config.filtered or picked is not None:
-        labels, rows, poses = in_classes(source.table, labels, rows, poses)
-    return Classes(star, source, labels, rows, poses, epoch)
+    return classes_of(source, labels, rows, poses, epoch)
 
 
 def _picked(run: Path, name: str) -> NDArray[np.int64]:
@@ -99,14 +116,6 @@ def _epoch_of_poses(run: Path, epoch: int) -> int:
     return epoch if epoch >= 0 else max((int(match[1]) for match in found if match), default=0)
 
 
-def in_classes(
-    star: StarFile, labels: NDArray[np.int64], rows: NDArray[np.int64] | None, poses: CorrectedPoses | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], CorrectedPoses | None]:
-    """Labels, rows and poses of the particles that are in a class (label 0 or above)."""
-    rows, chosen = rows_of(star, labels, rows), labels >= 0
-    return labels[chosen], rows[chosen], poses.at(chosen) if poses else None
-
-
 def class_folder(config: ClassChoice) -> tuple[str, str]:
     """Folder of the classes below analyze.N, and the option of ``volumes`` for their maps."""
     chosen = [name for name in ("groups", "axis", "pc") if getattr(config, name)]
@@ -119,58 +128,6 @@ def class_folder(config: ClassChoice) -> tuple[str, str]:
     if number < 1:
         raise UserError(f"--{name} {number}: is counted from 1")
     return f"{name}{number}", f"--{name} {number}"
-
-
-def stored(run: Path) -> dict[str, Any]:
-    """config.yaml of a run, {} where there is none."""
-    return read_config(run) if (run / "config.yaml").is_file() else {}
-
-
-def source_of(star: Path, config: dict[str, Any]) -> Source:
-    """The particles of ``star``, found and read as a run with this config.yaml did."""
-    datadir = config.get("datadir")
-    return read_source(star, config.get("format") or "auto", Path(datadir) if datadir else None)
-
-
-def write_classes(
-    source: Source,
-    labels: NDArray[np.integer],
-    outdir: Path,
-    rows: NDArray[np.int64] | None = None,
-    poses: CorrectedPoses | None = None,
-    unique: bool = False,
-) -> list[Path]:
-    """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
-
-    labels: (P,) 0-based class of every particle, or of those at ``rows``; poses: of the same; unique: of copies of a
-    particle in a class the first alone.  UserError: counts differ, ambiguous identities.
-    """
-    rows = rows_of(source.table, labels, rows)
-    paths = []
-    for label in np.unique(labels):
-        path = outdir / f"pre{label}.star"
-        member = labels == label
-        write_subset(source, rows[member], path, poses=poses.at(member) if poses else None, unique=unique)
-        paths.append(path)
-    return paths
-
-
-def trained_rows(run: Path, star: StarFile) -> NDArray[np.int64] | None:
-    """Rows of the STAR file that a run was made from (``--ind``), None for all of them.
-
-    UserError: the file given with ``--ind`` is gone or does not fit, or the particles are not the run's, in its order.
-    """
-    values = stored(run)
-    rows = load_indices(Path(values["ind"]), len(star.particles)) if values.get("ind") else None
-    names = identities(star) if rows is None else identities(star)[rows]
-    known, count = values.get("identity"), values.get("particles")
-    # another number of particles is named with both numbers where labels meet rows
-    if known is not None and len(names) == count and fingerprint_of(names) != known:
-        raise UserError(
-            f"{star.path}: other particles than {run} was made from, or in another order, so its classes do not fit; "
-            f"give {values.get('star', 'the STAR file of the run')}"
-        )
-    return rows
 
 
 def find_labels(run: Path, epoch: int, name: str, place: str = "analyze") -> tuple[Path, int]:
@@ -197,23 +154,29 @@ def find_labels(run: Path, epoch: int, name: str, place: str = "analyze") -> tup
     return found[chosen], chosen
 
 
-def _write_union(
-    source: Source,
-    labels: NDArray[np.int64],
-    config: SelectConfig,
-    rows: NDArray[np.int64] | None,
-    poses: CorrectedPoses | None,
-) -> Path:
-    rows = rows_of(source.table, labels, rows)
+def write_classes(classes: Classes, outdir: Path, unique: bool = False) -> list[Path]:
+    """Write ``outdir/preI.star`` for every class I that has particles; returns the files in order of I.
+
+    unique: of copies of a particle in a class the first alone.  UserError: ambiguous identities.
+    """
+    paths = []
+    for label in np.unique(classes.labels):
+        part = classes.at(classes.labels == label)
+        paths.append(outdir / f"pre{label}.star")
+        write_subset(part.source, part.rows, paths[-1], poses=part.poses, unique=unique)
+    return paths
+
+
+def _write_union(classes: Classes, config: SelectConfig) -> Path:
+    labels = classes.labels
     absent = sorted(set(config.classes) - set(labels.tolist()))
     if absent:
         raise UserError(
             f"--classes {absent[0]}: no particle has this class (classes are {labels.min()} .. {labels.max()}, "
             "as reference0.mrc ...); give existing ones"
         )
-    chosen = np.isin(labels, config.classes)
-    path = config.output / "selected.star"
-    write_subset(source, rows[chosen], path, labels[chosen], poses.at(chosen) if poses else None, config.unique)
+    part, path = classes.at(np.isin(labels, config.classes)), config.output / "selected.star"
+    write_subset(part.source, part.rows, path, part.labels, part.poses, config.unique)
     return path
 
 
@@ -229,19 +192,8 @@ def _corrected(run: Path, epoch: int) -> CorrectedPoses:
 
 def first_of_classes(classes: Classes) -> NDArray[np.bool_]:
     """(P,) whether a particle has no copy before it in its class: what ``--unique`` leaves of every class."""
-    names = identities(classes.source.table)[rows_of(classes.source.table, classes.labels, classes.rows)]
-    return first_of_each(zip(names, classes.labels.tolist(), strict=True))
-
-
-def rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Row of ``star`` that each label speaks of."""
-    rows = np.arange(len(star.particles)) if rows is None else rows
-    if len(rows) != len(labels):
-        raise UserError(
-            f"{star.path}: has {len(rows)} particles but there are {len(labels)} labels; "
-            "give the STAR file the run was trained on"
-        )
-    return rows
+    names = identities(classes.source.table)[classes.rows]
+    return turn_of_each(zip(names, classes.labels.tolist(), strict=True)) == 0
 
 
 def _looked_in(star: Path, run: Path) -> list[Path]:
@@ -252,9 +204,9 @@ def _looked_in(star: Path, run: Path) -> list[Path]:
 
 
 def write_manifest(
-    config: SelectConfig | ExportConfig, classes: Classes, paths: list[Path], more: dict[str, Any]
+    config: SelectConfig | ExportConfig, star: Path, classes: Classes, paths: list[Path], more: dict[str, Any]
 ) -> None:
-    """``manifest.json`` of the output folder: where its files come from; ``more`` is added."""
+    """``manifest.json`` of the output folder: that its files come from ``star`` and how; ``more`` is added."""
     labels = classes.labels
     if config.unique:
         labels = labels[first_of_classes(classes)]
@@ -262,7 +214,7 @@ def write_manifest(
     picked = config.selection if isinstance(config, SelectConfig) else None
     name = class_folder(config)[0] if picked is None else ""
     manifest = {
-        "source": str(classes.star.absolute()),
+        "source": str(star.absolute()),
         "run": str(config.run.absolute()),
         "epoch": classes.epoch,
         "kmeans": config.kmeans if name.startswith("kmeans") else None,
@@ -274,7 +226,7 @@ def write_manifest(
         "counts": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "files": [str(path.relative_to(config.output)) for path in paths],
         # names in these files are as they were, relative to one of these
-        FOLDERS: [str(folder) for folder in _looked_in(classes.star, config.run)],
+        FOLDERS: [str(folder) for folder in _looked_in(star, config.run)],
         "version": __version__,
         **more,
     }

@@ -291,7 +291,7 @@ def prepare_subtomos(arguments: argparse.Namespace, given: Given) -> None:
     from opustomo.config import InputOptions
     from opustomo.data.atomic import exclusive
     from opustomo.data.pickles import load_indices
-    from opustomo.data.readers import read_particles
+    from opustomo.data.readers import particles_of
     from opustomo.data.readers.source import read_source
     from opustomo.data.subtomograms import prepare
     from opustomo.monitor import progress
@@ -301,8 +301,9 @@ def prepare_subtomos(arguments: argparse.Namespace, given: Given) -> None:
         note("dsd prepare_subtomos", "--write-ctf: weight volumes are always written, nothing to choose")
     prepare_process(arguments.workers)
     a, star = arguments, existing_file(arguments.particles)
-    particles = read_particles(star, InputOptions(a.datadir, a.angpix, None, a.relion31, tilt_limit=a.tilt_limit))
     source = read_source(star, datadir=a.datadir)
+    options = InputOptions(a.datadir, a.angpix, None, a.relion31, tilt_limit=a.tilt_limit)
+    particles = particles_of(source, star, options)
     if a.ind is not None:
         rows = load_indices(a.ind, len(particles))
         particles, source = particles.subset(rows), source.subset(rows)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from opustomo.analysis.selection import in_classes, trained_rows, write_classes
+from opustomo.analysis.made_from import rows_of_run
+from opustomo.analysis.selection import classes_of, write_classes
 from opustomo.config import InputOptions
 from opustomo.data.pickles import load_labels, save_poses
 from opustomo.data.readers import DIALECTS, relion, sampling
@@ -69,7 +70,6 @@ def write_poses(source: Source, box: int, angpix: float, path: Path) -> None:
 
 def write_label_stars(source: Source, labels: Path, outdir: Path, run: Path | None = None) -> None:
     """``outdir``/preI.star for every class I of ``labels``; ``run`` knows the rows it was trained on (``--ind``)."""
-    rows = None if run is None else trained_rows(run, source.table)
-    members, rows, _ = in_classes(source.table, load_labels(labels, -1), rows)  # a second round leaves some out
-    paths = write_classes(source, members, outdir, rows)
+    rows = None if run is None else rows_of_run(run, source.table)
+    paths = write_classes(classes_of(source, load_labels(labels, -1), rows), outdir)  # a second round leaves some out
     print(f"{len(paths)} STAR files written: {paths[0]} ... {paths[-1].name}")

@@ -51,13 +51,13 @@ def hash_mask(mask: Tensor) -> str:
     return hashlib.sha256(mask.numpy().tobytes()).hexdigest()
 
 
-def fingerprint(particles: Particles, grid: Grid, mark: str, options: tuple[str, ...]) -> str:
+def fingerprint(particles: Particles, grid: Grid, mask_mark: str, options: tuple[str, ...]) -> str:
     """Everything a row depends on, as one hash; subtomograms by path, size and time of change.
 
-    mark: ``hash_mask`` of the mask's source.  With the grid it says what the mask on the working grid is, whose own
-    voxels are rounded differently by another kind of processor.
+    mask_mark: ``hash_mask`` of the mask's source.  With the grid it says what the mask on the working grid is, whose
+    own voxels are rounded differently by another kind of processor.
     """
-    digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], mark, options)).encode())
+    digest = hashlib.sha256(repr((FORMAT, tuple(grid)[:4], mask_mark, options)).encode())
     for path in (*particles.image_files, *dict.fromkeys(particles.ctf_files)):
         digest.update(os.fsencode(path))
         with nullcontext() if particles.faults is None else suppress(FileNotFoundError):

@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from opustomo.data.export import first_of_each
 from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.lists.write import Kind, write_list
-from opustomo.data.particles import particle_numbers
+from opustomo.data.particles import particle_numbers, turn_of_each
 from opustomo.data.places import Places, begins, tomogram_key
 from opustomo.data.readers import relion
 from opustomo.data.readers.sampling import differ
@@ -160,7 +159,7 @@ def artiax_of_tomogram(
     if unique:
         star = read_star(source)
         names = star.text(star.particle_block if block is None else block, "rlnImageName", "--deduplicate")[rows]
-        rows = rows[first_of_each(names)]
+        rows = rows[turn_of_each(names) == 0]
     particles = particles.at(rows)
     key = tomogram_key(name)
     write(particles, path, "artiax", voxel_positions(particles) * factor, [key] * len(particles))
@@ -189,7 +188,7 @@ def star_to_relion30(
     table, half = _origins_in_pixels(_rows_with_optics(star), star, pixel_size), relion.halves(star)
     notes = [f"{len(table)} particles read"]
     if unique:
-        kept = first_of_each(relion.image_names(star))
+        kept = turn_of_each(relion.image_names(star)) == 0
         table, half = table.loc[kept].reset_index(drop=True), half[kept]
         notes.append(f"{len(table)} are left of one for each rlnImageName")
     if stated is None or "rlnDetectorPixelSize" not in table:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from opustomo.data.particles import turn_of_each
 from opustomo.data.readers import DIALECTS, relion
 from opustomo.data.readers.source import Source
 from opustomo.data.star import Block, StarFile, number_columns, write_star
@@ -74,7 +75,7 @@ def write_subset(
         raise UserError(f"{path}: no particles selected; choose other classes")
     refuse_ambiguous(source.table)
     if unique:
-        kept = first_of_each(relion.identities(source.table)[index])
+        kept = turn_of_each(relion.identities(source.table)[index]) == 0
         log.info("%s: %d copies of its %d particles left out", path, len(kept) - kept.sum(), kept.sum())
         index, poses = index[kept], poses.at(kept) if poses is not None else None
         classes = None if classes is None else classes[kept]
@@ -85,22 +86,26 @@ def write_subset(
     star = source.whole
     table = star.particles.iloc[rows].reset_index(drop=True)
     if classes is not None:
-        table["rlnClassNumber"] = np.array([str(int(label) + 1) for label in np.asarray(classes)[member]], object)
+        numbers = [str(int(label) + 1) for label in np.asarray(classes)[member]]
+        table[star.spelt("rlnClassNumber")] = np.array(numbers, object)
     if poses is not None:
         for name, column in poses.in_file(source, index).columns(star).items():
-            table[name] = np.array(column, object)[order]
+            table[star.spelt(name)] = np.array(column, object)[order]
     write_rows(source, table, path)
 
 
 def write_rows(source: Source, table: pd.DataFrame, path: Path) -> list[Path]:
     """Write ``table`` in place of the particles of ``source``, and its optimisation set where it has one."""
-    star = source.whole
+    star, paths = source.whole, written_paths(source, path)
     write_star(path, {**star.blocks, star.particle_block: table})
-    if source.optimisation is None:
-        return [path]
-    set_path = path.with_name(f"{path.stem}_optimisation_set.star")
-    write_star(set_path, optimisation_blocks(source.optimisation, star.path, path))
-    return [path, set_path]
+    if source.optimisation is not None:
+        write_star(paths[1], optimisation_blocks(source.optimisation, star.path, path))
+    return paths
+
+
+def written_paths(source: Source, path: Path) -> list[Path]:
+    """What ``write_rows`` writes: ``path``, and an optimisation set that names it where ``source`` has one."""
+    return [path] if source.optimisation is None else [path, path.with_name(f"{path.stem}_optimisation_set.star")]
 
 
 def optimisation_blocks(optimisation: StarFile, old: Path, new: Path) -> dict[str, Block]:
@@ -144,8 +149,3 @@ def refuse_repeated(star: StarFile, fix: str, *more: NDArray[np.object_]) -> Non
                 f"{star.path}: particle {names[row]} occurs twice (rows {seen[key] + 1} and {row + 1}); {fix}"
             )
         seen[key] = row
-
-
-def first_of_each(names: Iterable[object]) -> NDArray[np.bool_]:
-    """(n,) whether a name stands in the list for the first time: of copies of a particle one is left."""
-    return ~pd.Series(list(names), dtype=object).duplicated().to_numpy()

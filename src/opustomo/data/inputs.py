@@ -14,7 +14,11 @@ from opustomo.data.cache import CTF_PACK, hash_mask, is_free
 from opustomo.data.mrc import read_volume
 from opustomo.data.observe import working_mask
 from opustomo.data.particles import Particles
-from opustomo.data.readers import read_particles
+from opustomo.data.pickles import load_poses
+from opustomo.data.poses import with_poses
+from opustomo.data.readers import particles_of
+from opustomo.data.readers.source import read_source
+from opustomo.data.species import with_species
 from opustomo.errors import UserError
 from opustomo.physics.grid import Grid, make_grid, mask_extent
 from opustomo.physics.volume import spherical_mask
@@ -67,13 +71,25 @@ def read_mask(path: Path | None, box: int, pixel_size: float) -> Tensor:
 
 
 def read_inputs(
-    star: Path, options: InputOptions, sizes: GridOptions, templateres: int = 0, cache: Path | None = None
+    star: Path,
+    options: InputOptions,
+    sizes: GridOptions,
+    templateres: int = 0,
+    cache: Path | None = None,
+    poses: Path | None = None,
 ) -> Inputs:
     """Particles of ``star`` with mask and grid.  Raises UserError for anything a user can mend.
 
-    cache: folder of the cache, which also keeps the CTF STARs packed (None: they are parsed every time).
+    cache: folder of the cache, which also keeps the CTF STARs packed (None: they are parsed every time); poses: a pose
+    pickle, or a species of M, instead of the poses in ``star``.
     """
-    particles = read_particles(star, options, cache / CTF_PACK if cache is not None and is_free(cache) else None)
+    source = read_source(star, options.format, options.datadir)
+    pack = cache / CTF_PACK if cache is not None and is_free(cache) else None
+    particles = particles_of(source, star, options, pack)
+    if poses is not None and poses.suffix.lower() == ".star":
+        particles = with_species(particles, source, poses, options.datadir)
+    elif poses is not None:
+        particles = with_poses(particles, *load_poses(poses))
     mask = read_mask(sizes.mask, particles.box, particles.pixel_size)
     try:
         grid = make_grid(particles.box, particles.pixel_size, sizes.downfrac, mask_extent(mask), templateres)

@@ -59,23 +59,45 @@ def places_of(
     rlnCoordinateX/Y/Z count (default: as the files state it, else ``pixel_size``).  UserError: one row per image, no
     coordinates, no names of tomograms, centred coordinates without the tomograms' sizes.
     """
+    boxes, stated = boxes_of(source, pixel_size, coordinate_pixel, datadir)
+    rotation, shift = in_tomogram(source, rotation, -origin * pixel_size)
+    return Places(boxes + shift, rotation, relion.tomograms(source.table), stated)
+
+
+def in_tomogram(
+    source: Source, rotation: NDArray[np.float64], shift: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rotations (P, 3, 3) and vectors (P, 3) of the particles' frames in that of their tomogram."""
+    # images are in the tomogram's frame already
+    return (rotation, shift) if source.stacks else relion.in_tomogram(source.table, rotation, shift)
+
+
+def from_tomogram(
+    source: Source, rotation: NDArray[np.float64], shift: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The inverse of ``in_tomogram``."""
+    return (rotation, shift) if source.stacks else relion.in_subtomogram(source.table, rotation, shift)
+
+
+def boxes_of(
+    source: Source, pixel_size: float, coordinate_pixel: float | None, datadir: Path | None
+) -> tuple[NDArray[np.float64], float]:
+    """(P, 3) middles of the boxes, Angstrom from the first voxel, and Angstrom, of the voxels that the file counts.
+
+    Arguments and errors: see ``places_of``.
+    """
     table = source.table
     if source.format == "series":
         raise UserError(f"{table.path}: a table with one row for each image does not say where particles are in 3-D")
-    tomogram, coordinates = relion.tomograms(table), relion.coordinates(table)
-    if coordinates is None or "" in tomogram:
+    coordinates = relion.coordinates(table)
+    if coordinates is None or "" in relion.tomograms(table):
         raise UserError(f"{table.path}: has no coordinates or no rlnTomoName (rlnMicrographName) for every particle")
-    shift = -origin * pixel_size
-    if not source.stacks:  # those are in the tomogram's frame already
-        rotation, shift = relion.in_tomogram(table, rotation, shift)
     stated = coordinate_pixel or relion.coordinate_pixel(table) or pixel_size
     if coordinate_pixel is None and source.tomograms is not None:
-        corner, stated = optimisation_set.from_corner(source, pixel_size, datadir)
-    elif table.has(table.particle_block, "rlnCoordinateX"):
-        corner = coordinates * stated
-    else:
-        raise UserError(
-            f"{table.path}: rlnCenteredCoordinateX/Y/ZAngst needs the tomograms' sizes; give the run the optimisation "
-            "set, and leave --coords-angpix out"
-        )
-    return Places(corner + shift, rotation, tomogram, stated)
+        return optimisation_set.from_corner(source, pixel_size, datadir)
+    if table.has(table.particle_block, "rlnCoordinateX"):
+        return coordinates * stated, stated
+    raise UserError(
+        f"{table.path}: rlnCenteredCoordinateX/Y/ZAngst needs the tomograms' sizes; give the run the optimisation "
+        "set, and leave --coords-angpix out"
+    )

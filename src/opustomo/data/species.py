@@ -13,38 +13,36 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from opustomo.config import InputOptions
 from opustomo.data.angles import to_euler
-from opustomo.data.lists import read_list
+from opustomo.data.export import refuse_repeated
+from opustomo.data.lists import ParticleList, read_list
 from opustomo.data.particles import Particles
-from opustomo.data.places import Places, places_of, tomogram_key
-from opustomo.data.readers import relion
-from opustomo.data.readers.source import read_source
+from opustomo.data.places import boxes_of, from_tomogram, in_tomogram, tomogram_key
+from opustomo.data.readers.source import Source
 from opustomo.errors import UserError
 
 REACH = 0.25  # of the box: what a refinement moves no particle by
 
 
-def with_species(particles: Particles, path: Path, options: InputOptions) -> Particles:
+def with_species(particles: Particles, source: Source, path: Path, datadir: Path | None) -> Particles:
     """The same particles with the poses of ``path``, the particle table of a species of M (wrpCoordinateX1, ...).
 
-    options: as ``particles`` were read.  M's positions are Angstrom from the tomogram's first voxel, its angles
-    RELION's; a box is centred on the particle's coordinate, and what M's position differs from that becomes the origin.
-    UserError: another kind of list; a particle whose tilt series the species does not have, that has no particle of
-    the species within a quarter of the box, or the same one as another.
+    source: what ``particles`` were read from, with that ``--datadir``.  M's positions are Angstrom from the tomogram's
+    first voxel, its angles RELION's; a box is centred on the particle's coordinate, and what M's position differs from
+    that becomes the origin.
+    UserError: another kind of list; copies of a particle; a particle whose tilt series the species does not have, that
+    has no particle of the species within a quarter of the box, or the same one as another.
     """
     species = read_list(path)
     if species.unit != "angstrom":
         raise UserError(f"--poses {path}: is a list of {species.kind}; give a pose pickle, or a species of M")
-    source = read_source(particles.source, options.format, options.datadir)
-    pixel, datadir = particles.pixel_size, options.datadir
-    here = places_of(source, particles.rotation, particles.origin, pixel, None, datadir)
-    boxes = places_of(source, particles.rotation, np.zeros_like(particles.origin), pixel, None, datadir)
-    row, distance = _nearest(here, species.position, [tomogram_key(str(name)) for name in species.tomogram], path)
-    _refuse_doubtful(particles, path, row, distance, here.pixel_size)
-    rotation, shift = species.rotation[row], species.position[row] - boxes.centre
-    if not source.stacks:
-        rotation, shift = relion.in_subtomogram(source.table, rotation, shift)
+    refuse_repeated(source.table, f"{path} has one pose for both; give --poses with the file that was expanded")
+    pixel = particles.pixel_size
+    boxes, voxel = boxes_of(source, pixel, None, datadir)
+    centre = boxes + in_tomogram(source, particles.rotation, -particles.origin * pixel)[1]
+    row, distance = _nearest(centre, particles.tomogram, species, path)
+    _refuse_doubtful(particles, path, row, distance, voxel)
+    rotation, shift = from_tomogram(source, species.rotation[row], species.position[row] - boxes)
     note = (
         f"poses of {len(row)} of {len(species)} particles of {path}, median {np.median(distance):.2g} A (at most "
         f"{distance.max():.2g} A) from those of the STAR file"
@@ -59,21 +57,22 @@ def with_species(particles: Particles, path: Path, options: InputOptions) -> Par
 
 
 def _nearest(
-    here: Places, position: NDArray[np.float64], tomogram: list[str], path: Path
+    centre: NDArray[np.float64], tomogram: NDArray[np.object_], species: ParticleList, path: Path
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(P,) the nearest of ``position`` (n, 3) in the same tomogram, and how far it is, Angstrom."""
-    row, distance = np.zeros(len(here.centre), np.int64), np.zeros(len(here.centre))
-    keys = np.array([tomogram_key(str(name)) for name in here.tomogram], object)
-    of_species = np.array(tomogram, object)
+    """(P,) the row of the species nearest to each ``centre`` (P, 3) in the same tomogram, and how far, Angstrom."""
+    row, distance = np.zeros(len(centre), np.int64), np.zeros(len(centre))
+    keys, of_species = (
+        np.array([tomogram_key(str(name)) for name in names], object) for names in (tomogram, species.tomogram)
+    )
     for key in dict.fromkeys(keys):
         there, wanted = np.flatnonzero(of_species == key), keys == key
         if len(there) == 0:
-            known = ", ".join(list(dict.fromkeys(tomogram))[:3])
+            known = ", ".join(list(dict.fromkeys(of_species))[:3])
             raise UserError(
                 f"--poses {path}: has no tilt series {key} (it has {known} ...); give the species that the particles "
                 "were exported from"
             )
-        distance[wanted], nearest = cKDTree(position[there]).query(here.centre[wanted])
+        distance[wanted], nearest = cKDTree(species.position[there]).query(centre[wanted])
         row[wanted] = there[nearest]
     return row, distance
 

@@ -85,6 +85,10 @@ class StarFile:
         """Whether the column exists (upper and lower case alike: some converters write rlnCoordinatex)."""
         return block in self.blocks and _match(self.blocks[block], column) is not None
 
+    def spelt(self, column: str) -> str:
+        """A column of the particles as the file spells it, as it is given where there is none."""
+        return _match(self.particles, column) or column
+
     def text(self, block: str, column: str, purpose: str) -> NDArray[np.object_]:
         """A column as strings, (rows,); UserError naming the column and what it is for when it is missing."""
         table = self.table(block)

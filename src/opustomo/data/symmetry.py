@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from opustomo.config import ExpandConfig
 from opustomo.data.angles import to_euler, to_matrix
-from opustomo.data.export import refuse_repeated, write_rows
+from opustomo.data.export import refuse_repeated, write_rows, written_paths
 from opustomo.data.readers import relion
 from opustomo.data.readers.source import Source, read_source
 from opustomo.data.star import number_columns
@@ -44,8 +44,9 @@ def main(config: ExpandConfig) -> int:
     if len(operations) == 1:
         raise UserError(f"--symmetry {config.symmetry}: has nothing to expand; leave this step out")
     source = read_source(config.star, datadir=config.datadir)
-    if config.output.resolve() in (config.star.resolve(), source.whole.path.resolve()):
-        raise UserError(f"-o {config.output}: is the file that is read; give another name")
+    read = [config.star, source.whole.path, *([] if source.tomograms is None else [source.tomograms])]
+    if taken := {path.resolve() for path in read} & {path.resolve() for path in written_paths(source, config.output)}:
+        raise UserError(f"-o {config.output}: would replace {taken.pop()}, which is read; give another name")
     table = expanded(source, operations)
     paths = write_rows(source, table, config.output)
     log.info("%d particles, each in the %d poses of %s", len(source), len(operations), config.symmetry.upper())
@@ -93,6 +94,6 @@ def expanded(source: Source, operations: NDArray[np.float64]) -> pd.DataFrame:
     table = star.particles.iloc[rows].reset_index(drop=True)
     turned = to_euler(to_matrix(relion.eulers(star))[rows] @ operations[operation])
     for name, column in number_columns(relion.ANGLES, turned, 6).items():
-        kept = next(own for own in table if str(own).lower() == name.lower())
+        kept = star.spelt(name)
         table[kept] = np.where(operation == 0, table[kept].to_numpy(object), np.array(column, object))
     return table

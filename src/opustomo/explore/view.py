@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opustomo.analysis.controls import run_particles
-from opustomo.analysis.data_maps import open_rows
 from opustomo.analysis.dynamics import Hinge, hinges
 from opustomo.analysis.latents import in_use, principal_components, traversal
+from opustomo.analysis.made_from import open_rows, run_particles
 from opustomo.analysis.paths import along, rows_passed
 from opustomo.analysis.picked import read_selection
 from opustomo.analysis.places import options_of, stem

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+INSIDE = 1e-3  # of a mask: voxels below do not count
+
 
 class Grid(NamedTuple):
     """Sizes in voxels; all boxes are even cubes whose centre is voxel ``size // 2``."""
@@ -50,12 +52,12 @@ def working_size(box: int, downfrac: float) -> int:
     return size
 
 
-def mask_extent(mask: Tensor, threshold: float = 1e-3) -> int:
-    """Largest distance in voxels, along an axis, of a voxel above threshold from voxel N//2.
+def mask_extent(mask: Tensor) -> int:
+    """Largest distance in voxels, along an axis, of a voxel above ``INSIDE`` from voxel N//2.
 
-    mask: (N, N, N).  Raises ValueError if nothing is above the threshold.
+    mask: (N, N, N).  Raises ValueError if there is none.
     """
-    inside = torch.nonzero(mask > threshold)
+    inside = torch.nonzero(mask > INSIDE)
     if inside.numel() == 0:
         raise ValueError("the mask is empty")
     return int((inside - mask.shape[-1] // 2).abs().max())

@@ -134,9 +134,9 @@ def rotate_volume(volume: Tensor, matrix: Tensor, shift: Tensor | None = None) -
     return sample_spline(spline_coefficients(rfft3(volume)), points)
 
 
-def spherical_mask(size: int, radius: float, edge: float, device: torch.device | str = "cpu") -> Tensor:
+def spherical_mask(size: int, radius: float, edge: float) -> Tensor:
     """Sphere about voxel size//2 with a cosine edge from radius to radius + edge (voxels)."""
-    return cosine_edge(centred_coordinates(size, device).norm(dim=-1) - radius, edge)
+    return cosine_edge(centred_coordinates(size).norm(dim=-1) - radius, edge)
 
 
 def cosine_edge(distance: Tensor, edge: float) -> Tensor:
@@ -151,11 +151,11 @@ def shell_numbers(size: int, device: torch.device | str = "cpu") -> Tensor:
     return frequencies(size, device).norm(dim=-1).round().long()
 
 
-def shell_counts(size: int, device: torch.device | str = "cpu") -> Tensor:
+def shell_counts(size: int) -> Tensor:
     """Voxels of the full transform in every shell 0 .. size//2, (size//2+1,)."""
-    shell, count = shell_numbers(size, device).flatten(), _multiplicity(size, device)
+    shell, count = shell_numbers(size).flatten(), _multiplicity(size, "cpu")
     keep = shell <= size // 2
-    return torch.zeros(size // 2 + 1, device=device).index_add(0, shell[keep], count[keep])
+    return torch.zeros(size // 2 + 1).index_add(0, shell[keep], count[keep])
 
 
 def _multiplicity(size: int, device: torch.device | str) -> Tensor:

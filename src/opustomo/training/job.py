@@ -87,15 +87,15 @@ def prepare(config: TrainConfig, given: frozenset[str] | None) -> tuple[Job, Sta
     inputs = select_inputs(config)
     count, fresh = len(inputs.particles), continuation is None
     config, recomputed = with_memory(config, given, inputs.grid, count, device, fresh)
-    train, held, split_file = split_of(config, inputs.particles.names)
+    split = split_of(config, inputs.particles.names)
     if fresh:  # from here on --resume knows what was asked for
-        save_config(config, "network", inputs, None, split_file)
-    start = start_from_linear(config, inputs, train, held, continuation)
+        save_config(config, "network", inputs, None, split)
+    start = start_from_linear(config, inputs, split, continuation)
     linear = start.linear
-    train, held = train[linear.typical[train]], held[linear.typical[held]]
+    train, held = (rows[linear.typical[rows]] for rows in (split.train, split.held))
     model, context = build(config, start, continuation, torch.device("cpu"))
     model.decoder.recomputed = recomputed
-    save_config(config, "network", start.inputs, start.place, split_file)
+    save_config(config, "network", start.inputs, start.place, split)
     checkpoint.write_map(config.output / "mask.mrc", inputs.mask, inputs.grid)
     course, bank, optimizer = _beginning(continuation, linear, len(train))
     if fresh:

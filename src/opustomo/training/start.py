@@ -28,13 +28,13 @@ from opustomo.data.export import fingerprint_of
 from opustomo.data.inputs import Inputs, read_inputs
 from opustomo.data.observe import Noise
 from opustomo.data.particles import Particles
-from opustomo.data.pickles import load_indices, load_poses, load_split, save_split
-from opustomo.data.poses import with_poses
-from opustomo.data.species import with_species
+from opustomo.data.pickles import load_indices, load_split, save_split
+from opustomo.data.split import make_split, parted, split_rows
 from opustomo.errors import UserError
 from opustomo.linear import LinearModel, infer
 from opustomo.linear_fit import (
     MAX_COMPONENTS,
+    Fit,
     LinearResult,
     Plan,
     change_over_average,
@@ -50,10 +50,10 @@ from opustomo.physics.fourier import from_band, irfft3, resize_spectrum
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band
 from opustomo.physics.volume import centre_crop
-from opustomo.preparation import RowMaker, make_split, name_damaged
+from opustomo.preparation import RowMaker, name_damaged
 from opustomo.reconstruct import AMPLITUDE_RANGE, Rows
+from opustomo.training import memory
 from opustomo.training.context import Context, context_of
-from opustomo.training.memory import plan
 from opustomo.training.resume import LEARNED, Continuation
 
 log = logging.getLogger("opustomo")
@@ -148,7 +148,7 @@ def with_memory(
     components = min(MAX_COMPONENTS, config.zdim)
     share = math.ceil(global_batch(config) / parallel.count())  # of a batch, in each process
     several = config.multigpu or parallel.count() > 1  # the batch of the run is not this process's
-    fit = plan(
+    fit = memory.plan(
         grid, components, config.width, config.encoderres, share, particles, device,
         adjustable=fresh and not typed and not several,
     )  # fmt: skip
@@ -157,12 +157,8 @@ def with_memory(
 
 def select_inputs(config: TrainConfig) -> Inputs:
     """Particles with the poses and the subset that were asked for."""
-    inputs = read_inputs(config.star, config.input, config.grid, config.templateres, shared_cache(config))
+    inputs = read_inputs(config.star, config.input, config.grid, config.templateres, shared_cache(config), config.poses)
     particles = inputs.particles
-    if config.poses is not None and config.poses.suffix.lower() == ".star":
-        particles = with_species(particles, config.poses, config.input)
-    elif config.poses is not None:
-        particles = with_poses(particles, *load_poses(config.poses))
     if config.ind is not None:
         particles = particles.subset(load_indices(config.ind, len(particles)))
     for note in particles.notes:
@@ -175,8 +171,17 @@ def shared_cache(config: TrainConfig) -> Path | None:
     return None if config.no_cache else config.cache or config.output / "cache"
 
 
-def split_of(config: TrainConfig, names: NDArray[np.object_]) -> tuple[Tensor, Tensor, Path]:
-    """Rows for training and for validation; an existing split file is read, otherwise one is made in the run."""
+@dataclass(frozen=True)
+class Split:
+    """Row numbers for training and for validation, and the file that has them."""
+
+    train: Tensor
+    held: Tensor
+    file: Path
+
+
+def split_of(config: TrainConfig, names: NDArray[np.object_]) -> Split:
+    """Which of the particles ``names`` train; an existing split file is read, otherwise one is made in the run."""
     count = len(names)
     path = config.output / (config.split.name if config.split is not None else "split.pkl")
     if config.split is not None and config.split.is_file():
@@ -188,10 +193,13 @@ def split_of(config: TrainConfig, names: NDArray[np.object_]) -> tuple[Tensor, T
         order = make_split(names, config.seed)
         save_split(path, order)
     log.info("split: %s", path)
-    train, held = checkpoint.split_rows(order, config.valfrac, names)
-    if shared := set(names[train]) & set(names[held]):
-        log.warning("%s parts copies of %d particles: they are trained on and held out", path, len(shared))
-    return torch.from_numpy(train), torch.from_numpy(held), path
+    train, held = split_rows(order, config.valfrac, names)
+    if shared := parted(names, train, held):
+        log.warning(
+            "%s parts copies of %d particles: they are trained on and held out; a split that is made here, without "
+            "--split, keeps them together", path, shared,
+        )  # fmt: skip
+    return Split(torch.from_numpy(train), torch.from_numpy(held), path)
 
 
 @dataclass(frozen=True)
@@ -214,27 +222,25 @@ class Start:
         return self.inputs.particles.rotation[self.linear.typical.numpy()]
 
 
-def start_from_linear(
-    config: TrainConfig, inputs: Inputs, train: Tensor, held: Tensor, continuation: Continuation | None
-) -> Start:
+def start_from_linear(config: TrainConfig, inputs: Inputs, split: Split, continuation: Continuation | None) -> Start:
     """Particles at their last poses, their rows and the linear stage; from a checkpoint, or fitted."""
     folder, shared = (None, None) if config.no_cache else (config.output / "cache", config.cache)
     # steps read a few rows at a time: a continuation need not wait for all of them
     make_rows = RowMaker(inputs, folder, config.input, config.workers, shared, hold=continuation is None)
     if continuation is None:
-        start = _fitted(config, inputs, make_rows, train, held)
+        start = _fitted(config, inputs, make_rows, split)
     else:
         start = _continued(config, inputs, make_rows, continuation)
     name_damaged(start.inputs.particles, config.output)
     return start
 
 
-def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, train: Tensor, held: Tensor) -> Start:
+def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, split: Split) -> Start:
     """From the data alone; with --masks the linear stage once more, of bodies at rest."""
     grid, mask, bodies = inputs.grid, inputs.mask, None
     # before the hours that what comes first may take
     asked = None if config.masks is None else bodies_of(config.masks, grid, config.zaffinedim)
-    plan = Plan(train, held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
+    plan = Plan(split.train, split.held, config.estpose, config.seed, limit=min(MAX_COMPONENTS, config.zdim))
     particles, rows, linear = fit_linear(inputs.particles, make_rows, grid, mask, plan)
     if asked is not None:
         bodies, rows, linear = fit_bodies(
@@ -244,10 +250,9 @@ def _fitted(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, train: Ten
         write_bodies(config.output / "bodies", bodies, mask, grid)
     results = config.output / "linear"
     write_results(results, linear, rows, grid, mask, CLUSTERS, config.seed)
-    assert make_rows.noise is not None
-    keep(results, linear, rows, make_rows.noise)
+    keep(results, linear, rows, make_rows.noise_model)
     inputs = dataclasses.replace(inputs, particles=particles)
-    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+    return Start(inputs, rows, make_rows.noise_model, make_rows.place, linear, bodies)
 
 
 def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continuation: Continuation) -> Start:
@@ -261,9 +266,8 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
     if "bodies" in stored:
         bodies = BodyResult.of(stored["bodies"])
         rows = straight_rows(body_files(config), bodies, rows, grid, device_of(config.device))
-    assert make_rows.noise is not None
     results, typical = config.output / "linear", stored["typical"]
-    known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise)
+    known = kept(results, model, stored["gain"], mixture, rows, make_rows.noise_model)
     posterior = known[0] if known else infer(model, rows, torch.arange(len(rows)), grid, stored["gain"])
     brightness = change_over_average(model, posterior.code)
     usual = (stored["usual"][0], stored["usual"][1]) if continuation.optimiser else None
@@ -272,11 +276,11 @@ def _continued(config: TrainConfig, inputs: Inputs, make_rows: RowMaker, continu
         usual = usual or usual_range(features(posterior, brightness))
         linear = LinearResult(model, posterior, about, mixture, error, [], typical, brightness, usual, codes)
     else:
-        linear = linear_result(model, posterior, mixture, rows, grid, [], typical, brightness, usual)
+        linear = linear_result(Fit(model, posterior, []), mixture, rows, grid, typical, brightness, usual)
         linear = linear if bodies is None else with_common(linear, bodies)
-        keep(results, linear, rows, make_rows.noise)
+        keep(results, linear, rows, make_rows.noise_model)
     inputs = dataclasses.replace(inputs, particles=particles)
-    return Start(inputs, rows, make_rows.noise, make_rows.place, linear, bodies)
+    return Start(inputs, rows, make_rows.noise_model, make_rows.place, linear, bodies)
 
 
 def body_files(config: TrainConfig) -> Path | None:
@@ -340,19 +344,17 @@ def _orientation_groups(config: TrainConfig, rotation: np.ndarray) -> np.ndarray
 
 
 def save_config(
-    config: TrainConfig, kind: checkpoint.Kind, inputs: Inputs, rows: Path | None, split_file: Path | None
+    config: TrainConfig, kind: checkpoint.Kind, inputs: Inputs, rows: Path | None, split: Split | None
 ) -> None:
-    """config.yaml and config.pkl: the options as typed, the sizes that followed, and where the rows are."""
+    """config.yaml and config.pkl: the options as typed, the sizes that followed, who trains and where the rows are."""
     values = {"kind": kind, **checkpoint.flatten(config), **inputs.grid._asdict()}
     values["rows"] = str(rows.resolve()) if rows else None
     values["identity"] = fingerprint_of(inputs.particles.names)
     for name in ("output", "star", "mask", "datadir", "poses", "ind", "cache"):
         values[name] = str(Path(values[name]).resolve()) if values[name] else None
-    values["split"] = str(split_file.resolve()) if split_file else None
-    if split_file:
-        names = inputs.particles.names
-        order = load_split(split_file, len(names))
-        values["trained_rows"] = len(checkpoint.split_rows(order, config.valfrac, names)[0])
+    values["split"] = None
+    if split is not None:
+        values |= {"split": str(split.file.resolve()), "trained_rows": len(split.train)}
     values["masks"] = absolute(config.masks) if config.masks else None
     values |= {"particles": len(inputs.particles), "load": None, "latents": None}
     checkpoint.write_config(config.output, values)

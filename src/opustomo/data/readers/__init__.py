@@ -33,7 +33,7 @@ from opustomo.data.readers.files import Locator
 from opustomo.data.readers.source import Format, Source, read_source
 from opustomo.errors import UserError
 
-__all__ = ["DIALECTS", "poses_of", "read_particles", "read_transfer_volume"]
+__all__ = ["DIALECTS", "particles_of", "poses_of", "read_particles", "read_transfer_volume"]
 
 DIALECTS: dict[Format, Dialect] = {
     "relion3": subtomograms,
@@ -51,25 +51,15 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
     pixel size in disagreement, particle without CTF.  Every decision is a sentence in ``notes``, the dialect first.
     pack: a file that keeps the tilts of per-particle CTF STARs (see ``ctf_star.read_tilts``).
     """
-    source = read_source(star, options.format, options.datadir)
+    return particles_of(read_source(star, options.format, options.datadir), star, options, pack)
+
+
+def particles_of(source: Source, star: Path, options: InputOptions, pack: Path | None = None) -> Particles:
+    """``read_particles`` of a file ``star`` whose table has been read."""
     source.refuse_version(options.relion31)
-    table, dialect = source.table, DIALECTS[source.format]
-    locator = Locator(table.path, options.datadir)
-    most = options.damaged == "skip"
-    images = locator.require(dialect.image_files(source), source.files_are, most=most)
-    readable, faults = sampling.readable(images, source) if most else (list(images), None)
-    box, pixel_size, size_notes = sampling.agreed(star, source, readable, options)
-    if source.stacks and options.normalisation != "auto":
-        raise UserError(
-            f"--normalisation {options.normalisation}: {source.whole.path} has tilt images, which are not combined; "
-            "leave it out"
-        )
-    found = dialect.read(Opened(source, options, locator, images, readable, box, pixel_size, pack))
-    why = f": {source.why}" if source.why else ""
-    notes = [f"{source.name}: {len(source)} particles in block data_{table.particle_block}{why}"]
-    if locator.outside_datadir(images):
-        notes.append(f"--datadir {options.datadir} was not needed: the particles are in {images[0].parent}")
-    notes += [*size_notes, *found.notes]
+    opened, faults, notes = _opened(source, star, options, pack)
+    table, found = source.table, DIALECTS[source.format].read(opened)
+    notes += found.notes
     if source.stacks:
         notes.append(f"the images are {_premultiplied_words(source)}")
     particles = Particles(
@@ -78,16 +68,42 @@ def read_particles(star: Path, options: InputOptions, pack: Path | None = None) 
         star=table,
         names=relion.identities(table),
         faults=faults,
-        image_files=images,
+        image_files=opened.images,
         coordinates=relion.coordinates(table),
         tomogram=relion.tomograms(table),
         half=relion.halves(table),
-        box=box,
-        pixel_size=pixel_size,
+        box=opened.box,
+        pixel_size=opened.pixel_size,
         premultiplied=relion.premultiplied(table),
         **found._replace(notes=tuple(notes))._asdict(),
     )
     return particles if options.tilt_limit is None else particles.within(options.tilt_limit)
+
+
+def _opened(
+    source: Source, star: Path, options: InputOptions, pack: Path | None
+) -> tuple[Opened, dict[str, str] | None, list[str]]:
+    """What a dialect's reader is given, ``Particles.faults`` so far, and notes: the files found, and their sizes."""
+    locator = Locator(source.table.path, options.datadir)
+    names, absent, faults = DIALECTS[source.format].image_files(source), None, None
+    if options.damaged == "skip":
+        images, absent = locator.require_most(names, source.files_are)
+        readable, faults = sampling.readable(images, source)
+    else:
+        images = locator.require(names, source.files_are)
+        readable = list(images)
+    box, pixel_size, size_notes = sampling.agreed(star, source, readable, options)
+    if source.stacks and options.normalisation != "auto":
+        raise UserError(
+            f"--normalisation {options.normalisation}: {source.whole.path} has tilt images, which are not combined; "
+            "leave it out"
+        )
+    why = f": {source.why}" if source.why else ""
+    notes = [f"{source.name}: {len(source)} particles in block data_{source.table.particle_block}{why}"]
+    if locator.outside_datadir(images):
+        notes.append(f"--datadir {options.datadir} was not needed: the particles are in {images[0].parent}")
+    opened = Opened(source, options, locator, images, absent, readable, box, pixel_size, pack)
+    return opened, faults, [*notes, *size_notes]
 
 
 def poses_of(source: Source, pixel_size: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from opustomo.data.atomic import atomic
 from opustomo.data.particles import SCALE, TILT_COLUMNS, offsets_of
 from opustomo.data.readers.ctf_csv import read_ctf_csv
+from opustomo.data.readers.files import Absent
 from opustomo.data.readers.tilts import COLUMNS, ImpossibleValue, tilt_table
 from opustomo.data.star import read_numeric_table
 from opustomo.errors import UserError
@@ -32,7 +33,7 @@ Packed = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 def read_tilts(
     files: Sequence[str], names: Sequence[str], microscope: Mapping[str, float], pack: Path | None = None,
-    absent: frozenset[int] | None = None,
+    absent: Absent = None,
 ) -> Packed:  # fmt: skip
     """Tilts of P particles, packed: rows (T, 13) of TILT_COLUMNS and offsets (P + 1,).
 
@@ -42,8 +43,8 @@ def read_tilts(
     no such column.  B-factors become >= 0 (RELION's script writes +4 x dose, Warp 1 -4 x dose; both damp).
     pack: a file that keeps the result; while every CTF STAR has the path, size and time of change it had then, the rows
     are mapped from there (read-only) and no CTF STAR is opened.
-    absent: particles that get no tilts, their files are not opened (``--damaged skip``; None: that of ``stop``).
-    UserError: damaged file, column missing, every tilt of a particle excluded (scale 0; unless they are skipped).
+    absent: particles that get no tilts, their files are not opened; None: every particle has to be sound.
+    UserError: damaged file, column missing, every tilt of a particle excluded (scale 0; only with ``absent`` None).
     """
     opened = [path for i, path in enumerate(files) if i not in (absent or ())]
     pack = pack if len(set(opened)) >= PACK_FROM else None

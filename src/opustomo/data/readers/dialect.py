@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from opustomo.config import InputOptions
 from opustomo.data.particles import TILT_COLUMNS, Transfer
-from opustomo.data.readers.files import Locator
+from opustomo.data.readers.files import Absent, Locator
 from opustomo.data.readers.source import Source
 
 
@@ -24,6 +24,7 @@ class Opened:
     options: InputOptions
     locator: Locator  # of the files that the table names
     images: tuple[Path, ...]  # (P,) file of each particle
+    absent: Absent  # particles without a file (``--damaged skip``); None (``stop``): every particle has to be sound
     readable: Sequence[Path]  # those of ``images`` that can be looked into: all of them with ``--damaged stop``
     box: int  # N
     pixel_size: float  # Angstrom, of the voxels or pixels in those files

@@ -11,6 +11,7 @@ from opustomo.errors import UserError
 
 MANIFEST, FOLDERS = "manifest.json", "folders"  # of ``select`` and ``export``, and the key in it
 Names = Sequence[str]
+Absent = frozenset[int] | None  # None: every file has to be there
 
 
 class Locator:
@@ -25,38 +26,40 @@ class Locator:
     def __init__(self, star: Path, datadir: Path | None) -> None:
         self.star = star
         self.datadir = datadir
-        self.absent: frozenset[int] | None = None  # particles (``most``) whose files are not asked for any more
         self._listings: dict[str, frozenset[str]] = {}
         self._handed = _folders_of_manifest(star.absolute().parent / MANIFEST)
         if datadir is not None and not datadir.is_dir():
             raise UserError(f"--datadir {datadir}: no such folder; give the folder in front of the names in {star}")
 
-    def find(self, names: Names) -> list[str] | None:
-        """Absolute paths of all ``names`` (same order) in the first place that has all of them, None if none has."""
-        return next((paths for paths in self._places(names) if self.all_exist(paths)), None)
+    def find(self, names: Names, absent: Absent = None) -> list[str] | None:
+        """Absolute paths of all ``names`` (same order) in the first place that has all of them, None if none has.
 
-    def all_exist(self, paths: Sequence[str]) -> bool:
-        """Whether all are there, but for those of absent particles."""
-        return all(self.exists(path) or i in (self.absent or ()) for i, path in enumerate(paths))
-
-    def require(self, names: Names, what: str, *, most: bool = False) -> tuple[Path, ...]:
-        """As find, but UserError naming the first missing file, how many, the folders tried and a fix.
-
-        most: half of them will do; the others are ``absent`` from then on.
+        absent: those that need not be there, by their number.
         """
-        found = self.find(names)
-        if most:
-            self.absent = frozenset()
-        if found is None and most and 2 * self.present(names) >= len(names):
-            found = max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))
-            self.absent = frozenset(i for i, path in enumerate(found) if not self.exists(path))
+        return next((paths for paths in self._places(names) if self.all_exist(paths, absent)), None)
+
+    def all_exist(self, paths: Sequence[str], absent: Absent = None) -> bool:
+        """Whether all but the ``absent`` ones are there."""
+        return all(self.exists(path) or i in (absent or ()) for i, path in enumerate(paths))
+
+    def require(self, names: Names, what: str, absent: Absent = None) -> tuple[Path, ...]:
+        """As find, but UserError naming the first missing file, how many, the folders tried and a fix."""
+        found = self.find(names, absent)
         if found is None:
             raise UserError(self._explain(names, what))
         return tuple(map(Path, found))
 
+    def require_most(self, names: Names, what: str) -> tuple[tuple[Path, ...], frozenset[int]]:
+        """As require, but half of the files will do; also the numbers of those that are not there."""
+        best = self._best(names)
+        absent = frozenset(i for i, path in enumerate(best) if not self.exists(path))
+        if 2 * len(absent) > len(names):
+            raise UserError(self._explain(names, what))
+        return tuple(map(Path, best)), absent
+
     def present(self, names: Names) -> int:
         """How many of ``names`` exist in the place that has most of them."""
-        return max(sum(map(self.exists, paths)) for paths in self._places(names))
+        return sum(map(self.exists, self._best(names)))
 
     def exists(self, path: str | Path) -> bool:
         """Whether the file is there, from a listing of its folder."""
@@ -78,6 +81,10 @@ class Locator:
         given = [] if self.datadir is None else [self.datadir.absolute()]
         return list(dict.fromkeys([*given, self.star.absolute().parent, Path.cwd(), *self._handed]))
 
+    def _best(self, names: Names) -> list[str]:
+        """Paths in the place that has most of them."""
+        return max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))
+
     def _places(self, names: Names) -> Iterator[list[str]]:
         # as text: a Path costs microseconds, several for every particle
         for folder in self.folders:
@@ -88,8 +95,7 @@ class Locator:
                     yield [os.path.join(folder, name) for name in flat]  # noqa: PTH118
 
     def _explain(self, names: Names, what: str) -> str:
-        best = max(self._places(names), key=lambda paths: sum(map(self.exists, paths)))
-        absent = [i for i, path in enumerate(best) if not self.exists(path)]
+        absent = [i for i, path in enumerate(self._best(names)) if not self.exists(path)]
         count = f"{len(absent)} of {len(names)} {what} missing"
         tried = ", ".join(str(folder) for folder in self.folders)
         first = names[absent[0]]

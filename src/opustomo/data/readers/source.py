@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
+from opustomo.data.particles import particle_numbers, turn_of_each
 from opustomo.data.readers import relion
 from opustomo.data.readers.files import Locator
 from opustomo.data.star import StarFile, read_star
@@ -126,10 +126,25 @@ def _series(whole: StarFile, why: str) -> Source:
             "(7@stack.mrcs); leave --format out"
         )
     # an image that a particle has twice is of a copy of it (``expand``)
-    table = pd.DataFrame({"name": relion.identities(whole), "image": relion.image_names(whole)})
-    table["copy"] = table.groupby(["name", "image"], sort=False).cumcount()
-    member = table.groupby(["name", "copy"], sort=False).ngroup().to_numpy()
+    particle, image = (particle_numbers(names) for names in (relion.identities(whole), relion.image_names(whole)))
+    copy = turn_of_each(particle * (image.max() + 1) + image)
+    member = particle_numbers(particle * (copy.max() + 1) + copy)
+    _refuse_parts_of_copies(whole, particle, copy)
     by_particle = np.argsort(member, kind="stable")
     rows = np.split(by_particle, np.cumsum(np.bincount(member))[:-1])
     first = whole.with_rows(np.array([row[0] for row in rows]))
     return Source("series", why, first, whole, tuple(rows))
+
+
+def _refuse_parts_of_copies(whole: StarFile, particle: NDArray[np.int64], copy: NDArray[np.int64]) -> None:
+    """UserError naming a row that is there twice, where others of its particle are not: it is no copy of a particle."""
+    found = np.zeros((particle.max() + 1, copy.max() + 1), np.int64)
+    np.add.at(found, (particle, copy), 1)
+    part = (found != found[:, :1]) & (found > 0)
+    if part.any():
+        row = np.flatnonzero(part[particle, copy])[0]
+        image, name = relion.image_names(whole)[row], relion.identities(whole)[row]
+        raise UserError(
+            f"{whole.path}: row {row + 1}: image {image} of particle {name} is there twice, other images of this "
+            "particle are not; remove one of the two rows"
+        )

@@ -25,7 +25,7 @@ def read(opened: Opened) -> Imaging:
     """Poses and transfer functions.  UserError: columns or CTFs missing, CTF STARs for premultiplied data."""
     table = opened.source.table
     found = poses(opened.source, opened.pixel_size)
-    transfer = find_transfer(table, opened.images, opened.locator, opened.box, opened.pack)
+    transfer = find_transfer(opened)
     if transfer.transfer == "tilts" and relion.premultiplied(table):
         raise UserError(
             f"{table.path}: rlnCtfDataAreCtfPremultiplied is 1 but the CTF comes from CTF files of each particle: it "

@@ -16,7 +16,8 @@ from opustomo.data.particles import TILT_COLUMNS, Transfer
 from opustomo.data.readers import relion
 from opustomo.data.readers.ctf_star import read_tilts
 from opustomo.data.readers.ctf_volume import OF_RELION4, half_fourier
-from opustomo.data.readers.files import Locator
+from opustomo.data.readers.dialect import Opened
+from opustomo.data.readers.files import Absent, Locator
 from opustomo.data.star import StarFile
 from opustomo.errors import UserError
 
@@ -34,19 +35,18 @@ class TransferFunctions(NamedTuple):
     note: str
 
 
-def find_transfer(
-    star: StarFile, images: Sequence[Path], locator: Locator, box: int, pack: Path | None = None
-) -> TransferFunctions:
-    """Transfer functions of P particles, of which ``images`` are the subtomograms (P paths) with box ``box``.
+def find_transfer(opened: Opened) -> TransferFunctions:
+    """Transfer functions of P particles that are subtomograms.
 
     A per-particle CTF STAR (rlnCtfImage with extension .star, or ``*_ctf.star`` beside the subtomogram) wins over
-    a CTF table (the same with .csv), and both over the volume named by rlnCtfImage.  pack: see ``read_tilts``.
+    a CTF table (the same with .csv), and both over the volume named by rlnCtfImage.
     UserError: particle without CTF, missing files, all tilts excluded.
     """
+    star, images, locator = opened.source.table, opened.images, opened.locator
     names = _ctf_names(star)
-    tables = find_tables(star, images, locator)
+    tables = find_tables(star, images, locator, opened.absent)
     if tables is not None:
-        return _from_tables(star, *tables, locator.absent, pack)
+        return _from_tables(opened, *tables)
     if names is None:
         raise UserError(
             f"{star.path}: particle without CTF: there is no column _rlnCtfImage and no *_ctf.star beside the "
@@ -55,9 +55,7 @@ def find_transfer(
     for ending, what in _TABLES.items():
         if locator.present(_named(names, ending)) > locator.present(names):
             locator.require(_named(names, ending), what)
-    files = locator.require(names, "CTF volumes")
-    first = next(path for i, path in enumerate(files) if i not in (locator.absent or ()))
-    return _from_volumes(star, files, box, first)
+    return _from_volumes(opened, locator.require(names, "CTF volumes", opened.absent))
 
 
 def _ctf_names(star: StarFile) -> list[str] | None:
@@ -77,30 +75,36 @@ def _named(names: Sequence[str], ending: str) -> list[str]:
     return [os.path.splitext(name)[0] + ending for name in names]  # noqa: PTH122
 
 
-def find_tables(star: StarFile, images: Sequence[Path], locator: Locator) -> tuple[list[str], str] | None:
-    """CTF STARs or CTF tables of P particles, ending in .star or .csv, of which ``images`` are the subtomograms."""
+def find_tables(
+    star: StarFile, images: Sequence[Path], locator: Locator, absent: Absent = None
+) -> tuple[list[str], str] | None:
+    """CTF STARs or CTF tables of P particles, ending in .star or .csv, of which ``images`` are the subtomograms.
+
+    absent: particles that need none.
+    """
     names = _ctf_names(star)
     for ending in _TABLES:
-        if names is not None and (found := locator.find(_named(names, ending))) is not None:
+        if names is not None and (found := locator.find(_named(names, ending), absent)) is not None:
             return found, ending
         beside = [os.path.splitext(image)[0] + "_ctf" + ending for image in images]  # noqa: PTH122
-        if locator.all_exist(beside):
+        if locator.all_exist(beside, absent):
             return beside, ending
     return None
 
 
-def _from_tables(
-    star: StarFile, files: Sequence[str], ending: str, absent: frozenset[int] | None, pack: Path | None
-) -> TransferFunctions:
-    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), pack, absent)
+def _from_tables(opened: Opened, files: Sequence[str], ending: str) -> TransferFunctions:
+    star, absent = opened.source.table, opened.absent
+    tilts, offsets = read_tilts(files, list(relion.identities(star)), relion.microscope(star), opened.pack, absent)
     counts = np.delete(np.diff(offsets), sorted(absent or ()))
     note = f"CTF from {len(set(files))} {_TABLES[ending]}, {span(counts.min(), counts.max())} tilts per particle"
     return TransferFunctions("tilts", (), tilts, offsets, note)
 
 
-def _from_volumes(star: StarFile, files: tuple[Path, ...], box: int, first: Path) -> TransferFunctions:
+def _from_volumes(opened: Opened, files: tuple[Path, ...]) -> TransferFunctions:
+    star = opened.source.table
+    first = next(path for i, path in enumerate(files) if i not in (opened.absent or ()))
     kind: Transfer = "weight_volume" if relion.premultiplied(star) else "ctf_volume"
-    half, layout = half_fourier(read_volume(first)[0], box, first)
+    half, layout = half_fourier(read_volume(first)[0], opened.box, first)
     if kind == "ctf_volume" and layout == OF_RELION4:
         raise UserError(
             f"{star.path}: {first.name} holds CTF^2 and multiplicity, so these are CTF-premultiplied "
