@@ -22,17 +22,16 @@ import torch
 from run import lookup
 from torch import Tensor
 
-from opustomo import linear, linear_fit, linear_stage, train
+from opustomo import linear, linear_fit, linear_stage, preparation, train
 from opustomo.analysis.evaluate import evaluate, json_text
 from opustomo.checkpoint import open_run
 from opustomo.config import GridOptions, LinearConfig, TrainConfig
-from opustomo.data import cache
 from opustomo.data.observe import Noise
 from opustomo.mixture import single
 from opustomo.model.vae import Vae
 from opustomo.physics.fourier import from_band, irfft3, rfft3, to_band
 from opustomo.physics.volume import centre_crop, centre_pad
-from opustomo.training import context
+from opustomo.training import context, job
 
 FIGURES = {
     "likelihood.gain_over_linear": "gain",
@@ -110,7 +109,7 @@ LINEAR = [
     Variant("codes N(0, 1) instead of a mixture",
             ((linear_fit, "choose_mixture", lambda stats, *rest: single(stats.first.shape[1] - 1)),)),
     Variant("the same noise power in all shells",
-            ((cache, "estimate_noise", white(cache.estimate_noise)),)),
+            ((preparation, "estimate_noise", white(preparation.estimate_noise)),)),
 ]  # fmt: skip
 NETWORK = [
     Variant("network, everything on"),
@@ -176,13 +175,13 @@ def main() -> None:
             linear_stage.write_results(config.output / "linear", *kept, 4, config.seed)
         return started[0]
 
-    first_start = train.start_from_linear
+    first_start = job.start_from_linear
     lines = ["| part | evidence | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 2) + "|"]
     for variant in [*(LINEAR if options.only != "network" else ()), *(NETWORK if options.only != "linear" else ())]:
         folder = options.output / "".join(c if c.isalnum() else "_" for c in variant.name)
         network = variant in NETWORK
         if not (folder / "z.0.pkl").exists() and not (folder / "evaluation.json").exists():
-            once = ((train, "start_from_linear", start_once),) if network else ()
+            once = ((job, "start_from_linear", start_once),) if network else ()
             with patched((*variant.patches, *once)):
                 if network:
                     train.main(TrainConfig(output=folder, **stated, **variant.options))

@@ -29,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from opustomo.data.cache import Cache, row_bytes
+from opustomo.data.cache import Cache, Stored, row_bytes
 from opustomo.data.filling import BLOCK
 from opustomo.data.observe import Noise
 from opustomo.linear import POSE, LinearModel, accumulate, choose_components, columns, infer, statistics
@@ -269,7 +269,7 @@ def linear_speed(sizes: Sizes) -> tuple[float, float]:
     noise = Noise(torch.ones(band), 1.0, False, torch.ones(grid.working_box // 2 + 1))
     shapes = (grid.crop**3, np.float16), (band, np.float16), (2, np.float32), (2, np.uint32)
     arrays = [np.zeros((particles, width), kind) for width, kind in shapes]
-    rows = Cache(Path(), grid, noise, "", *arrays, torch.zeros(particles, 6))
+    rows = Cache(Path(), grid, noise, "", Stored(*arrays), torch.zeros(particles, 6))
     for i in range(particles):
         rows.write(i, torch.randn((grid.crop,) * 3), torch.rand(band))
     mean, components = torch.randn((grid.crop,) * 3), torch.randn(COMPONENTS, *(grid.crop,) * 3)

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ddp
 import step as steps
@@ -59,7 +60,7 @@ def of_a_step(_: Path) -> Iterator[Line]:
         row = steps.ROWS[number]
         title = row.title.replace("the same", steps.ROWS[number - 1].title)
         for poses, aim in ((False, steps.AIM_WITHOUT), (True, steps.AIM)):
-            own, _, ratio = steps.measure(dataclasses.replace(row, poses=poses), 15 if row.width < 1 else 3)
+            own, _bare, ratio = steps.measure(dataclasses.replace(row, poses=poses), 15 if row.width < 1 else 3)
             words = "pose errors integrated out" if poses else "without pose errors"
             yield Line(f"step over its bare network, {title}; {words}", ratio, "", aim)
         if number >= 3:
@@ -122,10 +123,10 @@ def main() -> None:
         stamp = f"{time.strftime('%Y-%m-%d')}, {os.getloadavg()[0]:.1f}"
         lines = [dataclasses.asdict(line) for line in PARTS[name](options.output)]
         (options.output / f"costs-{name}.json").write_text(json.dumps({"stamp": stamp, "lines": lines}))
-    rows = []
+    rows: list[list[str]] = []
     for name in PARTS:
         path = options.output / f"costs-{name}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {"stamp": "", "lines": []}
+        kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stamp": "", "lines": []}
         rows += [[*Line(**line).cells(), kept["stamp"]] for line in kept["lines"]]
     rows.append(
         ["a particle's step on a GPU of the H200's class, 128^3, template 160", "not measured", "<= 2 ms", "", ""]

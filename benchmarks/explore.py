@@ -18,6 +18,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def make_run(folder: Path, particles: int) -> None:
     codes = (centres[rng.integers(24, size=particles)] + rng.normal(0, 0.8, (particles, ZDIM))).astype(np.float32)
     mask = spherical_mask(GRID.crop, 20, 3)
     components = torch.from_numpy(rng.normal(0, 0.05, (ZDIM, *mask.shape)).astype(np.float32)) * mask
-    sizes = {"templateres": 64, "width": 0.25, "encoderres": 0}
+    sizes: dict[str, Any] = {"templateres": 64, "width": 0.25, "encoderres": 0}
     torch.manual_seed(0)
     model = Vae(mask, mask.clone(), components, mask, **sizes)
     weights = {"kind": "network", "epoch": 0, "model": model.state_dict(), "shape": sizes, "grid": list(GRID)}
@@ -106,7 +107,11 @@ def page(link: str, particles: int) -> list[Row]:
             around = [(0.5 + 0.3 * np.cos(a), 0.55 + 0.3 * np.sin(a)) for a in np.linspace(2, 8.2, 60)]
             for i in range(5):
                 shown.drag("points", around)
-                shown.wait(lambda i=i: len(shown.times("lasso")) > i)
+
+                def lassoed(count: int = i) -> bool:
+                    return len(shown.times("lasso")) > count
+
+                shown.wait(lassoed)
             lasso, choice = (
                 sorted(entry["duration"] for entry in shown.times(n))[2] for n in ("lasso", "lasso-choice")
             )

@@ -117,7 +117,8 @@ def one_seed(which: Set, seed: int, folder: Path, simulator: Path, train: str, v
         cpu, wall = timed([*program, stage, star, *stated])
         subprocess.run([*program, "evaluate", str(run), "--truth", str(data)], check=True, stdout=subprocess.DEVNULL)
         scores = json.loads((run / "evaluation.json").read_text())
-        rows[stage] = {"CPU s": cpu, "wall s": wall} | {label: lookup(scores, name) for name, label in FIGURES.items()}
+        spent: Figures = {"CPU s": cpu, "wall s": wall}
+        rows[stage] = spent | {label: lookup(scores, name) for name, label in FIGURES.items()}
         if stage == "train":  # on the same particles: `linear` has those that train holds out
             begun = scores["linear_stage"]
             rows["start"] = {label: lookup(begun, name) for name, label in FIGURES.items()}

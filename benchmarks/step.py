@@ -88,7 +88,9 @@ def prepare(row: Row) -> tuple[Vae, Context]:
         mask, volumes[0], volumes[1 : 1 + k], mask,
         templateres=row.templateres, width=row.width, encoderres=row.encoderres,
     )  # fmt: skip
-    torch.nn.init.normal_(network.decoder.rise[-1].weight, std=0.01)
+    last = network.decoder.rise[-1].weight
+    assert isinstance(last, torch.Tensor)
+    torch.nn.init.normal_(last, std=0.01)
     curve = torch.ones(row.working_box // 2 + 1)
     model = LinearModel(volumes[0], volumes[1 : 1 + k], curve, curve, (1.0, 1.0), torch.ones(2, c, c, c))
     modes = on_the_band(volumes[1 + k :], row.working_box)

@@ -66,7 +66,7 @@ class Subtomograms:
 
     def transfer(self, i: int, power: int, mean: bool) -> Array:
         """(N, N, N) of CTF^power with its origin at voxel N//2."""
-        return self.made.microscope.mean_transfer(self.made.defocus[i][:, None, None, None], power, mean)  # type: ignore[arg-type]
+        return self.made.microscope.mean_transfer(self.made.defocus[i][:, None, None, None], power, mean)
 
     def put_star(self, columns: dict[str, list[str]], premultiplied: bool | None) -> Path:
         """One table, or with optics where it says whether the data are premultiplied."""

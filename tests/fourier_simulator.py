@@ -75,7 +75,7 @@ class Microscope:
         angle = np.deg2rad(self.tilts)
         zero, one = np.zeros_like(angle), np.ones_like(angle)
         rows = [[np.cos(angle), zero, -np.sin(angle)], [zero, one, zero], [np.sin(angle), zero, np.cos(angle)]]
-        turns = np.moveaxis(np.array(rows), 2, 0)
+        turns: Array = np.moveaxis(np.array(rows), 2, 0)
         return self.images_at(beads, turns @ turn, turns @ origin, np.full(len(angle), defocus), noise, twice)
 
     def images_at(self, beads: Beads, turns: Array, origins: Array, defocus: Array, noise: Array, twice: bool) -> Array:

@@ -71,7 +71,7 @@ def fingerprint(particles: Particles, grid: Grid, mask_mark: str, options: tuple
     return digest.hexdigest()
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """The rows as they are kept, in the order of ``_ROW_FILES``."""
 
     numerator: np.ndarray  # (P, C^3) float16
@@ -88,7 +88,7 @@ class Cache:
     grid: Grid
     noise: Noise
     fingerprint: str
-    _stored: _Stored
+    _stored: Stored
     moved: Tensor  # (P, 6) from the poses given: see data.poses
     _held: tuple[Tensor, Tensor] | None = None  # all rows as float32
     _compared: np.ndarray = field(init=False)  # (P,) bool: rows known to have their checksum
@@ -246,7 +246,7 @@ def _open(folder: Path, grid: Grid, count: int, noise: Noise, mark: str, mode: s
         if not path.exists() or path.stat().st_size != int(np.prod(shape)) * np.dtype(kind).itemsize:
             raise UserError(f"{path}: missing or truncated cache file; delete {folder} and run again")
         maps.append(np.memmap(path, kind, mode, shape=shape))  # type: ignore[call-overload]
-    return Cache(folder, grid, noise, mark, _Stored(*maps), torch.zeros(count, 6))
+    return Cache(folder, grid, noise, mark, Stored(*maps), torch.zeros(count, 6))
 
 
 def _opened_elsewhere(folder: Path, grid: Grid, noise: Noise, mark: str, moved: Tensor) -> Cache:
@@ -339,7 +339,7 @@ def rows_without_disk(
     if need > 0.5 * free_memory():
         return OnTheFly(particles, grid, noise, torch.zeros(len(particles), 6))
     count = len(particles)
-    made = _Stored(*(np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count)))
+    made = Stored(*(np.zeros(shape, kind) for _, kind, shape in _files(Path(), grid, count)))
     cache = Cache(Path(), grid, noise, "", made, torch.zeros(count, 6))
     return fill(cache, particles, np.arange(count), workers, progress)
 
