@@ -54,7 +54,7 @@ def axes_section(run: Run, folder: Path) -> Iterator[Section]:
         "Every independent direction of the code by itself. Composition comes in groups with gaps between them, motion "
         "does not. Bars: where the data put the particles, noise included; line: what the fitted law expects. "
     )
-    body = page.row([page.picture(picture.read_bytes(), "Independent axes of the code", wide=True)])
+    body = page.row([page.picture(picture.read_bytes(), "Independent axes of the code", wide=len(rows) > 1)])
     body += page.table(words)
     if discrete and (groups / "centers.txt").is_file():
         labels = load_labels(groups / "labels.pkl")
