@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from skimage.registration import phase_cross_correlation
 
+from opustomo.analysis.seen import seen_as
 from opustomo.analysis.truth import Truth, TruthMap
 from opustomo.data.mrc import read_volume
 from opustomo.physics.fourier import fourier_resize
@@ -23,7 +24,7 @@ from opustomo.physics.volume import centre_crop, fourier_shell_correlation
 if TYPE_CHECKING:
     from opustomo.checkpoint import Run
 
-SAMPLE = 32  # particles decoded at their own code
+SAMPLE = 32  # particles decoded at their own codes, of composition and of conformation
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,12 @@ def _differences(matched: list[ClassVolume], name: str, volumes: list[torch.Tens
 
 
 def _particle_area(run: Run, truth: Truth, rows: NDArray[np.int64]) -> float:
-    """Mean FSC area of at most 32 particles, each decoded at its own code, against its own state and nearest map."""
+    """Mean FSC area of at most 32 particles, each decoded at all its codes, against its own state and nearest map."""
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
     states = truth.state if truth.state is not None else np.zeros(len(truth.junk), np.int64)
     targets = [truth.nearest_map(int(states[i]), truth.shown[i]) for i in sample]
-    decoded = torch.from_numpy(run.decode(run.codes[sample]))
+    whole = seen_as(run, "joint") if "bodies" in run.weights else run
+    decoded = torch.from_numpy(whole.decode(whole.codes[sample]))
     areas = [
         _fsc(masked(volume, run), true_volume(target, run))[1:].mean()
         for volume, target in zip(decoded, targets, strict=True)
