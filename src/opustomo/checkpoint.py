@@ -215,7 +215,8 @@ class Run:
             return None
         codes = np.asarray(stored["code"], np.float32)
         state = {name: self.weights["model"][name] for name in ("mask", "mean", "components")}
-        return replace(self, kind="linear", codes=codes, sigma=None, weights={"model": state})
+        bodies = {name: self.weights[name] for name in ("bodies",) if name in self.weights}
+        return replace(self, kind="linear", codes=codes, sigma=None, weights={"model": state, **bodies})
 
     @cached_property
     def gram(self) -> NDArray[np.float64]:

@@ -156,7 +156,7 @@ def _particle_area(run: Run, truth: Truth, rows: NDArray[np.int64]) -> float:
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
     states = truth.state if truth.state is not None else np.zeros(len(truth.junk), np.int64)
     targets = [truth.nearest_map(int(states[i]), truth.shown[i]) for i in sample]
-    whole = seen_as(run, "joint") if "bodies" in run.weights else run
+    whole = run if run.conformation is None else seen_as(run, "joint")
     decoded = torch.from_numpy(whole.decode(whole.codes[sample]))
     areas = [
         _fsc(masked(volume, run), true_volume(target, run))[1:].mean()
