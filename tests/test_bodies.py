@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 
 import small_set as sets
 from opustomo import checkpoint, cli
+from opustomo.analysis.evaluate import evaluate
 from opustomo.bodies import BodyModel, BodyResult, at_rest, find_motions, straightened, with_joints
 from opustomo.body_division import divide
 from opustomo.body_rows import straight_rows
@@ -398,6 +399,12 @@ def test_conformation_is_the_angle_of_every_particle(turning: tuple[sets.SmallSe
     axis = np.linalg.svd(relative - relative.mean(0))[2][0]
     assert math.degrees(math.acos(min(1.0, abs(float(axis @ intersubunit_axis()[1]))))) < 8.0
     assert "bodies: evidence of held-out particles" in (folder / "run.log").read_text()
+    # a particle's own density is shown as it moves
+    moving, still = (
+        evaluate(seen, made.folder)["volumes"]["particle_fsc_area"]
+        for seen in (run, dataclasses.replace(run, conformation=None))
+    )
+    assert moving > still + 0.02
 
 
 @pytest.mark.slow
