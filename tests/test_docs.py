@@ -127,10 +127,30 @@ def test_targets_extras_and_scripts_that_are_named_exist() -> None:
 
 
 def test_the_readme_goes_the_whole_way() -> None:
-    """Each verb of the path stands there as a line that can be copied, and so do the earlier program's commands."""
-    typed = {tuple(words[:2]) for words in command_lines((ROOT / "README.md").read_text())}
+    """Each verb of the path stands there as a line that can be copied; the earlier program's have their own page."""
+
+    def typed(document: str) -> set[tuple[str, ...]]:
+        return {tuple(words[:2]) for words in command_lines((ROOT / document).read_text())}
+
     path = ("check", "average", "train", "analyze", "volumes", "select", "report")
-    assert typed >= {("opustomo", verb) for verb in path} | {("dsdsh", name) for name in dsdsh.COMMANDS}
+    assert typed("README.md") >= {("opustomo", verb) for verb in path}
+    assert typed("docs/migration.md") >= {("dsdsh", name) for name in dsdsh.COMMANDS}
+
+
+def test_the_readme_is_short_and_has_all_that_a_stranger_looks_for() -> None:
+    """What it is, the two commands, a picture, how to install, the path; every verb; and no more than that."""
+    text = (ROOT / "README.md").read_text()
+    parts = (
+        "make demo ",
+        "make test ",
+        "docs/images/report.png",
+        "pip install .",
+        "opustomo check",
+        "docs/quickstart.md",
+    )
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places) and len(text.encode()) < 10_000
+    assert [verb for verb in cli.VERBS if not re.search(rf"\b{verb}\b", text)] == []
 
 
 def test_a_wrong_line_would_be_seen() -> None:
@@ -179,7 +199,7 @@ def test_pictures_are_there() -> None:
 
 
 def tree_paths(text: str) -> list[str]:
-    """Paths of the README's tree: names before the comment (two blanks apart), folders by indentation."""
+    """Paths of the tree in CONTRIBUTING.md: names before the comment (two blanks apart), folders by indentation."""
     block = next(block for block in FENCED.findall(text) if block.startswith("src/"))
     folders: dict[int, str] = {}
     found = []
@@ -198,13 +218,13 @@ def tree_paths(text: str) -> list[str]:
     return found
 
 
-def test_the_tree_in_the_readme_is_there() -> None:
-    paths = tree_paths((ROOT / "README.md").read_text())
+def test_what_the_tree_names_is_there() -> None:
+    paths = tree_paths((ROOT / "CONTRIBUTING.md").read_text())
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_every_module_at_the_top_is_in_the_tree() -> None:
-    paths = tree_paths((ROOT / "README.md").read_text())
+    paths = tree_paths((ROOT / "CONTRIBUTING.md").read_text())
     package = ROOT / "src" / "opustomo"
     top = [p.name + "/" * p.is_dir() for p in package.iterdir() if not p.name.startswith("_") and p.suffix != ".typed"]
     assert sorted(set(top) - {path.removeprefix("src/opustomo/") for path in paths}) == []
