@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -30,6 +31,7 @@ DOCUMENTS = [
 PROGRAMS: dict[str, ModuleType] = {"dsd": dsd, "dsdsh": dsdsh}
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+DRAWN_WITH = [3, 11]  # matplotlib, for the picture of the conventions
 # Options of other programs, and those that the documents say do not exist yet
 FOREIGN = {"--i", "--name", "--output_ctf_csv", "--dont_correct_ctf_3d", "--particles_m", "--half1", "--half2"}
 
@@ -279,6 +281,8 @@ def test_the_picture_of_the_conventions_is_what_its_script_draws(
 ) -> None:
     """Drawn with the program's matrices: a convention that was changed, or a picture that was not drawn anew, shows."""
     kept, new = ROOT / "docs/images/conventions.png", tmp_path / "new.png"
+    if [int(part) for part in matplotlib.__version__.split(".")[:2]] < DRAWN_WITH:
+        pytest.skip("an older matplotlib sets the words of the picture elsewhere")
     monkeypatch.setattr("sys.argv", ["draw_conventions.py", str(new)])
     runpy.run_path(str(ROOT / "tools/draw_conventions.py"), run_name="__main__")
     one, other = (imread(path)[..., :3] for path in (kept, new))
