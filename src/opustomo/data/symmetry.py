@@ -53,7 +53,11 @@ def main(config: ExpandConfig) -> int:
     log.info("%d particles, each in the %d poses of %s", len(source), len(operations), config.symmetry.upper())
     for path in paths:
         log.info("wrote %s", path)
-    log.info("next: opustomo average %s%s -o average", shlex.quote(str(paths[-1])), _datadir(config, source))
+    given, out = (
+        f"{shlex.quote(str(paths[-1]))}{_datadir(config, source)}",
+        shlex.quote(f"average_{config.output.stem}"),
+    )
+    log.info("next: opustomo average %s -o %s", given, out)
     return 0
 
 
