@@ -123,14 +123,25 @@ def test_the_resume_line_of_the_seed(calls: list[tuple], capsys: pytest.CaptureF
 
 
 def test_the_line_of_later_versions(calls: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
-    """What they say of the CTF and of the loading changes nothing, and is told to change nothing."""
+    """What they state of the CTF is how it is here, and of the loading changes nothing; both are told."""
     line = "train_tomo ribo.star -n 40 -b 12 -o ribo -r mask.mrc --tilt-range 50 --tilt-step 2"
     assert dsd.main([*line.split(), "--ctfalpha", "0.", "--ctfbeta", "1.", "--float16"]) == 0
     assert dsd.main(line.split()) == 0
     assert calls[0] == calls[1]
     told = capsys.readouterr().err.splitlines()
-    assert [row.split(":")[2].strip() for row in told] == ["--ctfalpha", "--ctfbeta", "--float16"]
-    assert all("no effect" in row for row in told)
+    assert [row.split(":")[2].strip() for row in told] == ["--ctfalpha 0", "--ctfbeta 1", "--float16"]
+    assert ["as always here" in row for row in told] == [True, True, False] and "no effect" in told[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"), [("--ctfalpha 1", "leave --ctfalpha out"), ("--ctfbeta 0", "rlnPhaseShift 90")]
+)
+def test_another_power_of_the_ctf_is_refused(
+    given: str, advice: str, calls: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dsd.main(["train_tomo", "ribo.star", "-o", "ribo", *given.split()]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and given in told and advice in told and calls == []
 
 
 def test_the_long_training_line_of_the_seed_starts(calls: list[tuple]) -> None:

@@ -143,6 +143,15 @@ def test_a_full_disk_under_the_log_and_under_stdout(tmp_path: Path, capfd: pytes
     assert done.stderr == "opustomo check: error: disk full; free space or choose another folder with -o\n"
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """Whoever may write into /dev would lose /dev/null to `-o /dev/null`."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a device or pipe"):
+        write_text(path, "a")
+    assert path.is_fifo() and [*tmp_path.iterdir()] == [path]
+
+
 # ------------------------------------------------------------------------------------------------ two processes
 
 HOLDER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,17 +35,17 @@ from stack_writers import Set, two_states_set
 from star_sets import relion31
 
 GOLDEN = (1 + 5**0.5) / 2
-# fold and axis of two elements that make the group, by RELION's page of conventions and XMIPP's tables
+# fold and axis of elements that make the group, as RELION's and XMIPP's tables state them
 ELEMENTS: dict[str, tuple[int, list[tuple[int, tuple[float, float, float]]]]] = {
     "C5": (5, [(5, (0, 0, 1))]),
     "D3": (6, [(3, (0, 0, 1)), (2, (1, 0, 0))]),
     "T": (12, [(3, (0, 0, 1)), (2, (0, 0.816496, 0.577350))]),
     "O": (24, [(4, (0, 0, 1)), (3, (1, 1, 1))]),
-    "I": (60, [(2, (0, 0, 1)), (5, (1, 0, GOLDEN))]),
-    "I1": (60, [(2, (1, 0, 0)), (5, (GOLDEN, 0, -1)), (5, (0, 1, GOLDEN))]),
-    "i2": (60, [(2, (0, 0, 1)), (5, (1, 0, GOLDEN))]),
-    "I3": (60, [(5, (0, 0, 1)), (2, (-1, 0, GOLDEN)), (5, (-2, 0, 1))]),
-    "I4": (60, [(5, (0, 0, 1)), (2, (1, 0, GOLDEN)), (5, (2, 0, 1))]),
+    "I": (60, [(2, (0, 0, 1)), (5, (1, 0, GOLDEN)), (3, (0, 0.356822, 0.934172))]),
+    "I1": (60, [(2, (1, 0, 0)), (5, (GOLDEN, 0, -1)), (5, (0, 1, GOLDEN)), (3, (0.934172, 0.356822, 0))]),
+    "i2": (60, [(2, (0, 0, 1)), (5, (1, 0, GOLDEN)), (3, (0, 0.356822, 0.934172))]),
+    "I3": (60, [(5, (0, 0, 1)), (2, (-1, 0, GOLDEN)), (5, (-2, 0, 1)), (3, (-0.491123, 0.356822, 0.794654))]),
+    "I4": (60, [(5, (0, 0, 1)), (2, (1, 0, GOLDEN)), (5, (2, 0, 1)), (3, (0.491123, 0.356822, 0.794654))]),
 }
 
 
@@ -169,6 +170,18 @@ def test_select_takes_the_copies_out_again(tmp_path: Path, caplog: pytest.LogCap
     select(SelectConfig(new, run, tmp_path / "both", kmeans=2, classes=(0, 1), unique=True))
     back = read_star(tmp_path / "both/selected.star").particles.drop(columns="rlnClassNumber")
     assert back.equals(read_star(star).particles)  # the file that was expanded
+
+
+def test_what_to_do_next_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files are found from the next line, wherever the expanded one was written and from wherever it is typed."""
+    star = relion31(tmp_path / "set").write()
+    for out in (tmp_path / "set/e.star", tmp_path / "else where/e.star"):
+        expand(star, "D2", out)
+        [line] = [row for row in capsys.readouterr().err.splitlines() if row.startswith("next: opustomo ")]
+        words = shlex.split(line)
+        config, _ = cli.parse_verb(words[2:])
+        assert config.star == out and ("--datadir" in words) == (out.parent != star.parent)
+        assert len(read_particles(out, config.input)) == 16
 
 
 def test_copies_stay_on_one_side(tmp_path: Path) -> None:

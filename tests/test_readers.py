@@ -7,6 +7,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 from opustomo.config import InputOptions
@@ -15,6 +16,7 @@ from opustomo.data.poses import with_poses
 from opustomo.data.readers import ctf_star, read_particles
 from opustomo.data.readers.ctf_volume import half_fourier, read_transfer_volume
 from opustomo.errors import UserError
+from opustomo.physics.ctf import contrast_transfer
 from star_sets import BOX, PIXEL, REAL_SETS, Set, put_loop, put_volume, real_star, relion31, tilt_columns
 
 
@@ -229,6 +231,21 @@ def test_voltage_may_come_from_optics(tmp_path: Path) -> None:
     assert read(star).tilts[0, TILT_COLUMNS.index("voltage")] == 300
     del made.optics["rlnVoltage"]
     assert "no column _rlnVoltage" in error_of(made.write_star())
+
+
+def test_data_without_a_ctf_can_state_so(tmp_path: Path) -> None:
+    """A phase of 90 degrees and nothing else: what docs/inputs.md has for such data is a transfer of one, as read."""
+    made = Set(tmp_path)
+    star = made.write()
+    none = {"rlnPhaseShift": 90, "rlnDefocusU": 0, "rlnSphericalAberration": 0, "rlnAmplitudeContrast": 0}
+    columns = tilt_columns([-30.0, 0.0, 30.0])
+    columns = {name: column for name, column in columns.items() if "Defocus" not in name and "Ctf" not in name}
+    columns |= {name: [str(value)] * 3 for name, value in none.items()}
+    for i in range(made.n):
+        put_loop(tmp_path / f"sub/p{i}_ctf.star", "images", columns)
+    u = torch.linspace(0, 0.2, 9)
+    for lens in torch.tensor(read(star).tilts[:, 3:], dtype=torch.float32):
+        torch.testing.assert_close(contrast_transfer(u, u.flip(0), lens), torch.ones(9))
 
 
 def test_particle_without_ctf(tmp_path: Path) -> None:

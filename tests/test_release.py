@@ -20,7 +20,8 @@ import opustomo
 from opustomo import cli
 
 ROOT = Path(__file__).parents[1]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT: dict[str, Any] = PYPROJECT["project"]
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
 
 
@@ -163,6 +164,33 @@ def test_continuous_integration_runs_what_is_run_here_on_every_python_that_is_pr
     assert f">={promised[0]}" == PROJECT["requires-python"]
     conda = load("environment.yml")["dependencies"]
     assert f"python={promised[0]}" in conda and {"pip": ["-e ."]} in conda
+
+
+def test_pythons_torch_and_extras_are_the_same_everywhere() -> None:
+    """pyproject.toml says them; image, continuous integration, make, mypy and the documents repeat them."""
+    texts = {name: (ROOT / name).read_text() for name in ("Dockerfile", "Makefile", ".github/workflows/ci.yml")}
+    promised = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    said = f"Python {', '.join(promised[:-1])} or {promised[-1]}"
+    assert [name for name in ("README.md", "docs/install.md") if said not in (ROOT / name).read_text()] == []
+    assert re.findall(r"^ARG PYTHON=(.+)", texts["Dockerfile"], re.M) == promised[:1]
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == promised[0]
+    steps = [step for job in load(".github/workflows/ci.yml")["jobs"].values() for step in job["steps"]]
+    pythons = [step["with"]["python-version"] for step in steps if "python-version" in step.get("with", {})]
+    assert set(pythons) <= {*promised, "${{ matrix.python }}"} and len(pythons) == 2
+    extras = set(PROJECT["optional-dependencies"]) - {"dev", "docs"}  # those are for who works on the program
+    assert set(re.findall(r"^ARG EXTRAS=(.+)", texts["Dockerfile"], re.M)[0].split(",")) == extras
+    asked = [line for text in texts.values() for line in re.findall(r"--extra ((?:\w+ ?)+)", text)]
+    assert len(asked) == 2 and all(set(line.split()) == extras for line in asked)
+    assert set(re.findall(r'pip install "\.\[(\w+)\]', (ROOT / "docs/install.md").read_text())) == extras
+    [least] = [line.split(">=")[1] for line in PROJECT["dependencies"] if line.startswith("torch>=")]
+    assert re.findall(r'--versions lowest --torch "torch==([\d.]+)"', texts[".github/workflows/ci.yml"]) == [
+        f"{least}.0"
+    ]
+    usual = re.findall(r"^ARG TORCH=torch==([\d.]+)", texts["Dockerfile"], re.M)
+    assert usual == re.findall(r"^TORCH \?= torch==([\d.]+)", texts["Makefile"], re.M)
+    assert [int(part) for part in usual[0].split(".")] >= [int(part) for part in least.split(".")]
+    # `make dist` builds with what is installed
+    assert set(PYPROJECT["build-system"]["requires"]) <= set(PROJECT["optional-dependencies"]["dev"])
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)

@@ -78,6 +78,8 @@ NOT_TYPED = {
     " -n 40": "forty epochs; test_resume goes on, stretches and starts warm",
     "-o run --damaged skip": "another training; test_damaged",
     "--ind ": "another training; test_subset",
+    "-r subunit.mrc ": "another training, of copies, whose average is typed; test_expand",
+    "--run run_d3 ": "test_expand",
     "good/selected.star -r ": "another training, of the particles whose average is typed",
     "--difference ": "sixteen classes of 60 particles are too small; the tutorial types one",
     "--m-source ": "needs M's file of hashes; test_export",

@@ -18,6 +18,7 @@ import torch
 from atom_files import pdb, places, two_models
 from fuzz_targets import attempt, saved, seeds
 from opustomo import cli
+from opustomo.compat import dsd
 from opustomo.config import InputOptions, TrainConfig
 from opustomo.data.readers import read_particles
 from opustomo.errors import UserError
@@ -27,6 +28,7 @@ from star_sets import BOX
 PAGE = Path(__file__).parents[2] / "docs" / "messages.md"
 LONGEST = 300  # characters
 Change = Callable[[bytes], bytes]
+Program = Callable[[list[str]], int]
 
 
 def text(old: str, new: str, count: int = 1) -> Change:
@@ -256,11 +258,12 @@ LINES = [
     ["expand", "a.star", "--symmetry", "Q7", "-o", "b.star"], ["simulate", "-o", "set", "--no-align"],
     ["simulate", "-o", "set", "--atoms", "a.pdb", "--preset", "hinge"],
 ]  # fmt: skip
+OF_DSD = [["train_tomo", "a.star", "-o", "run", *option] for option in (("--ctfalpha", "1"), ("--ctfbeta", "0"))]
 SIZES = [{"epochs": 0}, {"batch": 0}, {"lr": -1.0}, {"valfrac": 1.0}, {"templateres": 50}, {"tmp_prefix": "../tmp"}]
 
 
-def collect(folder: Path, say: Callable[[list[str]], str]) -> list[tuple[str, str, str]]:
-    """(what, what is wrong with it, message) of every bad input; say: the error of a command line."""
+def collect(folder: Path, say: Callable[[Program, list[str]], str]) -> list[tuple[str, str, str]]:
+    """(what, what is wrong with it, message) of every bad input; say: the error of a program's command line."""
     rows: list[tuple[str, str, str | None]] = []
     good = seeds(folder)
     for what, wrong, target, change in FILES:
@@ -276,7 +279,8 @@ def collect(folder: Path, say: Callable[[list[str]], str]) -> list[tuple[str, st
         config = TrainConfig(Path("a.star"), Path("run"), **size)  # type: ignore[arg-type]
         option = f"--{name.replace('_', '-')} {value}"
         rows.append(("option", option, refusal(lambda config=config: with_sizes(config, torch.device("cpu")))))
-    rows += [("command line", "opustomo " + " ".join(line), say(line)) for line in LINES]
+    rows += [("command line", "opustomo " + " ".join(line), say(cli.main, line)) for line in LINES]
+    rows += [("command line", "dsd " + " ".join(line), say(dsd.main, line)) for line in OF_DSD]
     return [
         (
             what,
@@ -315,8 +319,8 @@ def test_the_page_says_what_the_program_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def say(line: list[str]) -> str:
-        assert cli.main(line) == 2
+    def say(program: Program, line: list[str]) -> str:
+        assert program(line) == 2
         [words] = capsys.readouterr().err.splitlines()
         return words.split("error: ", 1)[1]
 
@@ -336,10 +340,10 @@ if __name__ == "__main__":
     import contextlib
     import io
 
-    def told(line: list[str]) -> str:
+    def told(program: Program, line: list[str]) -> str:
         error = io.StringIO()
         with contextlib.redirect_stderr(error):
-            cli.main(line)
+            program(line)
         return error.getvalue().strip().split("error: ", 1)[-1]
 
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):

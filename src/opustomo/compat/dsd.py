@@ -24,11 +24,16 @@ NATIVE_GRID = GridOptions()
 PLOT_INTERVAL = 1000  # particles between pictures where --plot is given alone
 # Arguments of the seed that name the one way this program works: the accepted value, and the flag.
 ONLY_MODE = {"lazy_single": True, "pe_type": "vanilla", "template_type": "conv"}
-# Arguments of its later versions (OPUS-ET) that change nothing here, and why.
-NO_EFFECT = {
-    "ctfalpha": "the CTF is in the model and the data stay as they are",
-    "ctfbeta": "the CTF is in the model as the files state it",
-    "float16": "numerators and weights are kept as float16 in any case",
+# Powers of the CTF that its later versions (OPUS-ET) give the data and the reconstruction: the only one here (their
+# default, too), why, and what to do for another.
+CTF_POWERS = {
+    "ctfalpha": (0.0, "the data stay as they are", "the correction is part of the fit; leave --ctfalpha out"),
+    "ctfbeta": (
+        1.0,
+        "the reconstruction gets the whole CTF that the files state",
+        "data that have no CTF state it: rlnPhaseShift 90 and rlnDefocusU, rlnSphericalAberration and "
+        "rlnAmplitudeContrast 0 in the CTF STAR files; else leave --ctfbeta out",
+    ),
 }
 
 
@@ -127,8 +132,8 @@ def network_arguments(parser: argparse.ArgumentParser) -> None:
         help="fixed: no codes, one map of all subtomograms with half maps",
     )  # fmt: skip
     add("--template-type", default="conv", help="accepted; only conv exists")
-    add("--ctfalpha", type=float, metavar="X", help="accepted; the CTF is in the model and the data stay as they are")
-    add("--ctfbeta", type=float, metavar="X", help="accepted; the CTF is in the model as the files state it")
+    add("--ctfalpha", type=float, metavar="X", help="only 0: the data stay as they are")
+    add("--ctfbeta", type=float, metavar="X", help="only 1: the CTF is in the model as the files state it")
     add("--float16", action="store_true", help="accepted; numerators and weights are kept as float16 in any case")
 
 
@@ -160,8 +165,13 @@ def train_config(arguments: argparse.Namespace, given: Given) -> tuple[TrainConf
     typed = ["--" + name.replace("_", "-") for name in ONLY_MODE if name in given]
     if typed:
         note("dsd train_tomo", f"{', '.join(typed)}: this is the only mode, nothing to choose")
-    for name in sorted(given & set(NO_EFFECT)):
-        note("dsd train_tomo", f"--{name}: no effect, {NO_EFFECT[name]}")
+    for name in sorted(given & set(CTF_POWERS)):
+        accepted, why, otherwise = CTF_POWERS[name]
+        if values[name] != accepted:
+            raise UserError(f"--{name} {values[name]:g}: only {accepted:g} exists here, {why}; {otherwise}")
+        note("dsd train_tomo", f"--{name} {accepted:g}: as always here, {why}")
+    if "float16" in given:
+        note("dsd train_tomo", "--float16: no effect, numerators and weights are kept as float16 in any case")
     if arguments.masks is None:
         if "zaffinedim" in given:
             note(
@@ -175,7 +185,7 @@ def train_config(arguments: argparse.Namespace, given: Given) -> tuple[TrainConf
         values = values | {"log_interval": PLOT_INTERVAL if arguments.plot else NATIVE.log_interval}
     if arguments.warp:
         require_tables(arguments.star, arguments.datadir)
-    fields = given - {*ONLY_MODE, *NO_EFFECT, "warp", "tilt_range", "tilt_step"}
+    fields = given - {*ONLY_MODE, *CTF_POWERS, "float16", "warp", "tilt_range", "tilt_step"}
     limit = tilt_limit(arguments)
     if limit is not None:
         values, fields = values | {"tilt_limit": limit}, fields | {"tilt_limit"}

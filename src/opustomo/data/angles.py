@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
 
@@ -14,6 +15,16 @@ from opustomo.physics.geometry import euler_to_matrix, matrix_to_euler
 def to_matrix(euler: NDArray[Any]) -> NDArray[np.float64]:
     """(P, 3, 3) A of METHOD section 2 from RELION's rot, tilt, psi (P, 3) in degrees."""
     return euler_to_matrix(torch.from_numpy(np.asarray(euler, np.float64))).numpy()
+
+
+def turned(zxz: NDArray[Any]) -> NDArray[np.float64]:
+    """(P, 3, 3) turns about the fixed axes z, x, z by (P, 3) degrees, one after another.
+
+    Of no turns none, which SciPy 1.15 refuses.
+    """
+    if len(zxz) == 0:
+        return np.zeros((0, 3, 3))
+    return Rotation.from_euler("zxz", zxz, degrees=True).as_matrix()
 
 
 def to_euler(rotation: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -36,8 +36,11 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path``, on failure nothing is left.
 
     What was written is on the disk before it replaces: after a crash ``path`` is the old file or the new one.  Missing
-    parent folders are made.  Raises UserError where the folder is not writable or the disk is full.
+    parent folders are made.  Raises UserError where the folder is not writable, the disk is full, or ``path`` is a
+    device or pipe, which root could put a file in the place of.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is a device or pipe, and a file is to be written; give another name")
     temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -50,11 +51,22 @@ def main(config: ExpandConfig) -> int:
     table = expanded(source, operations)
     paths = write_rows(source, table, config.output)
     log.info("%d particles, each in the %d poses of %s", len(source), len(operations), config.symmetry.upper())
-    if config.output.absolute().parent != source.whole.path.absolute().parent and config.datadir is None:
-        log.info("names of files are relative to %s: give --datadir with it", source.whole.path.absolute().parent)
     for path in paths:
         log.info("wrote %s", path)
+    given, out = (
+        f"{shlex.quote(str(paths[-1]))}{_datadir(config, source)}",
+        shlex.quote(f"average_{config.output.stem}"),
+    )
+    log.info("next: opustomo average %s -o %s", given, out)
     return 0
+
+
+def _datadir(config: ExpandConfig, source: Source) -> str:
+    """The option that what was written needs to find its files: it lies elsewhere, or one was given."""
+    folder = source.whole.path.parent
+    if config.datadir is None and config.output.absolute().parent == folder.absolute():
+        return ""
+    return f" --datadir {shlex.quote(str(config.datadir or folder))}"
 
 
 def point_group(name: str) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from opustomo.data.findings import Finding, first_line, listed
 REQUIREMENT = re.compile(r"^([\w.-]+)\s*>=\s*([\d.]+)(?:\s*;\s*extra\s*==\s*['\"](\w+)['\"])?$")
 # what the extras are for; "dev" is for those who work on the program
 PURPOSES = {"atoms": "simulate --atoms", "movie": "MP4 files of movie (GIFs need nothing more)"}
-TORCH_FIX = "install it anew: pip install --force-reinstall torch, in the build for this machine (see README, Install)"
+TORCH_FIX = "install it anew: pip install --force-reinstall torch, in the build for this machine (docs/install.md)"
 
 
 def load_torch() -> tuple[ModuleType | None, list[Finding]]:
@@ -35,7 +35,7 @@ def load_torch() -> tuple[ModuleType | None, list[Finding]]:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         found = "not installed" if missing else f"cannot be loaded ({first_line(error)})"
-        fix = "pip install torch, in the build for this machine (see README, Install)" if missing else TORCH_FIX
+        fix = "pip install torch, in the build for this machine (docs/install.md)" if missing else TORCH_FIX
         return None, [Finding("error", "torch", found, fix)]
     except OSError as error:  # a library that does not fit this machine
         return None, [Finding("error", "torch", f"cannot be loaded ({first_line(error)})", TORCH_FIX)]

@@ -128,7 +128,8 @@ def read_conformations(path: Path) -> list[Conformation]:
     if len(structure) == 0 or structure[0].count_atom_sites() == 0:
         raise UserError(f"{path}: has no atoms; {fix}")
     names = [f"{path}, model {model.num}" if len(structure) > 1 else str(path) for model in structure]
-    return [_conformation(model, name) for model, name in zip(structure, names, strict=True)]
+    with reading(path, fix):  # a name is bytes until it is looked at
+        return [_conformation(model, name) for model, name in zip(structure, names, strict=True)]
 
 
 def _conformation(model: Any, source: str) -> Conformation:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
-from opustomo.data.angles import to_matrix
+from opustomo.data.angles import to_matrix, turned
 from opustomo.data.lists.tables import LARGEST
 from opustomo.data.readers import relion
 from opustomo.data.star import StarFile
@@ -77,7 +76,7 @@ def _stopgap(star: StarFile) -> dict[str, Any]:
         position = position + _columns(star, shifts, _STOPGAP)
     fields: dict[str, Any] = {
         "position": position,
-        "rotation": Rotation.from_euler("zxz", angles, degrees=True).as_matrix(),
+        "rotation": turned(angles),
         "tomogram": star.text(_STOPGAP, "tomo_num", "telling tomograms apart"),
     }
     fields |= _score(star, _STOPGAP, "score")

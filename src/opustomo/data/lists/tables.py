@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
+from opustomo.data.angles import turned
 from opustomo.errors import DAMAGE, UserError, reading
 
 _DYNAMO_COLUMNS = 26  # up to z
@@ -36,10 +36,9 @@ def dynamo(path: Path) -> dict[str, Any]:
             )
         rows.append([_number(word, path, f"row {number}, column {i}") for i, word in enumerate(words[:26], 1)])
     table = np.array(rows, np.float64).reshape(-1, _DYNAMO_COLUMNS)
-    turn = Rotation.from_euler("zxz", table[:, 6:9], degrees=True)
     return {
         "position": table[:, 23:26] + table[:, 3:6],
-        "rotation": turn.inv().as_matrix(),
+        "rotation": turned(table[:, 6:9]).transpose(0, 2, 1),
         "tomogram": np.array([f"{value:g}" for value in table[:, 19]], object),
         "score": table[:, 9],
     }
@@ -68,7 +67,7 @@ def pytom(path: Path) -> dict[str, Any]:
     scores = [node.get("Value") if (node := particle.find("Score")) is not None else None for particle in particles]
     return {
         "position": values("PickPosition", "X Y Z") + values("Shift", "X Y Z"),
-        "rotation": Rotation.from_euler("zxz", values("Rotation", "Z1 X Z2"), degrees=True).as_matrix(),
+        "rotation": turned(values("Rotation", "Z1 X Z2")),
         "tomogram": np.array(tomograms, object),
         "score": np.array([np.nan if s is None else _number(s, path, "<Score> Value", np.inf) for s in scores]),
     }

@@ -50,7 +50,8 @@ def find_transfer(opened: Opened) -> TransferFunctions:
     if names is None:
         raise UserError(
             f"{star.path}: particle without CTF: there is no column _rlnCtfImage and no *_ctf.star beside the "
-            f"subtomograms ({images[0]}); add the column, or write CTF STARs with relion_prepare_subtomograms"
+            f"subtomograms ({images[0]}); add the column, or write CTF STARs with relion_prepare_subtomograms; of data "
+            "without one the column names a volume, 1 where tilts measure and 0 in the wedge"
         )
     for ending, what in _TABLES.items():
         if locator.present(_named(names, ending)) > locator.present(names):
