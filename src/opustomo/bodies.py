@@ -342,41 +342,35 @@ def _solve_mean(
     for part in index.split(256):
         total += rows.weight(part).sum(0).to(device)
 
-    def back(seen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Gradient at 0, summed over the particles, of ``seen(particles, moved volume)``."""
-        summed = torch.zeros_like(model.mean)
+    def slope(energy: Callable[[Tensor, Tensor], Tensor], at: Tensor) -> Tensor:
+        """Derivative of ``energy(particles, volume)``, summed over all particles, at a volume."""
+        summed = torch.zeros_like(at)
         for part in index.split(batch_of(model, grid)):
-            volume = torch.zeros_like(model.mean).requires_grad_()
-            moved = model.bodies.move(volume[None], found.motion[part].to(device))
-            summed += torch.autograd.grad(seen(part, moved), volume)[0]
+            volume = at.clone().requires_grad_()
+            summed += torch.autograd.grad(energy(part, volume[None]), volume)[0]
         return summed
 
-    def overlap(part: Tensor, moved: Tensor, image: Tensor) -> Tensor:
-        """``<moved, W image>`` of the particles."""
-        weighted = rows.weight(part).to(device) * band_multiplicity(size, device) * model_band(image, size)
-        return (differentiable_band(moved, size) * weighted.conj()).real.sum()
+    def seen(part: Tensor, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """What the particles show of (1 or b, C, C, C), and half its square in units of the noise."""
+        moved = model.bodies.move(volume, found.motion[part].to(device))
+        weighted = rows.weight(part).to(device) * band_multiplicity(size, device)
+        return moved, 0.5 * (differentiable_band(moved, size).abs().square() * weighted).sum()
 
-    def data(part: Tensor, moved: Tensor) -> Tensor:
-        """What the numerators say, less what the components explain."""
-        said = (moved * rows.numerator(part).to(device)).sum()
-        if len(model.components) == 0:
-            return said
+    def misfit(part: Tensor, volume: Tensor) -> Tensor:
         change = torch.einsum("bk,kzyx->bzyx", found.code[part].to(device), model.components)
-        return said - overlap(part, moved, model.bodies.move(change, found.motion[part].to(device)))
+        moved, square = seen(part, volume + change)
+        return square - (moved * rows.numerator(part).to(device)).sum()
 
     def normal(x: Tensor) -> Tensor:
-        def seen(part: Tensor, moved: Tensor) -> Tensor:
-            with torch.no_grad():
-                image = model.bodies.move((reach * x)[None], found.motion[part].to(device))
-            return overlap(part, moved, image)
-
-        return reach * back(seen) + mask * seen_through(mask * x, precision, size)
+        image = slope(lambda part, volume: seen(part, volume)[1], reach * x)
+        return reach * image + mask * seen_through(mask * x, precision, size)
 
     def conditioned(x: Tensor) -> Tensor:
         return mask * seen_through(mask * x, 1.0 / (total + precision), size)
 
     x = torch.where(reach > 1e-3, model.mean / reach.clamp(min=1e-3), 0.0)
-    return reach * conjugate_gradients(normal, conditioned, reach * back(data), x, steps)
+    left = -reach * slope(misfit, reach * x) - mask * seen_through(mask * x, precision, size)
+    return reach * (x + conjugate_gradients(normal, conditioned, left, None, steps))
 
 
 def straightened(

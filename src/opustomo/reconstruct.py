@@ -142,11 +142,11 @@ def conjugate_gradients(
     normal: Callable[[Tensor], Tensor],
     conditioned: Callable[[Tensor], Tensor],
     right: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     iterations: int,
 ) -> Tensor:
-    """``normal(x) = right`` solved from x; ``conditioned`` is about the inverse of ``normal``."""
-    residual = right - normal(x)
+    """``normal(x) = right`` solved from x (None: 0); ``conditioned`` is about the inverse of ``normal``."""
+    residual, x = (right, torch.zeros_like(right)) if x is None else (right - normal(x), x)
     direction = conditioned(residual)
     rho = (residual * direction).sum()
     tolerance = 1e-8 * right.square().sum()

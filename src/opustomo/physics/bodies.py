@@ -72,7 +72,9 @@ def _in_place(volume: Tensor, weights: Tensor, joints: Tensor, motion: Tensor) -
     back = rotation_from_vector(motion[..., :3]).transpose(-1, -2)
     shift = joints - torch.einsum("bkij,bkj->bki", back, joints + motion[..., 3:])
     points = turned_coordinates(size, back, shift).movedim(2, -1)  # s_b(x): (b, B, C, C, C, 3)
-    density = _read(fourier_resize(volume, FINER * size).expand(len(points), -1, -1, -1), points, FINER, "zeros")
+    # a volume that all share is read at all points in one go
+    together = points.view(len(volume), -1, *points.shape[2:])
+    density = _read(fourier_resize(volume, FINER * size), together, FINER, "zeros").view(points.shape[:5])
     # of every body its own; beyond the box the value at its border
     weight = _read(weights, points.movedim(1, 0), 1, "border").movedim(0, 1)
     return weight, density
