@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -18,21 +20,23 @@ from scipy.spatial.transform import Rotation
 import small_set as sets
 from opustomo import checkpoint, cli
 from opustomo.analysis.evaluate import evaluate
-from opustomo.bodies import BodyModel, BodyResult, at_rest, find_motions, straightened, with_joints
+from opustomo.bodies import BodyModel, BodyResult, at_rest, find_motions, refit, straightened, with_joints
 from opustomo.body_division import divide
-from opustomo.body_rows import straight_rows
+from opustomo.body_rows import refuse_without_room, straight_rows
 from opustomo.body_stage import set_free
 from opustomo.compat import dsdsh
 from opustomo.data.bodies import BodyFiles, load_bodies, mask_files, parts_of, read_bodies, save_bodies
 from opustomo.data.mrc import read_volume, write_volume
 from opustomo.errors import UserError
-from opustomo.motion_covariance import Told, likeliest_covariance
+from opustomo.motion_covariance import WIDEST, Told, likeliest_covariance
+from opustomo.objective import differentiable_band
 from opustomo.physics.bodies import left_jacobian, move_bodies, move_with_derivatives, soft_bodies
 from opustomo.physics.fourier import band_frequencies, band_multiplicity, fourier_resize, irfft3, rfft3
 from opustomo.physics.geometry import rotation_from_vector
 from opustomo.physics.grid import Grid
 from opustomo.physics.observation import model_band, model_band_adjoint, negative_log_likelihood
 from opustomo.physics.volume import centred_coordinates, rotate_volume, shell_numbers
+from opustomo.reconstruct import AtGain, own_precision
 from opustomo.simulate.bead_model import intersubunit_axis
 
 SIZE = 20
@@ -200,6 +204,52 @@ def test_covariance_of_motions_is_the_likeliest_one_at_once() -> None:
     assert evidence(found) > max(evidence(other) for other in nearby)
 
 
+def test_covariance_is_bounded_where_the_data_do_not_tell_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Far from where it is known a likelihood that is flat may as well rise."""
+    told = Told(torch.tensor([[3.0, 0.5]]).repeat(200, 1), torch.diag(torch.tensor([1e-3, 4.0])).repeat(200, 1, 1))
+    found = likeliest_covariance(torch.eye(2), told)
+    assert float(torch.linalg.eigvalsh(found)[-1]) == pytest.approx(WIDEST) and float(found[1, 1]) < 1.0
+    assert "the data do not tell how far" in caplog.text
+
+
+def test_mean_is_the_likeliest_one_under_motions_codes_and_gains() -> None:
+    """Energy falls, and its gradient goes: through the prior's amplitude, components and gains that are not 1."""
+    generator, count = torch.Generator().manual_seed(0), 12
+    whole, component = smooth(1), 0.3 * smooth(3)[None]
+    code, motion = torch.randn(count, 1, generator=generator), 0.2 * torch.randn(count, 12, generator=generator)
+    gain, amplitude = 1 + 0.2 * torch.randn(count, generator=generator), 0.5 + torch.rand(SIZE, SIZE, SIZE)
+    start = dataclasses.replace(
+        model_of(whole), components=component, mean=0.5 * whole, power=torch.linspace(1, 0.1, SIZE // 2 + 1),
+        amplitude=amplitude,
+    )  # fmt: skip
+    moved = start.bodies.move(whole + torch.einsum("bk,kzyx->bzyx", code, component), motion)
+    # rows that were seen without their gain: it is put in by AtGain alone
+    rows = AtGain(Moved(moved * gain[:, None, None, None]), gain)
+    grid, mask = Grid(SIZE, 10.0, SIZE, SIZE, 32), (centred_coordinates(SIZE).norm(dim=-1) < 8).float()
+    found = dataclasses.replace(at_rest(count, start, 1), motion=motion, code=code)
+    everyone, precision = torch.arange(count), own_precision(start.power, grid)[0]
+
+    def gradient(mean: torch.Tensor) -> tuple[float, float]:
+        whitened = torch.where(mask > 0, mean / amplitude, 0.0).requires_grad_()
+        density = amplitude * mask * whitened + torch.einsum("bk,kzyx->bzyx", code, component)
+        band = differentiable_band(start.bodies.move(density, motion), SIZE)
+        square = (band.abs().square() * band_multiplicity(SIZE, "cpu")).sum(-1)
+        seen = (start.bodies.move(density, motion) * rows.base.numerator(everyone)).sum((1, 2, 3))
+        own = (
+            differentiable_band(mask * whitened, SIZE).abs().square() * precision * band_multiplicity(SIZE, "cpu")
+        ).sum()
+        energy = (0.5 * gain.square() * square - gain * seen).sum() + 0.5 * own
+        slope = torch.autograd.grad(energy, whitened)[0]
+        return float(energy.detach()), float((mask * slope).norm())
+
+    told = Told(torch.zeros(count, 12), torch.eye(12).repeat(count, 1, 1))
+    states = [start.mean] + [
+        refit(start, rows, everyone, grid, mask, found, told, start.covariance, steps).mean for steps in (2, 60)
+    ]
+    (first, slope), (second, _), (last, none) = map(gradient, states)
+    assert last < second < first and none < 0.1 * slope
+
+
 def test_what_is_told_of_motions_has_the_codes_integrated_out() -> None:
     """Against the Gaussian integral by determinants, at two motions."""
     generator = torch.Generator().manual_seed(8)
@@ -218,7 +268,7 @@ def test_what_is_told_of_motions_has_the_codes_integrated_out() -> None:
     assert float(change) == pytest.approx(float(integrated(a) - integrated(b)), rel=1e-9)
 
 
-def test_straightened_rows_have_the_likelihoods_value_and_slope_at_the_particles_density() -> None:
+def test_straightened_rows_have_the_likelihoods_slope_at_the_particles_density() -> None:
     """Against the likelihood of the moved volume, on a particle with a wedge-like weight."""
     mean, code = smooth(10), torch.tensor([[0.7]])
     model = dataclasses.replace(model_of(mean), components=smooth(13)[None])
@@ -244,11 +294,33 @@ def test_straightened_rows_have_the_likelihoods_value_and_slope_at_the_particles
         assert slopes[0] == pytest.approx(slopes[1], rel=0.01, abs=0.02 * float(change.norm()))
 
 
+def test_rows_that_will_not_fit_are_refused_first(tmp_path: Path) -> None:
+    grid = Grid(256, 2.0, 256, 256, 256)
+    for folder, words in ((tmp_path / "bodies", "are free; free space"), (None, "leave --no-cache out")):
+        with pytest.raises(UserError, match=words):
+            refuse_without_room(folder, 10**9, grid)
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model = model_of(smooth(16))
+    rows = Moved(smooth(16)[None], fingerprint="known")
+    found = at_rest(1, model, 1)
+    result = BodyResult(("a", "b"), model, found, found.motion, torch.ones(1), 1)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        straight_rows(tmp_path, result, rows, Grid(SIZE, 10.0, SIZE, SIZE, 32), torch.device("cpu"))
+    assert list(tmp_path.iterdir()) == []
+
+
 class Moved(NamedTuple):
     """Rows of volumes (P, SIZE^3) in which bodies moved, all of one weight everywhere."""
 
     volumes: torch.Tensor
     strength: float = 1.0
+    fingerprint: str = ""
 
     @property
     def moved(self) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Rigid bodies within a molecule: every particle's motion of its bodies, and how the set moves.
 
 Owns: the model ``V_i = move(mean + U z_i; m_i)`` with ``m_i ~ N(0, S)``, m the motions of all bodies (see
-``physics.bodies``), and its EM: Gauss-Newton steps to every particle's motion, S from the motions and their errors,
-the mean by conjugate gradients through the motions.  S has full rank and finds out by itself how few motions there are.
-What all bodies do together is a pose error; the rest, as far as the set shows it, is the conformation.
+``physics.bodies``), and its fit: Gauss-Newton steps to every particle's motion, the S under which the data are
+likeliest, the mean by conjugate gradients through the motions.  S has full rank and finds out by itself how few motions
+there are.  What all bodies do together is a pose error; the rest, as far as the set shows it, is the conformation.
 """
 
 from __future__ import annotations
@@ -103,6 +103,12 @@ class BodyModel:
     covariance: Tensor
     power: Tensor
     amplitude: Tensor
+
+    def density(self, code: Tensor) -> Tensor:
+        """At rest, of codes (b, K): (b, C, C, C), or (1, C, C, C) where there are no components."""
+        if len(self.components) == 0:
+            return self.mean[None]
+        return self.mean + torch.einsum("bk,kzyx->bzyx", code, self.components)
 
     def with_linear(self, model: LinearModel) -> BodyModel:
         """Mean, components and the mean's prior of a linear model."""
@@ -269,7 +275,7 @@ def _search(
     weighted = weight * band_multiplicity(size, weight.device)
 
     def volume(place: Tensor) -> Tensor:
-        return model.mean + torch.einsum("bk,kzyx->bzyx", place[:, count:], model.components)
+        return model.density(place[:, count:])
 
     def energy(place: Tensor, which: Tensor) -> Tensor:
         moved = model.bodies.move(volume(place), place[:, :count])
@@ -357,7 +363,7 @@ def _solve_mean(
         return moved, 0.5 * (differentiable_band(moved, size).abs().square() * weighted).sum()
 
     def misfit(part: Tensor, volume: Tensor) -> Tensor:
-        change = torch.einsum("bk,kzyx->bzyx", found.code[part].to(device), model.components)
+        change = model.density(found.code[part].to(device)) - model.mean
         moved, square = seen(part, volume + change)
         return square - (moved * rows.numerator(part).to(device)).sum()
 
@@ -379,12 +385,13 @@ def straightened(
     """Numerators of particles whose bodies are put back, (b, C, C, C): what they say about a volume that is at rest.
 
     With T the motion and v = mean + U code the density of a particle: ``T^t (B - g W T v) + g W v``.  Together with W
-    they have the likelihood's exact value and slope at v; its curvature is W's at rest, not ``T^t W T``.
+    they have the likelihood's exact slope at v.  Its value is another one by half of ``<v, W v> - <T v, W T v>``, which
+    is the particle's own and the same for every volume; its curvature is W's at rest, not ``T^t W T``.
     numerator (b, C, C, C), weight (b, n): the data, without gains; gain g: (b,); motion: (b, 6 B); code: (b, K).
     """
     size = grid.working_box
     weighted = weight * gain[:, None] * band_multiplicity(size, weight.device)
-    still = model.mean + torch.einsum("bk,kzyx->bzyx", code, model.components)
+    still = model.density(code).expand_as(numerator)
     volume = still.clone().requires_grad_()
     moved = model.bodies.move(volume, motion)
     square = (differentiable_band(moved, size).abs().square() * weighted).sum()

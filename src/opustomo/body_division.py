@@ -30,7 +30,7 @@ def divide(model: BodyModel, rows: Rows, index: Tensor, grid: Grid, found: Motio
     Joints and motions stay; rows: gains are in.
     """
     device, size, bodies = model.mean.device, grid.working_box, model.bodies
-    start = bodies.weights.clamp(min=UNSURE).log()
+    start = bodies.weights.clamp(min=UNSURE / (len(bodies) - 1)).log()
     knots = max(4, round(grid.crop / KNOTS))
     change = torch.zeros(len(bodies), 1, knots, knots, knots, device=device, requires_grad=True)
     optimiser = torch.optim.Adam([change], PACE)
@@ -45,7 +45,7 @@ def divide(model: BodyModel, rows: Rows, index: Tensor, grid: Grid, found: Motio
         for piece in part.split(batch_of(model, grid)):
             numerator = rows.numerator(piece).to(device)
             weight = rows.weight(piece).to(device) * band_multiplicity(size, device)
-            volume = model.mean + torch.einsum("bk,kzyx->bzyx", found.code[piece].to(device), model.components)
+            volume = model.density(found.code[piece].to(device))
             motion = found.motion[piece].to(device).unflatten(1, (-1, DOF))
             moved = move_bodies(volume, weights(), bodies.joints, motion)
             square = (differentiable_band(moved, size).abs().square() * weight).sum()

@@ -6,6 +6,8 @@ Owns: the file of straightened numerators.  Weights are those of the rows they w
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +92,9 @@ def straight_rows(
         _fill(made, result, base, grid, device)
         return StraightRows(base, None, moved, "", made, grid.crop)
     with atomic(path) as temporary:
-        made = np.memmap(temporary, _record(grid.crop), "w+", shape=(len(base),))
+        with temporary.open("wb") as handle:  # a disk that is full is met here, and not as a signal while it is filled
+            os.posix_fallocate(handle.fileno(), 0, _size(len(base), grid))
+        made = np.memmap(temporary, _record(grid.crop), "r+", shape=(len(base),))
         _fill(made, result, base, grid, device)
         made.flush()
         del made
@@ -98,6 +102,26 @@ def straight_rows(
         if old != path:
             old.unlink()
     return _open(base, path, moved, mark, len(base), grid.crop)
+
+
+def refuse_without_room(folder: Path | None, count: int, grid: Grid) -> None:
+    """UserError where the rows of ``count`` particles will not fit, said before the hours that come before them."""
+    need = _size(count, grid)
+    if folder is None and need > free_memory():
+        raise UserError(
+            f"--masks with --no-cache: the rows of bodies at rest are {need / 1e9:.1f} GB in memory and "
+            f"{free_memory() / 1e9:.1f} GB are free; leave --no-cache out, or lower --downfrac"
+        )
+    place = next((p for p in (folder, *folder.parents) if p.exists()), Path()) if folder is not None else None
+    if place is not None and need > (free := shutil.disk_usage(place).free):
+        raise UserError(
+            f"{folder}: the rows of bodies at rest need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free "
+            "space, give another output folder, or lower --downfrac"
+        )
+
+
+def _size(count: int, grid: Grid) -> int:
+    return count * _record(grid.crop).itemsize
 
 
 def _record(crop: int) -> np.dtype[Any]:

@@ -27,7 +27,7 @@ from opustomo.bodies import (
     with_joints,
 )
 from opustomo.body_division import divide
-from opustomo.body_rows import StraightRows, straight_rows
+from opustomo.body_rows import StraightRows, refuse_without_room, straight_rows
 from opustomo.data.atomic import write_csv
 from opustomo.data.bodies import BodyMasks, auto_count, mask_files, parts_of, read_bodies
 from opustomo.data.mrc import write_volume
@@ -71,11 +71,16 @@ def fit_bodies(
     asked: BodyMasks | int, particles: Particles, rows: Rows, linear: LinearResult, plan: Plan, grid: Grid,
     mask: Tensor, folder: Path | None, dimensions: int, device: torch.device,
 ) -> tuple[BodyResult, StraightRows, LinearResult]:  # fmt: skip
-    """Motions of all particles, rows with the bodies at rest, and the linear stage of these; arguments as before.
+    """Motions of all particles, rows with the bodies at rest, and the linear stage of these.
 
-    plan: as the linear stage was fitted; folder: for files that take time to make (None: they stay in memory).
+    rows, linear, plan: of the linear stage without bodies; mask (C, C, C); folder: for files that take time to make
+    (None: they stay in memory); dimensions: of the conformation code.  Raises UserError where there is no room for
+    them, or no density to move.
     """
+    refuse_without_room(folder, len(rows), grid)
     density = linear.model.mean
+    if not (density * mask > 0).any():
+        raise UserError("--masks: the average has no positive density in the mask; look at it (opustomo average)")
     masks = parts_of(density, mask, asked, plan.seed, grid) if isinstance(asked, int) else asked
     usual = linear.typical
     train, held = plan.train[usual[plan.train]], plan.held[usual[plan.held]]
@@ -114,12 +119,13 @@ def fit_bodies(
 
     learned = LEARNED if isinstance(asked, int) else 0
     model, found = settle(model, found, ROUNDS + learned, "bodies")
-    result, _, changes = rest(model, found)
+    result, straight, changes = rest(model, found)
+    del straight  # its file, which the next one replaces, and its memory
     model = model.with_linear(changes.model).to(device)
     found = replace(result.motions, code=changes.posterior.code)
     model, found = settle(model, found, MORE + learned, "bodies and components")
     result, straight, last = rest(model, found)
-    _judge(result, linear, held if len(held) else train)
+    _judge(result, linear, train, held)
     return result, straight, with_common(last, result)
 
 
@@ -166,10 +172,11 @@ def _moving(model: BodyModel, grid: Grid, dimensions: int) -> str:
     return "root mean square displacements " + ", ".join(f"{float(size):.2f}" for size in sizes) + " A"
 
 
-def _judge(result: BodyResult, linear: LinearResult, held: Tensor) -> None:
+def _judge(result: BodyResult, linear: LinearResult, train: Tensor, held: Tensor) -> None:
     """Whether the bodies earn their place, in words."""
-    before, after = float(linear.codes.evidence[held].mean()), float(result.motions.evidence[held].mean())
-    said = "bodies: evidence of held-out particles %.2f nats, linear stage without them %.2f (%+.2f)"
+    judged, who = (held, "held-out particles") if len(held) else (train, "the particles, none held out,")
+    before, after = float(linear.codes.evidence[judged].mean()), float(result.motions.evidence[judged].mean())
+    said = f"bodies: evidence of {who} %.2f nats, linear stage without them %.2f (%+.2f)"
     if after > before:
         log.info(said, after, before, after - before)
     else:
