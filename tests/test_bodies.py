@@ -506,8 +506,8 @@ def test_a_run_with_bodies_goes_on_and_keeps_its_bodies(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--masks auto:1", "give a number of parts from 2 to 64"),
-        ("--masks auto:x", "give a number of parts from 2 to 64"),
+        ("--masks auto:1", "give a number of parts from 2 to 12"),
+        ("--masks auto:x", "give a number of parts from 2 to 12"),
         ("--masks none1.mrc,none2.mrc", "none1.mrc: no such mask of a body"),
         ("--masks auto:2 --zaffinedim 7", "2 bodies move against each other in 6 ways"),
         ("--masks auto:2 --encode-mode fixed", "makes one map without motions"),

@@ -70,7 +70,7 @@ def rows_of(star: StarFile, labels: NDArray[np.integer], rows: NDArray[np.int64]
 
 
 def run_particles(run: Run) -> tuple[Source, NDArray[np.int64]] | None:
-    """The run's particles in their STAR file, and its rows; None, with a warning, where it is gone or another one.
+    """The run's particles in their STAR file, and its rows; None where it is gone or, with a warning, another one.
 
     Particles may be elsewhere by now; their codes are here.
     """
@@ -97,7 +97,7 @@ def particle_of_rows(run: Run) -> NDArray[np.int64]:
 
 
 def open_rows(run: Run) -> Rows:
-    """The run's cache; UserError, with the fix, when it is absent or of other particles, mask or resolution."""
+    """The run's cache; UserError, with the fix, when it is absent, or of another grid or number of particles."""
     folder = Path(run.config.get("rows") or run.path / "cache")
     if not folder.is_dir() and (run.path / folder.name).is_dir():
         folder = run.path / folder.name  # the run has moved

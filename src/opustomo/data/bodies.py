@@ -25,7 +25,7 @@ from opustomo.physics.volume import centred_coordinates, sample_at
 
 AUTO = "auto:"
 SIGMA = (6.0, 5.0)  # degrees, Angstrom: motions looked for first, where RELION's STAR does not state them
-MOST_BODIES = 64
+MOST_BODIES = 12  # the covariance of their motions takes minutes a round
 OVERLAP = 0.9  # of the smaller mask: beyond it two bodies are one
 
 
