@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(f"opustomo {verb}", f"{error} (opustomo {verb} --help lists the options)", 2)
     status = run(f"opustomo {verb}", partial(call, verb, config, given), output_folder(config))
-    if verb == "train" and status == 0 and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    ended_well = status == 0 or status > INTERRUPTED
+    if verb == "train" and ended_well and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         from opustomo.parallel import leave
 
         leave(status)
